@@ -1,0 +1,153 @@
+"""The settings at the top of a script, from the file, the environment and the command line.
+
+A stage script opens with its settings, one assignment a line with a trailing comment, and then calls `apply(globals())`:
+
+    epochs = 10              # passes over the training set
+    cache: str | None = None # folder made by cache_latents.py
+
+`--epochs 10`, `--epochs=10` and `EPOCHS=10` in the environment all set `epochs`; command line over environment over file.
+A value is checked against the annotation (`str | None`, `Literal["a", "b"]`, `list[str]`) or else the default's type.
+"""
+import argparse
+import ast
+import difflib
+import os
+import sys
+import tokenize
+import types
+import typing
+
+
+class InputError(ValueError):
+    """Bad input from outside. The message says what, where and what to do; a script ends with that one line and exit code 1."""
+
+
+def nearest(word, words):
+    """`; did you mean X?`, or nothing where no word is close."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def report_in_one_line(kind, error, traceback):
+    """sys.excepthook: bad input, a full disk or an unreadable file is one line; anything else is a bug and keeps its traceback."""
+    script = os.path.basename(sys.argv[0])
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{script}: interrupted", file=sys.stderr)
+    elif kind.__name__ == "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch for --help
+        print(f"{script}: error: the GPU is out of memory; lower --batch_size, or --resolution and --frames of the cache", file=sys.stderr)
+    elif issubclass(kind, (InputError, OSError)) and "SALT_TRACEBACK" not in os.environ:
+        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def read_settings(path):
+    """The settings of a script: {name: (annotation or None, comment)}, in file order, up to the line that calls config.apply."""
+    source = open(path, encoding="utf-8").read()
+    with open(path, "rb") as file:
+        comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT}
+    found = {}
+    for node in ast.parse(source).body:
+        value = getattr(node, "value", None)
+        if isinstance(value, ast.Call) and ast.unparse(value.func) == "config.apply":
+            return found
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Name) and not target.id.startswith("_"):
+            found[target.id] = comments.get(node.end_lineno, "")
+    raise RuntimeError(f"{path} never calls config.apply(globals())")
+
+
+def parse(text, kind, name):
+    """`text` as a value of `kind`: int, float, str, bool, Literal, list[...] / tuple[...], or any of these `| None`."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none" and type(None) in options:
+            return None
+        return parse(text, next(option for option in options if option is not type(None)), name)
+    if origin is typing.Literal:
+        if text not in options:
+            raise InputError(f"{name} is {text!r}; it takes {', '.join(map(str, options))}{nearest(text, map(str, options))}")
+        return text
+    if origin in (list, tuple):
+        return origin(parse(part.strip(), options[0], name) for part in text.split(",") if part.strip())
+    if kind is bool:
+        if text.lower() not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+            raise InputError(f"{name} is {text!r}; it takes true or false")
+        return text.lower() in ("true", "1", "yes", "on")
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"{name} is {text!r}; it takes {'a whole number' if kind is int else 'a number'}") from None
+
+
+def kind_of(default, annotation):
+    """The type a setting is checked against: its annotation, or what its default is."""
+    if annotation is not None:
+        return annotation
+    if isinstance(default, (list, tuple)):
+        return type(default)[type(default[0]) if default else str]
+    return type(default)
+
+
+def describe(kind):
+    """`kind` as --help names it."""
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, options))
+    if typing.get_origin(kind) in (list, tuple):
+        return f"{describe(options[0])},..."
+    if options:
+        return "|".join("none" if option is type(None) else describe(option) for option in options)
+    return "true|false" if kind is bool else kind.__name__
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def apply(scope, argv=None, environ=None):
+    """Override the settings in `scope` (a script's globals()) from the environment and the command line, in place.
+
+    Returns {name: value} of all settings. Each value taken from the environment is printed. Raises InputError on an unknown
+    flag (naming the nearest), a missing value or a value of the wrong type. Installs the one-line error report.
+    """
+    sys.excepthook = report_in_one_line
+    path = scope["__file__"]
+    environ = os.environ if environ is None else environ
+    comments = read_settings(path)
+    kinds = {name: kind_of(scope[name], scope.get("__annotations__", {}).get(name)) for name in comments}
+
+    doc = (scope.get("__doc__") or "").strip()
+    parser = Parser(prog=f"python {os.path.basename(path)}", description=doc, usage="%(prog)s [--name value ...]", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="A flag may also be given as its upper-case name in the environment; the command line wins. Lists are comma-separated.")
+    for name, kind in kinds.items():
+        default = scope[name]
+        shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else "none" if default is None else default
+        text = f"{comments[name]} [{shown}]".replace("%", "%%").strip()
+        many = typing.get_origin(kind) in (list, tuple)
+        parser.add_argument(f"--{name}", metavar=describe(kind), help=text, default=argparse.SUPPRESS,
+                            nargs="?" if kind is bool else "+" if many else None, const="true" if kind is bool else None)
+        if kind is bool:
+            parser.add_argument(f"--no_{name}", dest=name, action="store_const", const="false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        flag, equals, value = word.partition("=")
+        words.append(flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else word)
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("--"):
+            raise InputError(f"unexpected argument {flag!r}: settings are given as --name value; see --help")
+        raise InputError(f"unknown flag {flag}{nearest(flag, [f'--{name}' for name in kinds]) or '; see --help'}")
+
+    for name, kind in kinds.items():
+        if hasattr(given, name):
+            value = getattr(given, name)
+            scope[name] = parse(",".join(value) if isinstance(value, list) else value, kind, f"--{name}")
+        elif environ.get(name.upper()):
+            scope[name] = parse(environ[name.upper()], kind, f"{name.upper()} in the environment")
+            print(f"{name} = {scope[name]!r} (from {name.upper()} in the environment)", flush=True)
+    return {name: scope[name] for name in kinds}

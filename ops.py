@@ -1,0 +1,319 @@
+"""The one door to csrc/: every op beside its plain reference, and the drawing of masks.
+
+Where the extension `salt_ops` is built (`python setup.py build_ext --inplace`) and the tensors are on a device it was built for,
+it does the work; elsewhere the reference does, with the same results. SALT_OPS=reference in the environment forces the reference.
+"""
+import functools
+import math
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from config import InputError
+
+try:
+    if os.environ.get("SALT_OPS") == "reference":
+        raise ImportError("SALT_OPS=reference is set")
+    import salt_ops
+    EXTENSION = salt_ops.build_info()  # {"devices": [...], "architectures": [...], "simd": "avx512" | "avx2" | "baseline"}
+    MISSING = None
+except ImportError as error:
+    EXTENSION, MISSING = {"devices": [], "architectures": [], "simd": "none"}, str(error)
+
+
+def extension_line():
+    """One line for a script's start: what the extension was built for, or that the reference runs in its place."""
+    if MISSING:
+        return f"salt_ops is not in use ({MISSING}): running on the plain PyTorch reference; build it with `python setup.py build_ext --inplace`"
+    return f"salt_ops: built for {', '.join(EXTENSION['devices'])}; SIMD {EXTENSION['simd']}"
+
+
+def has_kernel(x):
+    return x.device.type in EXTENSION["devices"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- Philox
+
+# Streams of one (seed, epoch, sample id): a use of random numbers each, so that no two uses share any.
+STREAMS = {"short": 0, "long": 1, "ratio": 2, "view": 14, "half": 15}
+
+
+def philox(seed, epoch, sample_id, stream, first_block, blocks):
+    """Philox-4x32-10 (Salmon et al., SC 2011): uint64 [blocks * 4] holding the 32-bit numbers from block `first_block` on."""
+    low = np.uint64(0xFFFFFFFF)
+    c0 = np.arange(first_block, first_block + blocks, dtype=np.uint64) | np.uint64(stream << 28)
+    c1, c2, c3 = (np.full(blocks, word, np.uint64) for word in (epoch, sample_id & 0xFFFFFFFF, sample_id >> 32))
+    k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & low, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return np.stack([c0, c1, c2, c3], axis=1).reshape(-1)
+
+
+class Random:
+    """The numbers of one Philox stream, in order."""
+
+    def __init__(self, seed, epoch, sample_id, stream):
+        self.where, self.buffer, self.used, self.block = (int(seed), int(epoch), int(sample_id), stream), [], 0, 0
+
+    def next(self):
+        """The next 32-bit number."""
+        if self.used == len(self.buffer):
+            self.buffer, self.used = philox(*self.where, self.block, 64).tolist(), 0
+            self.block += 64
+        self.used += 1
+        return self.buffer[self.used - 1]
+
+    def below(self, n):
+        """A whole number in [0, n)."""
+        return (self.next() * n) >> 32
+
+    def uniform(self):
+        """A number in [0, 1) with 32 random bits."""
+        return self.next() / 2**32
+
+
+# ----------------------------------------------------------------------------------------------------------------- masks
+
+class Masks(NamedTuple):
+    """Token numbers of a batch, int64, each row sorted; a clip's context and target are disjoint."""
+    context: torch.Tensor  # [B, Kc]
+    target: torch.Tensor   # [B, Kt]
+
+
+class Family(NamedTuple):
+    blocks: tuple          # fewest and most blocks in the union
+    area: float | None     # a block's share of the frame; such blocks span all of time
+    counts: tuple          # context and target tokens of the 8x14x14 grid
+    redraws: int
+
+
+FAMILIES = {
+    "short": Family((8, 8), 0.15, (352, 784), 64),
+    "long": Family((2, 2), 0.70, (112, 1088), 64),
+    "ratio": Family((4, 8), None, (392, 1176), 0),  # blocks of 15-70 % height and width, 10-50 % of time; topped up to 75 %
+}
+ASPECT_RATIOS = 1024  # steps of the table that stands for "uniform in [0.75, 1.5]"
+
+
+def mask_counts(family, grid):
+    """(context, target) tokens of `family` on `grid`: its share of the 8x14x14 grid, rounded down to multiples of 8, at least 8."""
+    n = math.prod(grid)
+    return tuple(max(8, count * n // 1568 // 8 * 8) for count in FAMILIES[family].counts)
+
+
+@functools.lru_cache(maxsize=None)
+def mask_spec(family, grid, counts):
+    """What a draw needs, as the kernel takes it: whole numbers only, so that every compiler and device agrees.
+
+    Raises InputError on an unknown family, a grid that is not three positive numbers or counts that do not fit it.
+    """
+    if family not in FAMILIES:
+        raise InputError(f"unknown mask family {family!r}; there are {', '.join(FAMILIES)}")
+    if len(grid) != 3 or min(grid) < 1:
+        raise InputError(f"a mask grid is (time, height, width), each at least 1, not {grid}")
+    blocks, area, _, redraws = FAMILIES[family]
+    t, h, w = grid
+    counts = mask_counts(family, grid) if counts is None else tuple(counts)
+    if len(counts) != 2 or min(counts) < 1 or sum(counts) > t * h * w:
+        raise InputError(f"{family} masks of {counts} (context, target) tokens do not fit the {t * h * w} tokens of grid {grid}")
+    low, high, sizes = (1, 1, 1), (1, 1, 1), np.zeros((0, 2), np.int32)
+    if area is None:
+        share = ((0.10, 0.50), (0.15, 0.70), (0.15, 0.70))
+        low = tuple(max(1, round(s[0] * g)) for s, g in zip(share, grid))
+        high = tuple(max(1, round(s[1] * g)) for s, g in zip(share, grid))
+    else:  # as V-JEPA rounds: h = round(sqrt(area * ratio)), w = round(sqrt(area / ratio))
+        tokens, ratio = int(h * w * area), 0.75 + 0.75 * (np.arange(ASPECT_RATIOS) + 0.5) / ASPECT_RATIOS
+        sizes = np.stack([np.rint(np.sqrt(tokens * ratio)), np.rint(np.sqrt(tokens / ratio))], axis=1)
+        sizes = np.clip(sizes, 1, (h, w)).astype(np.int32)
+    return {"grid": grid, "counts": counts, "blocks": blocks, "redraws": redraws, "sizes": torch.from_numpy(sizes), "low": low, "high": high,
+            "stream": STREAMS[family]}
+
+
+def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None):
+    """Draw one mask of `family` for each clip: a pure function of (seed, epoch, sample id, family).
+
+    sample_ids  int64 [B], >= 0 (data.sample_id); the masks are made on its device
+    epoch       0 <= epoch < 2^32
+    seed        0 <= seed < 2^63
+    family      'short' or 'long' (V-JEPA's: Bardes et al. 2024, arXiv 2404.08471) or 'ratio' (75 % in space-time blocks)
+    grid        (time, height, width) in tokens
+    counts      (context, target) tokens a clip; by default the family's share of the grid
+    Returns Masks(context int64 [B, Kc], target int64 [B, Kt]). Raises InputError on arguments out of range.
+    """
+    spec = mask_spec(family, tuple(map(int, grid)), None if counts is None else tuple(map(int, counts)))
+    if not (0 <= epoch < 2**32 and 0 <= seed < 2**63):
+        raise InputError(f"masks need 0 <= epoch < 2^32 and 0 <= seed < 2^63, not epoch {epoch} and seed {seed}")
+    if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1 or (sample_ids < 0).any():
+        raise InputError("sample_ids must be int64 [B], each at least 0")
+    if has_kernel(sample_ids):
+        return Masks(*torch.ops.salt_ops.sample_masks(sample_ids, epoch, seed, **spec))
+    return sample_masks_reference(sample_ids, epoch, seed, spec)
+
+
+def sample_masks_reference(sample_ids, epoch, seed, spec):
+    """csrc/masks.h, number for number, in Python; `spec` from mask_spec."""
+    drawn = [draw_one_mask(epoch, seed, sample_id, **spec) for sample_id in sample_ids.tolist()]
+    shape = [(len(drawn), count) for count in spec["counts"]]
+    return Masks(*(torch.from_numpy(np.array([pair[i] for pair in drawn], np.int64).reshape(shape[i])).to(sample_ids.device) for i in (0, 1)))
+
+
+def draw_one_mask(epoch, seed, sample_id, grid, counts, blocks, redraws, sizes, low, high, stream):
+    random = Random(seed, epoch, sample_id, stream)
+    n, spans_time = math.prod(grid), len(sizes) > 0
+    size = (grid[0], *sizes[random.below(len(sizes))].tolist()) if spans_time else None
+    for _ in range(redraws + 1):
+        union = np.zeros(grid, bool)
+        for _ in range(blocks[0] + random.below(blocks[1] - blocks[0] + 1)):
+            if not spans_time:
+                size = tuple(l + random.below(h - l + 1) for l, h in zip(low, high))
+            corner = tuple(0 if spans_time and axis == 0 else random.below(grid[axis] - size[axis] + 1) for axis in range(3))
+            union[tuple(slice(c, c + s) for c, s in zip(corner, size))] = True
+        in_union = int(union.sum())
+        if in_union >= counts[1] and n - in_union >= counts[0]:
+            break
+    state = union.reshape(-1).astype(np.uint8)  # 0 complement, 1 union, 2 dropped
+
+    def move(source, to, count):
+        pool = np.flatnonzero(state == source).tolist()
+        for i in range(count):  # partial Fisher-Yates shuffle
+            j = i + random.below(len(pool) - i)
+            state[pool[j]] = to
+            pool[j] = pool[i]
+
+    move(1, 0, counts[0] - (n - in_union))  # a count below 1 moves nothing
+    move(0, 1, counts[1] - in_union)
+    move(0, 2, int((state == 0).sum()) - counts[0])
+    move(1, 2, int((state == 1).sum()) - counts[1])
+    return np.flatnonzero(state == 0), np.flatnonzero(state == 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- gather
+
+def check_rows(x, index):
+    if x.dim() != 3 or index.dim() != 2 or index.shape[0] != x.shape[0] or index.dtype != torch.int64:
+        raise InputError(f"masked_gather takes x [B, N, D] and int64 index [B, K], not {list(x.shape)} and {index.dtype} {list(index.shape)}")
+
+
+def masked_gather(x, index):
+    """Rows of each clip: out[b, k] = x[b, index[b, k]].
+
+    x [B, N, D] of any dtype, index int64 [B, K] with unique rows a clip -> [B, K, D] in x's dtype. The gradient is a scatter
+    into zeros. Raises IndexError on an index outside [0, N) and InputError on other shapes.
+    """
+    check_rows(x, index)
+    if has_kernel(x):
+        return torch.ops.salt_ops.masked_gather(x, index)
+    return masked_gather_reference(x, index)
+
+
+def masked_gather_reference(x, index):
+    if x.device.type == "cpu" and index.numel() and not (0 <= index.min() and index.max() < x.shape[1]):
+        raise IndexError(f"index runs from {int(index.min())} to {int(index.max())}; it must be in [0, {x.shape[1]})")
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+# ------------------------------------------------------------------------------------------------------------------ loss
+
+KINDS = ("mse", "l1", "smooth_l1")
+NORMALISATIONS = ("none", "layer_norm", "standardise")
+
+
+def normalise_target(y, normalise="none", index=None, mean=None, rstd=None):
+    """Latents [B, K, D] in the space the loss works in, float32 (float64 stays).
+
+    none         as they are
+    layer_norm   each token to mean 0 and variance 1 over D, eps 1e-6, no affine
+    standardise  (y - mean) * rstd with the per-position mean and 1 / standard deviation [N, D], taken at index [B, K] or at all N
+    """
+    y = y if y.dtype == torch.float64 else y.float()
+    if normalise == "none":
+        return y
+    if normalise == "layer_norm":
+        return F.layer_norm(y, y.shape[-1:], eps=1e-6)
+    if normalise == "standardise":
+        if mean is None or rstd is None:
+            raise InputError("standardise needs the per-position mean and rstd [N, D]")
+        at = slice(None) if index is None else index
+        return (y - mean[at]) * rstd[at]
+    raise InputError(f"unknown target normalisation {normalise!r}; there are {', '.join(NORMALISATIONS)}")
+
+
+def masked_mse(prediction, target, index=None, kind="mse", normalise="none", mean=None, rstd=None, per_token=False):
+    """Mean error of predictions against the target rows they ask for.
+
+    prediction  [B, K, D] float32, bfloat16 or float64
+    target      [B, N, D] with index int64 [B, K], or [B, K, D] without; float16, bfloat16, float32 or float64
+    kind        'mse', 'l1' or 'smooth_l1' (beta 1); normalise: see normalise_target
+    Returns the mean over all B * K * D elements as a float32 scalar (float64 for float64); with per_token also the mean over D
+    of each token, [B, K], without gradient. The target gets no gradient. Sums are in float32 at least, in an order that does
+    not depend on the thread count.
+    """
+    if kind not in KINDS:
+        raise InputError(f"unknown loss {kind!r}; there are {', '.join(KINDS)}")
+    if prediction.dim() != 3 or target.dim() != 3 or (index is None and target.shape != prediction.shape):
+        raise InputError(f"masked_mse takes prediction [B, K, D] and target [B, N, D] with index, or [B, K, D]; not {list(prediction.shape)} and {list(target.shape)}")
+    if has_kernel(prediction) and kind == "mse" and normalise == "none":
+        need_gradient = torch.is_grad_enabled() and prediction.requires_grad  # a kernel cannot see it
+        loss, tokens, _ = torch.ops.salt_ops.masked_mse(prediction, target.detach(), index, need_gradient)
+    else:
+        loss, tokens = masked_mse_reference(prediction, target.detach(), index, kind, normalise, mean, rstd)
+    return (loss, tokens.detach()) if per_token else loss
+
+
+def masked_mse_reference(prediction, target, index=None, kind="mse", normalise="none", mean=None, rstd=None):
+    y = normalise_target(target if index is None else masked_gather_reference(target, index), normalise, index, mean, rstd)
+    p = prediction if prediction.dtype == torch.float64 else prediction.float()
+    error = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[kind](p, y.to(p.dtype), reduction="none")
+    tokens = error.mean(-1)  # [B, K]
+    return tokens.mean(), tokens
+
+
+# -------------------------------------------------------------------------------------- autograd and shapes of the kernels
+
+if EXTENSION["devices"]:
+    @torch.library.register_fake("salt_ops::masked_gather")
+    def _(x, index):
+        return x.new_empty(x.shape[0], index.shape[1], x.shape[2])
+
+    @torch.library.register_fake("salt_ops::masked_scatter")
+    def _(x, index, n):
+        return x.new_empty(x.shape[0], n, x.shape[2])
+
+    @torch.library.register_fake("salt_ops::masked_mse")
+    def _(prediction, target, index, need_gradient):
+        wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
+        return (prediction.new_empty((), dtype=wide), prediction.new_empty(prediction.shape[:2], dtype=wide),
+                prediction.new_empty(prediction.shape if need_gradient else (0,)))
+
+    @torch.library.register_fake("salt_ops::sample_masks")
+    def _(sample_ids, epoch, seed, grid, counts, blocks, redraws, sizes, low, high, stream):
+        return tuple(sample_ids.new_empty(sample_ids.shape[0], count) for count in counts)
+
+    def save_index(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+        ctx.rows = inputs[0].shape[1]
+
+    def gather_backward(ctx, g):
+        return torch.ops.salt_ops.masked_scatter(g, ctx.saved_tensors[0], ctx.rows), None
+
+    def scatter_backward(ctx, g):
+        return torch.ops.salt_ops.masked_gather(g, ctx.saved_tensors[0]), None, None
+
+    torch.library.register_autograd("salt_ops::masked_gather", gather_backward, setup_context=save_index)
+    torch.library.register_autograd("salt_ops::masked_scatter", scatter_backward, setup_context=save_index)
+
+    def save_gradient(ctx, inputs, output):
+        ctx.save_for_backward(output[2])
+
+    def scale_gradient(ctx, loss_scale, _tokens, _gradient):
+        gradient, = ctx.saved_tensors  # written by the forward pass, and never changed in place
+        if loss_scale.device.type == "cpu" and loss_scale.item() == 1:
+            return gradient, None, None, None
+        return (gradient * loss_scale).to(gradient.dtype), None, None, None
+
+    torch.library.register_autograd("salt_ops::masked_mse", scale_gradient, setup_context=save_gradient)
