@@ -18,6 +18,10 @@ import types
 import typing
 
 
+given = set()          # names of the settings that apply() found on the command line or in the environment
+from_environment = []  # a line for each value that it took from there, for a run's log
+
+
 class InputError(ValueError):
     """Bad input from outside. The message says what, where and what to do; a script ends with that one line and exit code 1."""
 
@@ -136,7 +140,7 @@ def apply(scope, argv=None, environ=None):
     for word in sys.argv[1:] if argv is None else argv:
         flag, equals, value = word.partition("=")
         words.append(flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else word)
-    given, unknown = parser.parse_known_args(words)
+    flags, unknown = parser.parse_known_args(words)
     if unknown:
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("--"):
@@ -144,10 +148,13 @@ def apply(scope, argv=None, environ=None):
         raise InputError(f"unknown flag {flag}{nearest(flag, [f'--{name}' for name in kinds]) or '; see --help'}")
 
     for name, kind in kinds.items():
-        if hasattr(given, name):
-            value = getattr(given, name)
+        if hasattr(flags, name):
+            value = getattr(flags, name)
+            given.add(name)
             scope[name] = parse(",".join(value) if isinstance(value, list) else value, kind, f"--{name}")
         elif environ.get(name.upper()):
+            given.add(name)
             scope[name] = parse(environ[name.upper()], kind, f"{name.upper()} in the environment")
-            print(f"{name} = {scope[name]!r} (from {name.upper()} in the environment)", flush=True)
+            from_environment.append(f"{name} = {scope[name]!r} (from {name.upper()} in the environment)")
+            print(from_environment[-1], flush=True)
     return {name: scope[name] for name in kinds}

@@ -392,17 +392,16 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)).tolist()
 
 
-def batches(read, order, batch_size, threads=4, ahead=2, failed=None):
-    """Batches of `batch_size` from the samples read(i), i in `order`; a last partial batch is dropped.
+def batches(read, order, batch_size, threads=4, ahead=2, failed=None, drop_last=True):
+    """Batches of `batch_size` from the samples read(i), i in `order` (any iterable, read no further ahead than needed).
 
-    read    sample number -> Sample, called from threads; a VideoError it raises costs that sample its place: another sample of
-            the batch stands in, so that a batch's place in the epoch depends on nothing else, and `failed` hears of it
-    failed  called with (sample number, VideoError); by default the error is raised
-    Raises InputError where a batch holds no readable sample, or `order` no whole batch.
+    read       sample number -> Sample, called from threads; a VideoError it raises costs that sample its place: another sample of
+               the batch stands in, so that a batch's place in the epoch depends on nothing else, and `failed` hears of it
+    ahead      batches prepared early
+    failed     called with (sample number, VideoError); by default the error is raised
+    drop_last  whether a last partial batch is dropped
+    Raises InputError where a batch holds no readable sample.
     """
-    if len(order) < batch_size:
-        raise InputError(f"there are {len(order)} clips, fewer than a batch of {batch_size}; lower --batch_size")
-
     def attempt(i):
         try:
             return i, read(i)
@@ -410,7 +409,7 @@ def batches(read, order, batch_size, threads=4, ahead=2, failed=None):
             return i, error
 
     samples = []
-    for i, sample in prefetch(attempt, order[:len(order) // batch_size * batch_size], threads, ahead * batch_size):
+    for i, sample in prefetch(attempt, order, threads, ahead * batch_size):
         if isinstance(sample, VideoError):
             if failed is None:
                 raise sample
@@ -419,6 +418,8 @@ def batches(read, order, batch_size, threads=4, ahead=2, failed=None):
         if len(samples) == batch_size:
             yield collate(samples)
             samples = []
+    if samples and not drop_last:
+        yield collate(samples)
 
 
 def collate(samples):
@@ -440,6 +441,12 @@ def video_reader(rows, view, patch, tubelet=2):
         clip = read_clip(row.path, view, row.id)
         return Sample(sample_id(row.id, view.view), patchify(clip, patch, tubelet), None)
     return read
+
+
+def check_batch(n, batch_size):
+    """Raises InputError where n clips do not make one batch."""
+    if n < batch_size:
+        raise InputError(f"there are {n} clips, fewer than a batch of {batch_size}; lower --batch_size")
 
 
 def cache_reader(cache, rows=None):

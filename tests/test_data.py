@@ -318,4 +318,5 @@ def test_a_broken_video_costs_only_its_own_place():
     with pytest.raises(data.VideoError, match="video 1"):
         list(data.batches(fake_reader({1}), range(4), 2))
     with pytest.raises(InputError, match="fewer than a batch"):
-        list(data.batches(fake_reader(), range(3), 4))
+        data.check_batch(3, 4)
+    assert [len(batch.ids) for batch in data.batches(fake_reader(), range(7), 4, drop_last=False)] == [4, 3]

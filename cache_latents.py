@@ -1,0 +1,167 @@
+"""Run the teacher over the videos once, and keep its latents.
+
+    python cache_latents.py --data DIR --split train --teacher DIR_OR_CKPT --out CACHE
+    torchrun --nproc_per_node 4 cache_latents.py ...        each rank makes every 4th shard
+
+Interrupt it when you like: the same command continues at the next shard, and the result is the same to the bit.
+"""
+import json
+import hashlib
+import os
+import shutil
+import sys
+from typing import Literal
+
+import config
+
+# ------------------------------------------------------------------------------------------------------------- settings
+data: str | None = None        # data folder (or CSV file): videos and their lists
+split = "train"                # which list: train, validation or test
+splits_dir: str | None = None  # where to look for the list if the data folder has none
+teacher = ""                   # VideoMAE folder or .pth, a checkpoint of train.py, or none: clips alone, for stage 1
+out: str | None = None         # the cache to make, or to continue
+clips: Literal["auto", "on", "off"] = "auto"  # keep the clips too, so that training decodes no video; auto: where the disk has room
+clips_from: str | None = None  # another cache: use its clips and ids instead of --data
+limit: int | None = None       # only the first so many rows of the list
+frames: int | None = None      # frames a clip (default: the teacher's, else 16)
+resolution: int | None = None  # pixels of the clip's side (default: the teacher's, else 224)
+patch: int | None = None       # pixels of a patch's side (default: the teacher's, else 16)
+sampling: Literal["uniform", "stride"] = "uniform"  # frames spread over the whole video, or every stride-th about the middle
+stride = 4                     # for --sampling stride
+crop: Literal["center", "squash"] = "center"  # the middle square, or the whole frame made square
+interpolation: Literal["bilinear", "bicubic", "area"] = "bilinear"  # how frames are resized
+batch_size = 8                 # clips a teacher batch; fixed row ranges of the list, so part of the cache's identity
+threads = max(1, (os.cpu_count() or 1))  # decoding threads
+dtype: Literal["fp32", "bf16"] = "fp32"  # the teacher's compute
+device = "auto"                # auto, cpu, cuda or cuda:1
+verify: str | None = None      # check every byte of this cache against its checksums instead, and exit
+# -----------------------------------------------------------------------------------------------------------------------
+config.apply(globals())
+
+import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
+import torch.distributed as dist  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import cache  # noqa: E402
+import model  # noqa: E402
+import ops  # noqa: E402
+from config import InputError  # noqa: E402
+from data import View, VideoError, cache_reader, collate, grid_of, load_split, prefetch, video_reader  # noqa: E402
+
+if verify:
+    problems = cache.open_cache(verify).verify(lambda files: tqdm(files, unit="file", dynamic_ncols=True))
+    for problem in problems:
+        print(f"{verify}: {problem}")
+    print(f"{verify}: {f'{len(problems)} problems; make it again' if problems else 'every checksum fits'}")
+    sys.exit(1 if problems else 0)
+
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+if world > 1:
+    dist.init_process_group("gloo")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and torch.cuda.is_available() else device
+log = print if rank == 0 else lambda *line, **how: None
+log(ops.extension_line(), flush=True)
+if out is None or teacher == "" or (data is None and clips_from is None):
+    raise InputError("give --out, --teacher (or --teacher none) and --data (or --clips_from); see --help")
+device = model.pick_device(device)
+
+# ---- the teacher, the view, the rows
+encoder = None if teacher.lower() == "none" else model.load_teacher(teacher, device)
+source = cache.open_cache(clips_from) if clips_from else None
+shape = encoder.config if encoder else None
+if source:
+    view, patch, tubelet = source.view, source.patch, source.tubelet
+else:
+    size = resolution or (shape.size if shape else 224)
+    view = View(frames or (shape.frames if shape else 16), size, size, sampling, stride, crop, interpolation)
+    patch, tubelet = patch or (shape.patch if shape else 16), shape.tubelet if shape else 2
+for name, mine, theirs in (("frames", view.frames, shape and shape.frames), ("resolution", view.size, shape and shape.size), ("patch", patch, shape and shape.patch)):
+    if shape and mine != theirs:
+        raise InputError(f"the teacher {teacher} takes {name} {theirs}, but the clips have {mine}; change --{name}" + (" or --clips_from" if source else ""))
+tokens, patch_dim = int(torch.tensor(grid_of(view, patch, tubelet)).prod()), 3 * tubelet * patch * patch
+
+if source:
+    ids, read = [source.ids.fields(row) for row in range(len(source))][:limit], cache_reader(source)
+    if not source.has_patches:
+        raise InputError(f"the cache {clips_from} holds no clips (--clips off) to take; give --data instead")
+    if limit:
+        raise InputError("--limit goes with --data, not with --clips_from, whose records it shares")
+else:
+    rows = load_split(data, split, splits_dir, log)[:limit]
+    ids, read = [(row.id, 0) for row in rows], video_reader(rows, view, patch, tubelet)
+
+# ---- disk: what is needed, what is there
+begun = cache.begun_plan(out)
+latent_bytes, clip_bytes = len(ids) * tokens * (shape.dim if shape else 0) * 2, len(ids) * tokens * patch_dim
+at = os.path.abspath(out)
+while not os.path.exists(at):
+    at = os.path.dirname(at)
+free = shutil.disk_usage(at).free
+if begun:
+    keep_clips = begun.get("clips") if clips == "auto" else clips == "on"
+else:
+    keep_clips = not source and (clips == "on" or not shape or (clips == "auto" and latent_bytes + clip_bytes < 0.95 * free))
+    needed = latent_bytes + keep_clips * clip_bytes
+    log(f"disk: {needed / 1e9:.1f} GB needed ({latent_bytes / 1e9:.1f} latents, {keep_clips * clip_bytes / 1e9:.1f} clips), {free / 1e9:.1f} GB free"
+        + ("; clips are left out, training will decode" if clips == "auto" and shape and not source and not keep_clips else ""))
+    if needed > free:
+        raise InputError(f"{out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; free some, or try --clips off or --limit")
+
+plan = {
+    "split": source.metadata["split"] if source else split, "list_count": len(ids),
+    "list_sha256": hashlib.sha256("".join(f"{name}\t{number}\n" for name, number in ids).encode()).hexdigest(),
+    "teacher": encoder and {"name": encoder.name, "sha256": encoder.sha256, "dim": shape.dim, "mean": shape.mean, "std": shape.std, "compute": dtype},
+    "view": view.to_dict(), "view_hash": view.hash(), "patch": patch, "tubelet": tubelet, "dtype": "float16", "batch_size": batch_size,
+    "latent_shape": [tokens, shape.dim] if shape else None, "patch_shape": [tokens, patch_dim], "clips": bool(keep_clips),
+    "clips_from": os.path.relpath(clips_from, out) if source else None}
+
+# ---- make the missing shards
+if rank == 0:
+    writer = cache.Writer(out, plan)
+if world > 1:
+    dist.barrier()
+if rank > 0:
+    writer = cache.Writer(out, plan)
+if writer.finished:
+    log(f"{out} is already whole: {len(cache.open_cache(out))} records")
+    sys.exit(0)
+missing = writer.missing()
+log(f"teacher {teacher} on {device}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)} to make; view {view.hash()}", flush=True)
+
+
+def attempt(row):
+    try:
+        return read(row)
+    except VideoError as error:
+        return error
+
+
+autocast = model.autocast_on(device, dtype)
+bar = tqdm(total=len(ids), initial=len(ids) - sum(min(cache.SHARD_ROWS, len(ids) - k * cache.SHARD_ROWS) for k in missing), unit="clip", dynamic_ncols=True, disable=rank > 0)
+for number in [k for k in missing if k % world == rank]:
+    first, last = number * cache.SHARD_ROWS, min((number + 1) * cache.SHARD_ROWS, len(ids))
+    with writer.shard(number) as shard:
+        samples = prefetch(attempt, range(first, last), threads, 2 * batch_size)
+        for start in range(first, last, batch_size):  # a teacher batch: these rows and no others, wherever a run began
+            batch = {row: next(samples) for row in range(start, min(start + batch_size, last))}
+            good = [sample for sample in batch.values() if not isinstance(sample, VideoError)]
+            latents = None
+            if encoder and good:
+                with torch.no_grad(), autocast():
+                    latents = encoder.encode(collate(good).patches.to(device)).float().cpu().numpy()  # [b, N, D]
+            done = 0
+            for row, sample in batch.items():
+                if isinstance(sample, VideoError):
+                    shard.fail(row, *ids[row], str(sample))
+                    continue
+                shard.add(*ids[row], latents[done] if encoder else None, sample.patches)
+                done += 1
+            bar.update(len(batch) * (1 if world == 1 else world))
+bar.close()
+if world > 1:
+    dist.barrier()
+if rank == 0:
+    metadata = writer.finish()
+    size = sum(file.stat().st_size for file in writer.folder.iterdir()) / 1e9
+    log(f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape {json.dumps(metadata['latent_shape'])}"
+        + (f"; {metadata['failures']} videos failed, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else ""))

@@ -1,0 +1,110 @@
+"""How well checkpoints predict the teacher's latents at masked positions of videos they never saw.
+
+    python eval_distill.py --checkpoint A/best.pth B/best.pth --data DIR --split validation --teacher DIR_OR_CKPT --out X.json
+    python eval_distill.py --checkpoint A/best.pth --cache CACHE_OF_THE_VALIDATION_SPLIT
+
+Every checkpoint gets the same clips and the same masks. R2 is 0 for the per-position mean of the training set and 1 for perfect.
+"""
+import json
+import os
+from typing import Literal
+
+import config
+
+# ------------------------------------------------------------------------------------------------------------- settings
+checkpoint: list[str] = []     # one or more best.pth or last.pth of train.py
+cache: str | None = None       # latent cache of the held-out split
+data: str | None = None        # data folder; with --teacher, or where the cache holds no clips
+split = "validation"           # list of held-out videos in it
+splits_dir: str | None = None  # where to look for the list if the data folder has none
+teacher: str | None = None     # without a cache: the teacher that the checkpoints were trained on
+max_batches = 200              # at most so many batches
+batch_size = 24                # clips a batch
+eval_seed = 1                  # of the masks
+threads = max(1, (os.cpu_count() or 1))  # reading and decoding threads
+dtype: Literal["bf16", "fp32"] = "bf16"  # compute
+device = "auto"                # auto, cpu, cuda or cuda:1
+out: str | None = None         # JSON file for the results
+# -----------------------------------------------------------------------------------------------------------------------
+settings = config.apply(globals())
+
+import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
+from tqdm import tqdm  # noqa: E402
+
+import model  # noqa: E402
+import ops  # noqa: E402
+from cache import open_cache, write_whole  # noqa: E402
+from config import InputError  # noqa: E402
+from data import View, batches, cache_reader, load_split, video_reader  # noqa: E402
+
+print(ops.extension_line(), flush=True)
+if not checkpoint or not (cache or data):
+    raise InputError("give --checkpoint and either --cache or --data with --teacher; see --help")
+device = model.pick_device(device)
+loaded = {path: model.load_salt(path, device) for path in checkpoint}
+
+# ---- one view and one teacher for all
+first = next(iter(loaded.values()))[2]
+view = View.from_dict(first["view"])
+encoder_config = model.EncoderConfig(**first["encoder_config"])
+for path, (_, space, saved) in loaded.items():
+    if difference := view.difference(View.from_dict(saved["view"])):
+        raise InputError(f"{path} was trained under another view than {checkpoint[0]}: {difference}; evaluate them apart")
+    if saved["encoder_config"]["patch"] != encoder_config.patch or (space.target, saved["teacher"]) != (first["space"]["target"], first["teacher"]):
+        raise InputError(f"{path} predicts other targets than {checkpoint[0]} (another teacher or patch, or pixels); evaluate them apart")
+predicts_latents = first["space"]["target"] == "latents"
+
+encoder = None
+if cache:
+    source = open_cache(cache)
+    if difference := view.difference(source.view):
+        raise InputError(f"{cache} has another view than {checkpoint[0]}: {difference}; make a cache of the held-out split under the view of the training cache")
+    if predicts_latents and not (source.has_latents and source.teacher["sha256"] == first["teacher"]):
+        raise InputError(f"{cache} holds latents of another teacher than {checkpoint[0]} was trained on, or none")
+    rows = load_split(data, source.metadata["split"], splits_dir, print) if data and not source.has_patches else None
+    read, n = cache_reader(source, rows), len(source)
+else:
+    rows = load_split(data, split, splits_dir, print)
+    read, n = video_reader(rows, view, encoder_config.patch, encoder_config.tubelet), len(rows)
+    if predicts_latents:
+        if not teacher:
+            raise InputError("without --cache the targets come from the teacher: give --teacher")
+        encoder = model.load_teacher(teacher, device)
+        if encoder.sha256 != first["teacher"]:
+            raise InputError(f"{teacher} is not the teacher that {checkpoint[0]} was trained on: SHA-256 {encoder.sha256[:12]} there, {str(first['teacher'])[:12]} in the checkpoint")
+
+# ---- each batch once, through every checkpoint
+failures = []
+autocast = model.autocast_on(device, dtype)
+kept = range(min(n, max_batches * batch_size))
+errors = {path: [] for path in loaded}
+stream = batches(read, kept, batch_size, threads, drop_last=False, failed=lambda i, error: failures.append(str(error)))
+for batch in tqdm(stream, total=-(-len(kept) // batch_size), unit="batch", dynamic_ncols=True):
+    batch = batch.to(device)
+    if encoder:
+        with torch.no_grad():
+            batch = batch._replace(latents=encoder.encode(batch.patches))
+    for path, (salt, space, saved) in loaded.items():
+        errors[path].append(model.clip_errors(salt, space, batch, saved["settings"]["masks"], eval_seed, autocast))
+
+# ---- results
+results = []
+for path, parts in errors.items():
+    families = model.join_errors(parts)
+    rows, clips = list(families.values()), len(next(iter(families.values()))["squared"])
+    results.append({
+        "checkpoint": path, "step": loaded[path][2]["step"], "clips": clips,
+        "mse": float(sum(row["squared"].mean() for row in rows) / len(rows)), "r2": float(model.r2(rows)),
+        "r2_ci95": model.interval(lambda index: model.r2(rows, clips=index), clips), "r2_background": float(model.r2(rows, "background")),
+        "families": {name: {"mse": float(row["squared"].mean()), "r2": float(model.r2([row])), "r2_background": float(model.r2([row], "background"))} for name, row in families.items()}})
+for failure in failures:
+    print(f"skipped: {failure}")
+width = max(len(path) for path in checkpoint)
+print(f"{'checkpoint':{width}}  {'masks':6} {'clips':>6} {'mse':>9} {'R2':>7} {'95 %':>16} {'background R2':>14}")
+for result in results:
+    low, high = result["r2_ci95"]
+    print(f"{result['checkpoint']:{width}}  {'all':6} {result['clips']:6d} {result['mse']:9.5f} {result['r2']:7.4f} [{low:6.4f}, {high:6.4f}] {result['r2_background']:14.4f}")
+    for name, row in result["families"].items():
+        print(f"{'':{width}}  {name:6} {'':6} {row['mse']:9.5f} {row['r2']:7.4f} {'':16} {row['r2_background']:14.4f}")
+if out:
+    write_whole(out, json.dumps({"results": results, "failures": failures, "config": settings}, indent=1).encode())

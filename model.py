@@ -1,0 +1,584 @@
+"""The models, from the smallest module to the largest: attention, block, encoder, predictor, the two together with their loss;
+then loading teachers and students, saving checkpoints, optimiser groups and the held-out evaluation.
+
+The encoder is built as VideoMAE builds it (Tong et al. 2022, arXiv 2203.12602), so that its weights load from and export to
+`transformers` unchanged: pre-norm blocks, exact GELU, biases on q and v but none on k, a fixed 1-D sin-cos table, no cls token.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+import data
+import ops
+from cache import sha256
+from config import InputError, nearest
+from ops import sample_masks  # noqa: F401  part of this file's public names
+
+SIZES = {  # name: width, blocks, heads, patch, MLP width
+    "tiny": (192, 12, 3, 16, 768), "small": (384, 12, 6, 16, 1536), "base": (768, 12, 12, 16, 3072), "large": (1024, 24, 16, 16, 4096),
+    "huge": (1280, 32, 16, 16, 5120), "giant": (1408, 40, 16, 14, 6144)}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of an encoder. mean and std normalise pixels in [0, 1], a value a colour channel."""
+    dim: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp_dim: int = 4096
+    frames: int = 16
+    size: int = 224
+    patch: int = 16
+    tubelet: int = 2
+    eps: float = 1e-6
+    qkv_bias: bool = True
+    final_norm: bool = True
+    mean: tuple = data.IMAGENET_MEAN
+    std: tuple = data.IMAGENET_STD
+
+    def __post_init__(self):
+        object.__setattr__(self, "mean", tuple(map(float, self.mean)))
+        object.__setattr__(self, "std", tuple(map(float, self.std)))
+        if self.dim % self.heads:
+            raise InputError(f"an encoder's width ({self.dim}) must be a multiple of its heads ({self.heads})")
+        data.grid_of(self, self.patch, self.tubelet)
+
+    @property
+    def grid(self):
+        return data.grid_of(self, self.patch, self.tubelet)
+
+    @property
+    def tokens(self):
+        return int(np.prod(self.grid))
+
+    @property
+    def patch_dim(self):
+        return 3 * self.tubelet * self.patch * self.patch
+
+
+def config_of_size(name, **other):
+    """EncoderConfig of a named size: tiny, small, base, large, huge or giant."""
+    if name not in SIZES:
+        raise InputError(f"unknown size {name!r}{nearest(name, SIZES)}; there are {', '.join(SIZES)}")
+    dim, depth, heads, patch, mlp_dim = SIZES[name]
+    return EncoderConfig(**{"dim": dim, "depth": depth, "heads": heads, "patch": patch, "mlp_dim": mlp_dim, **other})
+
+
+def position_table(tokens, dim):
+    """float32 [tokens, dim]: sin on even, cos on odd channels of n / 10000^(2 (j // 2) / dim) (Vaswani et al. 2017, arXiv 1706.03762)."""
+    angle = np.arange(tokens)[:, None] / np.power(10000.0, 2 * (np.arange(dim) // 2) / dim)
+    angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
+    return torch.from_numpy(angle.astype(np.float32))
+
+
+class Attention(nn.Module):
+    """Self-attention [B, K, D] -> [B, K, D], with biases on q and v alone."""
+
+    def __init__(self, dim, heads, qkv_bias=True):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        bias = None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = rearrange(F.linear(x, self.qkv.weight, bias), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim, heads, mlp_dim, eps=1e-6, qkv_bias=True):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=eps), Attention(dim, heads, qkv_bias)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(dim, eps=eps), nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def init_weights(module):
+    """As VideoMAE: Xavier-uniform matrices, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """ViT over gathered patches: only the tokens given are embedded."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patch_embed = nn.Linear(config.patch_dim, config.dim)
+        self.register_buffer("position", position_table(config.tokens, config.dim), persistent=False)
+        self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.mlp_dim, config.eps, config.qkv_bias) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps) if config.final_norm else nn.Identity()
+        pixel = lambda values: torch.tensor(values).repeat_interleave(config.patch_dim // 3)
+        self.register_buffer("pixel_mean", pixel(config.mean), persistent=False)
+        self.register_buffer("pixel_std", pixel(config.std), persistent=False)
+        self.apply(init_weights)
+
+    def normalise(self, patches):
+        """uint8 patches [..., P] -> float32, (x / 255 - mean) / std by colour channel."""
+        return (patches.float() / 255 - self.pixel_mean) / self.pixel_std
+
+    def forward(self, patches, index=None):
+        """Normalised float patches [B, K, P] at positions index int64 [B, K] (all N in order by default) -> [B, K, D]."""
+        x = self.patch_embed(patches) + (self.position if index is None else self.position[index])
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def encode(self, clips):
+        """Features of all tokens: uint8 clips [B, T, H, W, 3], or their patches uint8 [B, N, P] -> [B, N, D].
+
+        Raises InputError where the clips are not of the encoder's frames and size.
+        """
+        c = self.config
+        expected = (c.frames, c.size, c.size, 3) if clips.dim() == 5 else (c.tokens, c.patch_dim)
+        if clips.dtype != torch.uint8 or tuple(clips.shape[1:]) != expected:
+            raise InputError(f"this encoder takes uint8 clips [B, {', '.join(map(str, expected))}], not {clips.dtype} {list(clips.shape)}")
+        patches = data.patchify(clips, c.patch, c.tubelet) if clips.dim() == 5 else clips
+        return self(self.normalise(patches))
+
+
+class Predictor(nn.Module):
+    """Transformer that fills in the target positions from the encoded context; a learnt mask token a family."""
+
+    def __init__(self, dim_in, dim_out, tokens, families, dim=512, depth=12, heads=8, eps=1e-6):
+        super().__init__()
+        if dim % heads:
+            raise InputError(f"the predictor's width ({dim}) must be a multiple of its heads ({heads})")
+        self.families = list(families)
+        self.embed = nn.Linear(dim_in, dim)
+        self.mask_tokens = nn.Parameter(torch.zeros(len(self.families), dim))
+        self.register_buffer("position", position_table(tokens, dim), persistent=False)
+        self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.proj = nn.Linear(dim, dim_out)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.mask_tokens, std=0.02)
+
+    def forward(self, context, masks, family):
+        """context [B, Kc, dim_in], masks of the same clips -> predictions [B, Kt, dim_out] at masks.target."""
+        x = self.embed(context) + self.position[masks.context]                                              # [B, Kc, dim]
+        asked = self.mask_tokens[self.families.index(family)].to(x.dtype) + self.position[masks.target]     # [B, Kt, dim]
+        x = torch.cat([x, asked.to(x.dtype)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.proj(self.norm(x[:, masks.context.shape[1]:]))
+
+
+# ------------------------------------------------------------------------------------------------- student and loss
+
+def standardise_patches(patches):
+    """Stage-1 targets: uint8 patches [B, K, P] -> float32, each patch to mean 0 and variance 1 (He et al. 2021, arXiv 2111.06377)."""
+    x = patches.float() / 255
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+
+
+@dataclasses.dataclass
+class Space:
+    """The space in which targets are compared: what normalise_target needs, and the per-position mean that R2 is measured from.
+
+    target     'latents' or 'pixels'
+    normalise  'none', 'layer_norm' or 'standardise'
+    mean, rstd of the raw latents, float32 [N, D] (standardise); zero: the mean predictor [N, D] in the space itself
+    """
+    target: str
+    normalise: str
+    mean: torch.Tensor | None
+    rstd: torch.Tensor | None
+    zero: torch.Tensor
+
+    def to(self, device):
+        return Space(self.target, self.normalise, *(x if x is None else x.to(device) for x in (self.mean, self.rstd, self.zero)))
+
+    def all_targets(self, patches, latents):
+        """Targets of whole clips, float32 [B, N, D]."""
+        if self.target == "pixels":
+            return standardise_patches(patches)
+        return ops.normalise_target(latents, self.normalise, None, self.mean, self.rstd)
+
+
+class Salt(nn.Module):
+    """Student and predictor: predictions at the target positions of each family."""
+
+    def __init__(self, student, predictor):
+        super().__init__()
+        self.student, self.predictor = student, predictor
+
+    def forward(self, patches, masks):
+        """patches uint8 [B, N, P], masks {family: Masks} -> {family: predictions [B, Kt, D]}."""
+        predictions = {}
+        for family, drawn in masks.items():
+            context = self.student.normalise(ops.masked_gather(patches, drawn.context))  # [B, Kc, P]
+            predictions[family] = self.predictor(self.student(context, drawn.context), drawn, family)
+        return predictions
+
+
+def salt_loss(predictions, patches, latents, masks, space, kind="mse"):
+    """The SALT loss: the mean over families of the error at target positions; and what R2 needs.
+
+    Returns (loss, squared, spread): squared and spread are the mean squared errors of the predictions and of the per-position
+    mean over the same target tokens, both in the loss's space, so that R2 = 1 - squared / spread.
+    """
+    loss = squared = spread = 0
+    for family, prediction in predictions.items():
+        target = masks[family].target
+        if space.target == "pixels":
+            y, index, normalise = standardise_patches(ops.masked_gather(patches, target)), None, "none"
+        else:
+            y, index, normalise = latents, target, space.normalise
+        arguments = (y, index), {"normalise": normalise, "mean": space.mean, "rstd": space.rstd}
+        error = ops.masked_mse(prediction, *arguments[0], kind=kind, **arguments[1])
+        with torch.no_grad():
+            spread = spread + ops.masked_mse(space.zero[target], *arguments[0], **arguments[1]) / len(predictions)
+            plain = error.detach() if kind == "mse" else ops.masked_mse(prediction.detach(), *arguments[0], **arguments[1])
+            squared = squared + plain / len(predictions)
+        loss = loss + error / len(predictions)
+    return loss, squared, spread
+
+
+def vicreg(prediction, eps=1e-4):
+    """Variance and covariance penalties of VICReg (Bardes et al. 2021, arXiv 2105.04906) over all predicted tokens [B, K, D].
+
+    variance: mean over channels of max(0, 1 - std); covariance: squared off-diagonal entries, summed, over D.
+    """
+    x = rearrange(prediction.float(), "b k d -> (b k) d")
+    variance = F.relu(1 - (x.var(0) + eps).sqrt()).mean()
+    x = x - x.mean(0)
+    covariance = x.T @ x / (len(x) - 1)  # [D, D]
+    return variance, (covariance.square().sum() - covariance.diagonal().square().sum()) / x.shape[1]
+
+
+def parameter_groups(module, weight_decay):
+    """AdamW groups: decay on matrices alone; biases, norms, every other 1-D parameter and the mask tokens stay without."""
+    decayed = lambda name, parameter: parameter.dim() >= 2 and not name.endswith("mask_tokens")
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return [{"params": [p for n, p in named if decayed(n, p)], "weight_decay": weight_decay, "decays": True},
+            {"params": [p for n, p in named if not decayed(n, p)], "weight_decay": 0.0, "decays": False}]
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def clip_errors(salt, space, batch, families, seed, autocast):
+    """Held-out errors of one data.Batch, with the masks of epoch 0 and `seed`: the same for every checkpoint.
+
+    Returns {family: {'squared', 'spread', 'background'}}, float64 [B] each: the mean squared error over a clip's target elements
+    of the predictions, of the per-position mean, and of the mean of the clip's own context targets.
+    """
+    training = salt.training
+    salt.eval()
+    masks = {family: sample_masks(batch.ids, 0, seed, family, salt.student.config.grid) for family in families}
+    with autocast():
+        predictions = salt(batch.patches, masks)
+    salt.train(training)
+    y, found = space.all_targets(batch.patches, batch.latents), {}  # [B, N, D]
+    for family, drawn in masks.items():
+        target = ops.masked_gather(y, drawn.target)
+        background = ops.masked_gather(y, drawn.context).mean(1, keepdim=True).expand_as(target)
+        guesses = {"squared": predictions[family].float(), "spread": space.zero[drawn.target], "background": background}
+        found[family] = {name: (guess - target).square().mean((1, 2)).double().cpu().numpy() for name, guess in guesses.items()}
+    return found
+
+
+def join_errors(parts):
+    """The errors of many batches as those of one."""
+    if not parts:
+        raise InputError("there is no held-out clip to evaluate on")
+    return {family: {name: np.concatenate([part[family][name] for part in parts]) for name in rows} for family, rows in parts[0].items()}
+
+
+def r2(rows, name="squared", clips=slice(None)):
+    """R2 over clips and families: 1 - sum of squared errors / sum of squared distances from the per-position mean.
+
+    rows: the errors of some families; clips: indices [..., n] to sum over, for a bootstrap.
+    """
+    return 1 - sum(row[name][clips].sum(-1) for row in rows) / sum(row["spread"][clips].sum(-1) for row in rows)
+
+
+def interval(statistic, n, draws=2000):
+    """95 % bootstrap interval [low, high] of statistic(index int64 [draws, n]) -> [draws], over n units drawn with replacement."""
+    random = np.random.default_rng(0)
+    values = np.concatenate([statistic(random.integers(0, n, (100, n))) for _ in range(draws // 100)])
+    return [float(x) for x in np.percentile(values, (2.5, 97.5))]
+
+
+# ---------------------------------------------------------------------------------------------------------- teachers
+
+SAVED_NAMES = {  # original VideoMAE names -> ours, after the block number
+    "norm1.": "norm1.", "norm2.": "norm2.", "attn.qkv.weight": "attn.qkv.weight", "attn.q_bias": "attn.q_bias", "attn.v_bias": "attn.v_bias",
+    "attn.proj.": "attn.proj.", "mlp.fc1.": "fc1.", "mlp.fc2.": "fc2."}
+TRANSFORMERS_NAMES = {  # ours -> `transformers`, after the block number
+    "norm1.": "layernorm_before.", "norm2.": "layernorm_after.", "attn.proj.": "attention.output.dense.", "fc1.": "intermediate.dense.",
+    "fc2.": "output.dense.", "attn.q_bias": "attention.attention.q_bias", "attn.v_bias": "attention.attention.v_bias"}
+
+
+def load_teacher(path, device="cpu"):
+    """A frozen fp32 Encoder in eval mode, with .name and .sha256 (of its weights file), from
+
+    - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin, pre-training or fine-tuned;
+    - an original VideoMAE .pth: the weights bare or under model, module or state_dict, with or without the prefix encoder.;
+    - a checkpoint of train.py.
+    Raises InputError, naming what does not fit.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        encoder, weights = load_transformers(path)
+    elif path.is_file():
+        saved = load_pickle(path)
+        encoder, weights = (student_of(saved, path) if "salt_vla" in saved else load_videomae(saved, path)), path
+    else:
+        raise InputError(f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json, model.safetensors), a VideoMAE .pth or a checkpoint of train.py")
+    encoder.name, encoder.sha256 = path.name, sha256(weights)
+    return encoder.to(device).float().eval().requires_grad_(False)
+
+
+def load_encoder(checkpoint, device="cpu"):
+    """The student inside best.pth or last.pth, in eval mode, fp32."""
+    return student_of(load_checkpoint(checkpoint), checkpoint).to(device).eval()
+
+
+def student_of(saved, path):
+    encoder = Encoder(EncoderConfig(**saved["encoder_config"]))
+    load_weights(encoder, saved["student"], path)
+    return encoder
+
+
+def load_weights(module, state, path):
+    """load_state_dict, with shapes and names that do not fit in one line."""
+    expected = module.state_dict()
+    for name in expected:
+        if name not in state:
+            raise InputError(f"{path} lacks the weight {name}")
+        if state[name].shape != expected[name].shape:
+            raise InputError(f"{path}: {name} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}")
+    module.load_state_dict({name: state[name] for name in expected})
+
+
+def load_pickle(path):
+    """A torch file as tensors and plain types; code in it is refused."""
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise InputError(f"{path} is damaged: the checksum of {broken} is wrong; use another copy")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # original VideoMAE files hold their arguments as one
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|Unsupported operand) (\S+)", str(error))
+        raise InputError(f"{path} is no file of plain weights{f' (it asks for {found[1]})' if found else ''} and was not loaded, since it could run code") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read as a torch file: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    if not isinstance(saved, dict):
+        raise InputError(f"{path} holds {type(saved).__name__}, not a dictionary of weights")
+    return saved
+
+
+def load_transformers(folder):
+    """(encoder, weights file) of a VideoMAE folder in `transformers` format, without importing transformers."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config.get("model_type") != "videomae":
+            raise InputError(f"{folder / 'config.json'} describes the model type {config.get('model_type')!r}; a teacher is a videomae")
+        pixels = folder / "preprocessor_config.json"
+        pixels = json.loads(pixels.read_text(encoding="utf-8")) if pixels.is_file() else {}
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no config.json; a teacher folder holds config.json and model.safetensors or pytorch_model.bin") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"a JSON file in {folder} is malformed: {error}") from None
+    if (weights := folder / "model.safetensors").is_file():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        try:
+            state = load_file(weights)
+        except SafetensorError as error:
+            raise InputError(f"{weights} is damaged: {error}") from None
+    elif (weights := folder / "pytorch_model.bin").is_file():
+        state = load_pickle(weights)
+    else:
+        raise InputError(f"{folder} has no model.safetensors and no pytorch_model.bin")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise InputError(f"{folder / 'config.json'}: hidden_act is {config['hidden_act']!r}; only exact gelu is supported")
+
+    state = {name.removeprefix("videomae."): tensor.float() for name, tensor in state.items() if not name.startswith("decoder")}
+    ours = {"patch_embed.weight": take(state, "embeddings.patch_embeddings.projection.weight", weights).flatten(1),
+            "patch_embed.bias": take(state, "embeddings.patch_embeddings.projection.bias", weights)}
+    depth = config.get("num_hidden_layers", 12)
+    first = "encoder.layer.0.attention.attention."
+    biases = next(((q, v) for q, v in (("q_bias", "v_bias"), ("query.bias", "value.bias")) if first + q in state), None)
+    for i in range(depth):
+        theirs = f"encoder.layer.{i}."
+        attention = theirs + "attention.attention."
+        ours[f"blocks.{i}.attn.qkv.weight"] = torch.cat([take(state, f"{attention}{part}.weight", weights) for part in ("query", "key", "value")])
+        if biases:
+            ours[f"blocks.{i}.attn.q_bias"], ours[f"blocks.{i}.attn.v_bias"] = (take(state, attention + name, weights) for name in biases)
+        for mine, name in TRANSFORMERS_NAMES.items():
+            if name.endswith("."):
+                for kind in ("weight", "bias"):
+                    ours[f"blocks.{i}.{mine}{kind}"] = take(state, f"{theirs}{name}{kind}", weights)
+    final_norm = not config.get("use_mean_pooling", True)
+    if final_norm:
+        ours["norm.weight"], ours["norm.bias"] = (take(state, f"layernorm.{kind}", weights) for kind in ("weight", "bias"))
+    square = lambda value: value if isinstance(value, int) else value[0]
+    encoder = Encoder(EncoderConfig(
+        dim=config.get("hidden_size", 768), depth=depth, heads=config.get("num_attention_heads", 12), mlp_dim=config.get("intermediate_size", 3072),
+        frames=config.get("num_frames", 16), size=square(config.get("image_size", 224)), patch=square(config.get("patch_size", 16)),
+        tubelet=config.get("tubelet_size", 2), eps=config.get("layer_norm_eps", 1e-12), qkv_bias=biases is not None, final_norm=final_norm,
+        mean=pixels.get("image_mean", data.IMAGENET_MEAN), std=pixels.get("image_std", data.IMAGENET_STD)))
+    load_weights(encoder, ours, weights)
+    return encoder, weights
+
+
+def take(state, name, path):
+    if name not in state:
+        raise InputError(f"{path} lacks the weight {name}; is it a VideoMAE model?")
+    return state[name]
+
+
+def load_videomae(saved, path):
+    """The encoder of an original VideoMAE .pth: frames and size from its arguments where it states them, else 16 and 224."""
+    arguments = saved.get("args")
+    state = next((saved[key] for key in ("model", "module", "state_dict") if isinstance(saved.get(key), dict)), saved)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    if any(name.startswith("encoder.") for name in state):
+        state = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    kernel = take(state, "patch_embed.proj.weight", path)  # [D, 3, tubelet, patch, patch]
+    dim, depth = kernel.shape[0], len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    heads = next((size[2] for size in SIZES.values() if size[:2] == (dim, depth)), dim // 64)  # 64 a head but for huge and giant
+    ours = {"patch_embed.weight": kernel.flatten(1).float(), "patch_embed.bias": take(state, "patch_embed.proj.bias", path).float()}
+    for name, tensor in state.items():
+        if name.startswith("blocks."):
+            _, number, rest = name.split(".", 2)
+            mine = next((new for old, new in SAVED_NAMES.items() if rest.startswith(old)), None)
+            if mine is None:
+                raise InputError(f"{path} has the weight {name}, which a VideoMAE encoder lacks")
+            ours[f"blocks.{number}.{mine}{rest.rsplit('.', 1)[1] if mine.endswith('.') else ''}"] = tensor.float()
+    final_norm = "norm.weight" in state
+    if final_norm:
+        ours["norm.weight"], ours["norm.bias"] = state["norm.weight"].float(), take(state, "norm.bias", path).float()
+    encoder = Encoder(EncoderConfig(
+        dim=dim, depth=depth, heads=heads, mlp_dim=take(ours, "blocks.0.fc1.weight", path).shape[0], frames=getattr(arguments, "num_frames", 16),
+        size=getattr(arguments, "input_size", 224), patch=kernel.shape[-1], tubelet=kernel.shape[2], eps=1e-6,
+        qkv_bias="blocks.0.attn.q_bias" in state, final_norm=final_norm))
+    load_weights(encoder, ours, path)
+    return encoder
+
+
+def export_transformers(encoder, folder):
+    """Write an encoder as a VideoMAE folder that `transformers` loads with VideoMAEModel.from_pretrained(folder)."""
+    from safetensors.torch import save_file
+    c, folder = encoder.config, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {}
+    for name, tensor in encoder.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        if name == "patch_embed.weight":
+            state["embeddings.patch_embeddings.projection.weight"] = tensor.view(c.dim, 3, c.tubelet, c.patch, c.patch)
+        elif name == "patch_embed.bias":
+            state["embeddings.patch_embeddings.projection.bias"] = tensor
+        elif name.startswith("norm."):
+            state[f"layernorm.{name[5:]}"] = tensor
+        else:
+            _, number, rest = name.split(".", 2)
+            if rest == "attn.qkv.weight":
+                for part, rows in zip(("query", "key", "value"), tensor.chunk(3)):
+                    state[f"encoder.layer.{number}.attention.attention.{part}.weight"] = rows.contiguous()
+            else:
+                old, new = next((old, new) for old, new in TRANSFORMERS_NAMES.items() if rest.startswith(old))
+                state[f"encoder.layer.{number}.{new}{rest[len(old):]}"] = tensor
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["VideoMAEModel"], "model_type": "videomae", "hidden_size": c.dim, "num_hidden_layers": c.depth, "num_attention_heads": c.heads,
+        "intermediate_size": c.mlp_dim, "num_frames": c.frames, "image_size": c.size, "patch_size": c.patch, "tubelet_size": c.tubelet, "num_channels": 3,
+        "layer_norm_eps": c.eps, "qkv_bias": c.qkv_bias, "use_mean_pooling": not c.final_norm, "hidden_act": "gelu"}, indent=1))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": c.mean, "image_std": c.std}))
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT_VERSION = 1
+
+
+def save_checkpoint(path, content):
+    """torch.save beside `path`, flush to the disk, rename. Raises InputError where the disk is full; the old file then stands."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            torch.save({"salt_vla": CHECKPOINT_VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        Path(part).unlink(missing_ok=True)
+        raise InputError(f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}); free some disk space and continue with --resume") from None
+
+
+def load_checkpoint(path):
+    """The content of best.pth or last.pth. Raises InputError on anything else."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    saved = load_pickle(path)
+    if saved.get("salt_vla") != CHECKPOINT_VERSION:
+        found = saved.get("salt_vla")
+        raise InputError(f"{path} is not a checkpoint of train.py" if found is None else f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_VERSION}")
+    return saved
+
+
+def plain(config):
+    """A dataclass as a dictionary of tensors and plain types, for a checkpoint."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def build_salt(encoder_config, predictor_config):
+    return Salt(Encoder(encoder_config), Predictor(**predictor_config))
+
+
+def load_salt(path, device="cpu"):
+    """(Salt in eval mode, Space, content) of a checkpoint."""
+    saved = load_checkpoint(path)
+    salt = build_salt(EncoderConfig(**saved["encoder_config"]), saved["predictor_config"])
+    load_weights(salt.student, saved["student"], path)
+    load_weights(salt.predictor, saved["predictor"], path)
+    return salt.to(device).eval(), Space(**saved["space"]).to(device), saved
+
+
+def pick_device(name):
+    """torch.device of 'auto', 'cpu', 'cuda' or 'cuda:1'. Raises InputError where there is no such GPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device is {name!r}; it takes auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu, or check the driver and the torch build")
+    return device
+
+
+def autocast_on(device, dtype):
+    """A function that makes a fresh autocast context: bf16 compute over fp32 weights, or plain fp32."""
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")

@@ -1,0 +1,206 @@
+"""Does a frozen student know whether a clip runs forwards or backwards?
+
+    python probe_time_arrow.py --checkpoint checkpoints/RUN/best.pth --data DIR --train_videos 2000 --val_videos 1000 --out X.json
+
+A linear probe on features of each clip and of its time reversal, beside the same probe on untrained encoders of the same shape
+and on raw pixels. Clips are cut from a random half of each video: where every video starts from the same pose, whole videos
+give the answer away. Memory holds features only, one batch of clips at a time.
+"""
+import dataclasses
+import json
+import os
+import re
+import resource
+import time
+import warnings
+from typing import Literal
+
+import config
+
+# ------------------------------------------------------------------------------------------------------------- settings
+checkpoint: str | None = None  # best.pth or last.pth of train.py
+after: str | None = None       # run_logs/X.log of a run: wait until it has ended, then probe its best checkpoint
+data: str | None = None        # data folder: videos and their lists
+train_split = "train"          # list that the probe is fitted on
+val_split = "validation"       # list that it is tested on
+splits_dir: str | None = None  # where to look for the lists if the data folder has none
+train_videos = 2000            # at most so many, drawn by the seed
+val_videos = 1000              # at most so many
+whole_videos = False           # clips from whole videos instead of a random half of each
+untrained_seeds = 3            # untrained encoders to compare with; 0: none
+pixels = True                  # whether to probe raw pixels, averaged down to 7x7 a frame
+strengths = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse L2 strengths of the logistic regression to choose from
+folds = 5                      # of the cross-validation that chooses, by video
+batch_size = 16                # videos a batch
+seed = 0                       # which videos, and which half of each
+threads = max(1, (os.cpu_count() or 1))  # decoding threads
+dtype: Literal["bf16", "fp32"] = "bf16"  # the encoder's compute
+device = "auto"                # auto, cpu, cuda or cuda:1
+checkpoints = "checkpoints"    # where --after looks for the run's checkpoints
+poll_seconds = 30.0            # how often --after looks
+out: str | None = None         # JSON file for the results
+# -----------------------------------------------------------------------------------------------------------------------
+settings = config.apply(globals())
+
+import numpy as np  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
+import torch  # noqa: E402
+from einops import rearrange, reduce  # noqa: E402
+from sklearn.exceptions import ConvergenceWarning  # noqa: E402
+from sklearn.linear_model import LogisticRegression  # noqa: E402
+from sklearn.model_selection import GridSearchCV, GroupKFold  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.preprocessing import StandardScaler  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import model  # noqa: E402
+import ops  # noqa: E402
+from cache import write_whole  # noqa: E402
+from config import InputError  # noqa: E402
+from data import VideoError, View, load_split, patchify, prefetch, random_half, read_clip, shuffled  # noqa: E402
+
+print(ops.extension_line(), flush=True)
+if not data or not (checkpoint or after):
+    raise InputError("give --data and either --checkpoint or --after; see --help")
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ---- --after: wait for the run's last line; a run whose process is gone without one has died
+if after:
+    run = os.path.basename(after).removesuffix(".log")
+    pid = re.search(r"_pid(\d+)$", run)
+    if not os.path.isfile(after) or not pid:
+        raise InputError(f"--after {after} is no log of train.py (run_logs/NAME_DATE_TIME_pidN.log)")
+    print(f"waiting for {run} to end", flush=True)
+    while True:
+        running = alive(int(pid[1]))  # asked before the log is read: a run that ends in between has written its last line
+        lines = open(after, encoding="utf-8").read().splitlines()
+        if lines and lines[-1] == "Process exiting.":
+            break
+        if not running:
+            raise InputError(f"the run {run} is gone (pid {pid[1]}) and its log has no last line: it was killed; continue it with train.py --resume auto")
+        time.sleep(poll_seconds)
+    ended = next((line.removeprefix("status: ") for line in reversed(lines) if line.startswith("status: ")), "unknown")
+    if ended != "finished":
+        raise InputError(f"the run {run} ended as {ended!r}, so it is not probed; see {after}")
+    checkpoint = os.path.join(checkpoints, run, "best.pth")
+
+device = model.pick_device(device)
+saved = model.load_checkpoint(checkpoint)
+view, shape = View.from_dict(saved["view"]), model.EncoderConfig(**saved["encoder_config"])
+student = model.student_of(saved, checkpoint)
+del saved
+
+# ---- which videos, and the encoders side by side, so that each video is decoded once
+encoders = {"student": student}
+for number in range(untrained_seeds):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000 + number)
+        encoders[f"untrained {number}"] = model.Encoder(shape)
+encoders = {name: encoder.to(device).eval() for name, encoder in encoders.items()}
+autocast = model.autocast_on(device, dtype)
+
+
+def clip_of(row):
+    if row.path is None:
+        return VideoError(f"the video of the id {row.id!r} is not in the data folder")
+    try:
+        return read_clip(row.path, view if whole_videos else dataclasses.replace(view, window=random_half(row.id, seed)), row.id)
+    except VideoError as error:
+        return error
+
+
+@torch.no_grad()
+def features_of(clips):
+    """clips uint8 [B, T, H, W, 3] -> {probe: float32 [B, ...]}: tokens averaged over space, time kept; pixels averaged to 7x7."""
+    t, h, w = shape.grid
+    found = {}
+    patches = torch.from_numpy(np.ascontiguousarray(patchify(clips, shape.patch, shape.tubelet))).to(device)
+    for name, encoder in encoders.items():
+        with autocast():
+            tokens = encoder.encode(patches)  # [B, N, D]
+        found[name] = reduce(tokens.float(), "b (t n) d -> b (t d)", "mean", t=t).cpu().numpy()
+    if pixels:
+        edges = [round(i * view.size / 7) for i in range(8)]
+        rows = np.add.reduceat(clips, edges[:-1], axis=2, dtype=np.float32)
+        cells = np.add.reduceat(rows, edges[:-1], axis=3)  # [B, T, 7, 7, 3]
+        area = np.outer(np.diff(edges), np.diff(edges))[..., None] * 255
+        found["pixels"] = rearrange(cells / area, "b t y x c -> b (t y x c)").astype(np.float32)
+    return found
+
+
+def collect(split, count):
+    """(features {probe: [2 V, F]}, failures) of up to `count` videos: row 2 v is video v forwards, row 2 v + 1 the same frames reversed."""
+    rows = load_split(data, split, splits_dir, print)
+    rows = [rows[i] for i in shuffled(len(rows), seed, 0)[:count]]
+    parts, failures, clips = [], [], []
+    for i, clip in enumerate(tqdm(prefetch(clip_of, rows, threads, 2 * batch_size), total=len(rows), desc=split, unit="video", dynamic_ncols=True)):
+        if isinstance(clip, VideoError):
+            failures.append(str(clip))
+        else:
+            clips += [clip, clip[::-1]]
+        if clips and (len(clips) == 2 * batch_size or i == len(rows) - 1):
+            parts.append(features_of(np.stack(clips)))
+            clips = []
+    if not parts:
+        raise InputError(f"no video of the split {split!r} could be decoded; the first: {failures[0] if failures else 'none'}")
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, failures
+
+
+train_features, train_failures = collect(train_split, train_videos)
+val_features, val_failures = collect(val_split, val_videos)
+for failure in train_failures + val_failures:
+    print(f"skipped: {failure}")
+train_count, val_count = (len(features["student"]) // 2 for features in (train_features, val_features))
+if train_count < folds:
+    raise InputError(f"{train_count} training videos do not make {folds} folds; give more --train_videos or fewer --folds")
+
+
+def probe(name):
+    """Fit on the training videos, strength by cross-validation with a video's two directions in one fold; per-video accuracy on the held-out ones."""
+    search = GridSearchCV(make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)), {"logisticregression__C": list(strengths)}, cv=GroupKFold(folds))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the weakest strengths need not converge to lose
+        search.fit(train_features[name], np.tile([1, 0], train_count), groups=np.repeat(np.arange(train_count), 2))
+    right = search.predict(val_features[name]) == np.tile([1, 0], val_count)
+    return right.reshape(val_count, 2).mean(1), float(search.best_params_["logisticregression__C"])
+
+
+def summary(correct, **other):
+    """correct float [V]: the share of a video's answers that were right."""
+    return {"accuracy": float(correct.mean()), "ci95": model.interval(lambda index: correct[index].mean(-1), len(correct)), **other}
+
+
+fitted = {name: probe(name) for name in tqdm(train_features, desc="fitting", unit="probe", dynamic_ncols=True)}
+result = summary(fitted["student"][0], C=fitted["student"][1])
+controls = [correct for name, (correct, _) in fitted.items() if name.startswith("untrained")]
+if controls:
+    result["untrained"] = summary(np.mean(controls, axis=0), seeds=[float(correct.mean()) for correct in controls])
+if pixels:
+    result["pixels"] = summary(fitted["pixels"][0], C=fitted["pixels"][1])
+result |= {"train_videos": train_count, "val_videos": val_count, "failures": train_failures + val_failures,
+           "window": "whole videos" if whole_videos else f"a random half of each video, seed {seed}", "config": settings | {"checkpoint": checkpoint}}
+
+print(f"time arrow, {train_count} training and {val_count} held-out videos, {result['window']}")
+print(f"{'features':22} {'accuracy':>9} {'95 % by video':>18}")
+for name, row in (("student", result), ("untrained, mean of " + str(len(controls)), result.get("untrained")), ("pixels 7x7", result.get("pixels"))):
+    if row:
+        print(f"{name:22} {row['accuracy']:9.3f} [{row['ci95'][0]:7.3f}, {row['ci95'][1]:7.3f}]")
+if controls:
+    difference = fitted["student"][0] - np.mean(controls, axis=0)
+    low, high = result["difference_ci95"] = model.interval(lambda index: difference[index].mean(-1), val_count)
+    verdict = "beats" if low > 0 else "is worse than" if high < 0 else "does not differ from"
+    print(f"student minus untrained {difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]: the student {verdict} an untrained encoder of its shape")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+gpu = f", GPU {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB" if device.type == "cuda" else ""
+print(f"peak memory {peak:.2f} GB{gpu}")
+if out:
+    write_whole(out, json.dumps(result, indent=1).encode())

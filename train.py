@@ -1,0 +1,374 @@
+"""Train a video encoder by SALT: predict a frozen teacher's cached latents at masked positions of a clip.
+
+    python train.py --data DIR --cache CACHE --val_cache CACHE --epochs 10 --lr 2e-4
+    python train.py --target pixels --masks ratio --data DIR        stage 1: an encoder that can be the teacher
+
+Checkpoints go to checkpoints/<run>/, the log to run_logs/<run>.log. Ctrl-C saves and leaves; --resume auto continues.
+"""
+import atexit
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from typing import Literal
+
+import config
+
+# ------------------------------------------------------------------------------------------------------------- settings
+# data
+cache: str | None = None       # latent cache of the training split, made by cache_latents.py
+val_cache: str | None = None   # cache of held-out videos under the same view and teacher: R2 is measured on it
+data: str | None = None        # data folder; needed where the cache holds no clips
+split = "train"                # list to train on where there is no cache
+splits_dir: str | None = None  # where to look for the list if the data folder has none
+teacher: str | None = None     # without cached latents: run this teacher (VideoMAE folder or .pth, or our checkpoint) on the fly
+target: Literal["latents", "pixels"] = "latents"  # what is predicted; pixels is stage 1
+frames = 16                    # clip of a run without a cache; with one, the cache decides
+resolution = 224               # pixels of the clip's side, likewise
+patch = 16                     # pixels of a patch's side, likewise
+# model
+size = "large"                 # student: tiny, small, base, large, huge or giant
+depth: int | None = None       # student blocks, where not those of its size
+predictor_depth = 12           # predictor blocks
+predictor_dim = 512            # predictor width
+predictor_heads = 8            # predictor attention heads
+masks: list[Literal["short", "long", "ratio"]] = ["short", "long"]  # mask families, all predicted in each step
+loss: Literal["mse", "l1", "smooth_l1"] = "mse"  # error of a prediction (pixels: mse)
+target_norm: Literal["none", "layer_norm", "standardise"] = "none"  # of latents; standardise is by position and channel
+vicreg_variance = 0.0          # weight of VICReg's variance penalty on the predictions; 0 is off
+vicreg_covariance = 0.0        # weight of its covariance penalty
+# optimisation
+batch_size = 24                # clips a step
+epochs = 10                    # passes over the training clips
+max_steps: int | None = None   # steps instead of epochs; sets the length of the schedules too
+lr = 2e-4                      # peak learning rate
+lr_end = 1e-5                  # at the end of the cosine
+warmup: int | None = None      # steps of linear warm-up [min(2000, 10 % of the steps)]
+betas = (0.9, 0.95)            # AdamW
+eps = 1e-8                     # AdamW
+weight_decay = 0.04            # at the start, on matrices only
+weight_decay_end = 0.4         # at the end of its cosine
+grad_clip = 0.02               # global norm; the log says in how many steps it bites. 0 is off
+# the run
+run_name = "salt"              # first part of <run>
+seed = 0                       # of weights, masks and order
+eval_seed = 1                  # of the masks in held-out evaluation
+eval_every: int | None = None  # steps between held-out evaluations [once an epoch]
+val_batches = 20               # batches an evaluation
+stats_clips = 256              # training clips that give R2's per-position mean where the cache has none
+save_every = 500               # steps between last.pth
+log_every = 20                 # steps between log lines
+resume: str | None = None      # auto (the newest last.pth of this run_name) or a last.pth
+checkpoints = "checkpoints"    # folder of checkpoints
+run_logs = "run_logs"          # folder of logs
+threads = max(1, (os.cpu_count() or 1))  # reading and decoding threads
+dtype: Literal["bf16", "fp32"] = "bf16"  # compute; weights and optimiser are always fp32
+device = "auto"                # auto, cpu, cuda or cuda:1
+deterministic = False          # on a GPU: the same bits every run, slower
+# -----------------------------------------------------------------------------------------------------------------------
+settings = config.apply(globals())
+
+import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
+from tqdm import tqdm  # noqa: E402
+
+import model  # noqa: E402
+import ops  # noqa: E402
+from cache import open_cache  # noqa: E402
+from config import InputError  # noqa: E402
+from data import IMAGENET_MEAN, IMAGENET_STD, View, batches, cache_reader, check_batch, load_split, shuffled, video_reader  # noqa: E402
+
+# ---- the log; its last line is always `Process exiting.`
+run = f"{run_name}_{time.strftime('%Y%m%d_%H%M%S')}_pid{os.getpid()}"
+if run_name != os.path.basename(run_name) or not run_name:
+    raise InputError(f"--run_name {run_name!r} must be a plain name")
+os.makedirs(run_logs, exist_ok=True)
+log_file = open(os.path.join(run_logs, f"{run}.log"), "w", buffering=1)
+status, losses, epoch_length = "failed", [], 1  # losses: of every step of the run, resumed ones included
+
+
+def log(line=""):
+    tqdm.write(line)
+    sys.stdout.flush()
+    log_file.write(line + "\n")
+
+
+def close_log():
+    if losses:
+        least = min(range(len(losses)), key=losses.__getitem__)
+        log(f"minimum loss {losses[least]:.6f} at step {least + 1} of {len(losses)}")
+        for start in range(0, len(losses), epoch_length):
+            part = losses[start:start + epoch_length]
+            log(f"epoch {start // epoch_length + 1}: average loss {math.fsum(part) / len(part):.6f} over {len(part)} steps")
+        log(f"average loss of the last {min(2000, len(losses))} steps: {math.fsum(losses[-2000:]) / min(2000, len(losses)):.6f}")
+    log(f"status: {status}")
+    log("Process exiting.")
+
+
+def log_error(kind, error, traceback):
+    log_file.write(f"error: {' '.join(str(error).split()) or kind.__name__}\n")
+    config.report_in_one_line(kind, error, traceback)
+
+
+sys.excepthook = log_error
+atexit.register(close_log)
+received = []  # a signal lets the step under way finish; a second one does not wait
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: (received.append(number), len(received) > 1 and sys.exit(128 + number)))
+log(f"run {run}: {' '.join(sys.argv)}")
+log(f"settings {json.dumps(settings)}")
+for line in config.from_environment:
+    log(line)
+log(ops.extension_line())
+device = model.pick_device(device)
+log(f"torch {torch.__version__} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}, {dtype}")
+torch.manual_seed(seed)
+torch.set_float32_matmul_precision("high")
+if deterministic:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+# ---- data: the clips come under the view of the cache, and under no other
+if split == "test":
+    raise InputError("--split test: the test split has no labels and is not for training; use train")
+source, on_the_fly = open_cache(cache) if cache else None, None
+if source and source.metadata["split"] == "test":
+    raise InputError(f"{cache} was made from the test split, which is not for training; use one of the train split")
+if source:
+    view, patch_size, tubelet = source.view, source.patch, source.tubelet
+    for name, theirs in (("frames", view.frames), ("resolution", view.size), ("patch", patch_size)):
+        if name in config.given and settings[name] != theirs:
+            raise InputError(f"--{name} is {settings[name]}, but the clips of {cache} have {name} {theirs}; leave the flag out, or make another cache")
+    read = cache_reader(source, load_split(data, source.metadata["split"], splits_dir, log) if data and not source.has_patches else None)
+    n = len(source)
+else:
+    if not data:
+        raise InputError("give --cache (made by cache_latents.py), or --data with --teacher or with --target pixels; see --help")
+    view, patch_size, tubelet = View(frames, resolution, resolution), patch, 2
+    rows = load_split(data, split, splits_dir, log)
+    read, n = video_reader(rows, view, patch_size, tubelet), len(rows)
+check_batch(n, batch_size)
+mean, std, latent_dim, teacher_sha = IMAGENET_MEAN, IMAGENET_STD, None, None
+if source and source.has_latents:
+    mean, std, latent_dim, teacher_sha = source.mean, source.std, source.latent_shape[1], source.teacher["sha256"]
+elif target == "latents":
+    if not teacher:
+        raise InputError("there are no cached latents to predict: give a --cache that has them, or --teacher, or train on pixels with --target pixels")
+    on_the_fly = model.load_teacher(teacher, device)
+    shape = on_the_fly.config
+    if (shape.frames, shape.size, shape.patch) != (view.frames, view.size, patch_size):
+        raise InputError(f"the teacher {teacher} takes {shape.frames} frames of {shape.size} pixels in patches of {shape.patch}, the clips have {view.frames}, {view.size} and {patch_size}; set --frames, --resolution and --patch")
+    mean, std, latent_dim, teacher_sha = shape.mean, shape.std, shape.dim, on_the_fly.sha256
+held_out = open_cache(val_cache) if val_cache else None
+if held_out:
+    difference = view.difference(held_out.view)
+    if difference or held_out.patch != patch_size:
+        raise InputError(f"--val_cache {val_cache} has another view than the training clips: {difference or f'patch is {patch_size} here and {held_out.patch} there'}")
+    if target == "latents" and (not held_out.has_latents or held_out.teacher["sha256"] != teacher_sha):
+        raise InputError(f"--val_cache {val_cache} holds latents of another teacher than the training cache, or none")
+    val_read = cache_reader(held_out, load_split(data, held_out.metadata["split"], splits_dir, log) if data and not held_out.has_patches else None)
+if target == "pixels" and (loss != "mse" or target_norm != "none"):
+    raise InputError("--target pixels is trained with the MSE on per-patch standardised pixels; leave --loss and --target_norm alone")
+
+# ---- model and optimiser
+shape = {} if depth is None else {"depth": depth}
+encoder_config = model.config_of_size(size, frames=view.frames, size=view.size, patch=patch_size, tubelet=tubelet, mean=mean, std=std, **shape)
+predictor_config = {"dim_in": encoder_config.dim, "dim_out": latent_dim or encoder_config.patch_dim, "tokens": encoder_config.tokens, "families": masks,
+                    "dim": predictor_dim, "depth": predictor_depth, "heads": predictor_heads}
+if target == "pixels":
+    predictor_config["dim_out"] = encoder_config.patch_dim
+grid = encoder_config.grid
+salt = model.build_salt(encoder_config, predictor_config).to(device)
+optimizer = torch.optim.AdamW(model.parameter_groups(salt, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+autocast = model.autocast_on(device, dtype)
+epoch_length = n // batch_size
+total_steps = max_steps or epochs * epoch_length
+warmup = min(2000, total_steps // 10) if warmup is None else warmup
+eval_every = eval_every or epoch_length
+count = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
+log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config.heads}, {count(salt.student):.1f} M parameters; predictor {count(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
+log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
+
+# ---- resume, under the same settings or not at all
+directory, step, history = os.path.join(checkpoints, run), 0, []  # history: held-out evaluations
+best = -math.inf if held_out else math.inf  # held-out R2, or without a val_cache an epoch's average loss
+changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "run_name", "checkpoints", "run_logs", "threads", "device", "log_every", "save_every"}
+saved = None
+if resume == "auto":
+    places = [os.path.join(checkpoints, name, "last.pth") for name in (os.listdir(checkpoints) if os.path.isdir(checkpoints) else []) if name.rsplit("_", 3)[0] == run_name]
+    places = sorted((place for place in places if os.path.isfile(place)), key=os.path.getmtime)
+    resume = places[-1] if places else None
+    log(f"resuming from {resume}" if resume else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
+if resume:
+    saved = model.load_checkpoint(resume)
+    if "optimizer" not in saved:
+        raise InputError(f"--resume {resume} holds no optimiser state; give a last.pth")
+    identity = source.identity if source else None
+    if saved["cache"] != identity:
+        differing = [name for name in (saved["cache"] or identity) if (saved["cache"] or {}).get(name) != (identity or {}).get(name)]
+        raise InputError(f"--resume {resume} was trained from another cache: {', '.join(differing)} differ")
+    if difference := view.difference(View.from_dict(saved["view"])):
+        raise InputError(f"--resume {resume} was trained under another view: {difference}")
+    for name, value in settings.items():
+        if name not in changeable and json.dumps(saved["settings"][name]) != json.dumps(value):
+            raise InputError(f"--resume {resume} was trained with --{name} {saved['settings'][name]}, not {value}; give the same, or start a new run")
+    model.load_weights(salt.student, saved["student"], resume)
+    model.load_weights(salt.predictor, saved["predictor"], resume)
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if device.type == "cuda" and saved["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
+    step, losses, history, best = saved["step"], saved["losses"].tolist(), saved["history"], saved["best"]
+    log(f"resumed {resume} at step {step}")
+
+# ---- the space of the targets, and the per-position mean that R2 is measured from
+if saved:
+    space, stats = model.Space(**saved["space"]), saved["stats"]
+else:
+    stats = {name: torch.as_tensor(value) for name, value in source.stats.items()} if source and source.has_latents and target == "latents" else None
+    rstd = lambda: 1 / (stats["variance"] + 1e-6).sqrt()
+    space = model.Space(target, target_norm, None, None, torch.zeros(()))
+    if stats and target_norm == "standardise":
+        space = model.Space(target, target_norm, stats["mean"], rstd(), torch.zeros_like(stats["mean"]))
+    elif stats and target_norm == "none":
+        space.zero = stats["mean"]
+    else:
+        picked = [i * n // min(stats_clips, n) for i in range(min(stats_clips, n))]
+        log(f"R2's per-position mean: from {len(picked)} training clips")
+        raw = model.Space(target, "none" if target_norm == "standardise" else target_norm, None, None, space.zero)
+        total = squares = 0
+        for _, patches, latents in tqdm(batches(read, picked, min(batch_size, len(picked)), threads, drop_last=False, failed=lambda i, error: None), desc="statistics", unit="batch", dynamic_ncols=True, leave=False):
+            patches = patches.to(device)
+            with torch.no_grad(), autocast():
+                latents = on_the_fly.encode(patches).float() if on_the_fly else latents
+            y = raw.all_targets(patches, None if latents is None else latents.to(device)).double()
+            total, squares = total + y.sum(0).cpu(), squares + y.square().sum(0).cpu()
+        average = total / len(picked)
+        found = {"mean": average.float(), "variance": (squares / len(picked) - average.square()).clamp(min=0).float(), "count": torch.tensor(len(picked))}
+        if target_norm == "standardise":
+            stats = found
+            space = model.Space(target, target_norm, stats["mean"], rstd(), torch.zeros_like(stats["mean"]))
+        else:
+            stats, space.zero = stats or found, found["mean"]
+space = space.to(device)
+
+
+def save(name):
+    content = {"student": salt.student.state_dict(), "predictor": salt.predictor.state_dict(), "encoder_config": model.plain(encoder_config),
+               "predictor_config": predictor_config, "settings": settings, "step": step, "epoch": step / epoch_length, "losses": torch.tensor(losses, dtype=torch.float64),
+               "history": history, "best": best, "view": view.to_dict(), "stats": stats, "space": model.plain(space.to("cpu")), "cache": source.identity if source else None,
+               "teacher": teacher_sha}
+    if name == "last.pth":
+        content |= {"optimizer": optimizer.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}}
+    model.save_checkpoint(os.path.join(directory, name), content)
+
+
+# ---- train
+os.makedirs(directory, exist_ok=True)
+metrics = open(os.path.join(directory, "metrics.jsonl"), "w", buffering=1)
+if saved:
+    before = os.path.dirname(os.path.abspath(resume))
+    if os.path.isfile(os.path.join(before, "best.pth")):
+        shutil.copyfile(os.path.join(before, "best.pth"), os.path.join(directory, "best.pth"))
+    if os.path.isfile(os.path.join(before, "metrics.jsonl")):
+        metrics.writelines(line for line in open(os.path.join(before, "metrics.jsonl")) if json.loads(line)["step"] <= step)
+failed_ids = set()
+
+
+def failed(i, error):
+    if i not in failed_ids:
+        failed_ids.add(i)
+        log(f"skipped, {len(failed_ids)} so far: {error}")
+        with open(os.path.join(directory, "failures.jsonl"), "a") as file:
+            file.write(json.dumps({"record": i, "reason": str(error)}) + "\n")
+
+
+def order():
+    for epoch in itertools.count(step // epoch_length):
+        start = step % epoch_length if epoch == step // epoch_length else 0
+        yield from shuffled(n, seed, epoch)[start * batch_size:epoch_length * batch_size]
+
+
+def held_out_r2():
+    kept = range(min(len(held_out), val_batches * batch_size))
+    rows = model.join_errors([model.clip_errors(salt, space, batch.to(device), masks, eval_seed, autocast)
+                              for batch in batches(val_read, kept, batch_size, threads, drop_last=False, failed=failed)])
+    entry = {"step": step, "val_r2": float(model.r2(rows.values())), "val_mse": float(sum(row["squared"].mean() for row in rows.values()) / len(rows)),
+             "val_r2_background": float(model.r2(rows.values(), "background"))}
+    log(f"step {step} held-out R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 {entry['val_r2_background']:.4f})")
+    metrics.write(json.dumps(entry) + "\n")
+    history.append(entry)
+
+
+cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
+pending, clock, waited, logged_step = [], time.perf_counter(), 0.0, step  # pending: [loss, squared, spread, gradient norm] since the last line
+if held_out and not history:
+    held_out_r2()
+stream = batches(read, itertools.islice(order(), (total_steps - step) * batch_size), batch_size, threads, failed=failed)
+while step < total_steps and not received:
+    tick = time.perf_counter()
+    batch = next(stream).to(device)
+    waited += time.perf_counter() - tick
+    rate = lr * (step + 1) / warmup if step < warmup else cosine(lr, lr_end, (step - warmup) / max(1, total_steps - warmup))
+    decay = cosine(weight_decay, weight_decay_end, step / total_steps)
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = rate, decay * group["decays"]
+    drawn = {family: model.sample_masks(batch.ids, step // epoch_length, seed, family, grid) for family in masks}
+    latents = batch.latents
+    with autocast():
+        if on_the_fly:
+            with torch.no_grad():
+                latents = on_the_fly.encode(batch.patches)
+        predictions = salt(batch.patches, drawn)
+    error, squared, spread = model.salt_loss(predictions, batch.patches, latents, drawn, space, loss)
+    objective = error
+    if vicreg_variance or vicreg_covariance:
+        penalties = [model.vicreg(prediction) for prediction in predictions.values()]
+        objective = error + sum(vicreg_variance * v + vicreg_covariance * c for v, c in penalties) / len(penalties)
+    objective.backward()
+    norm = torch.nn.utils.clip_grad_norm_(salt.parameters(), grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    pending.append(torch.stack([error.detach().float(), squared, spread, norm]))
+    step += 1
+
+    ended, epoch_ended = step == total_steps or bool(received), step % epoch_length == 0
+    saving, evaluating = ended or step % save_every == 0, held_out and (step == total_steps or step % eval_every == 0)
+    if step % log_every == 0 or epoch_ended or saving or evaluating:
+        values = torch.stack(pending).double().cpu()  # [steps, 4]
+        pending = []
+        losses += values[:, 0].tolist()
+        if not values.isfinite().all():
+            raise InputError(f"the loss or its gradient was not finite between steps {logged_step + 1} and {step} (loss {values[:, 0].tolist()}); lower --lr, or try --dtype fp32")
+        seconds = time.perf_counter() - clock
+        speed, left = (step - logged_step) / seconds, (total_steps - step) * seconds / (step - logged_step)
+        entry = {"step": step, "epoch": step / epoch_length, "loss": values[:, 0].mean().item(), "r2": 1 - (values[:, 1].sum() / values[:, 2].sum()).item(), "lr": rate,
+                 "weight_decay": decay, "grad_norm": values[:, 3].mean().item(), "clipped": (values[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0,
+                 "clips_per_s": speed * batch_size, "data_wait": waited / seconds}
+        metrics.write(json.dumps(entry) + "\n")
+        log(f"step {step}/{total_steps} epoch {entry['epoch']:.2f} loss {entry['loss']:.5f} R2 {entry['r2']:.4f} lr {rate:.2e} wd {decay:.3f} grad {entry['grad_norm']:.3g} "
+            f"clipped {entry['clipped']:.0%} {entry['clips_per_s']:.2f} clips/s waiting {entry['data_wait']:.0%} left {int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d}")
+        clock, waited, logged_step = time.perf_counter(), 0.0, step
+    if evaluating:
+        held_out_r2()
+        if history[-1]["val_r2"] > best:
+            best = history[-1]["val_r2"]
+            save("best.pth")
+        clock = time.perf_counter()
+    if not held_out and (epoch_ended or step == total_steps):
+        average = math.fsum(losses[-min(epoch_length, len(losses)):]) / min(epoch_length, len(losses))
+        if average < best:
+            best = average
+            save("best.pth")
+    if ended and not os.path.isfile(os.path.join(directory, "best.pth")):  # both exist whenever a run has ended
+        save("best.pth")
+    if saving:
+        save("last.pth")
+stream.close()
+status = "stopped" if received else "finished"
+log(f"checkpoints in {directory}")
+if received:
+    sys.exit(128 + received[0])
