@@ -78,7 +78,11 @@ class Cache:
         self.metadata = read_metadata(self.folder)
         m = self.metadata
         try:
-            self.view, self.patch, self.tubelet = View.from_dict(m["view"]), m["patch"], m["tubelet"]
+            try:
+                self.view = View.from_dict(m["view"])
+            except InputError as error:
+                raise InputError(f"{self.folder / 'metadata.json'} is damaged ({error}); make the cache again") from None
+            self.patch, self.tubelet = m["patch"], m["tubelet"]
             self.teacher, self.latent_shape, self.patch_shape = m["teacher"], m["latent_shape"], m["patch_shape"]
             self.mean, self.std = (self.teacher["mean"], self.teacher["std"]) if self.teacher else (IMAGENET_MEAN, IMAGENET_STD)
             self.first_rows = np.cumsum([0] + [shard["rows"] for shard in m["shards"]])

@@ -125,7 +125,6 @@ for line in config.from_environment:
 log(ops.extension_line())
 device = model.pick_device(device)
 log(f"torch {torch.__version__} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}, {dtype}")
-torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")
 if deterministic:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -150,7 +149,6 @@ else:
     view, patch_size, tubelet = View(frames, resolution, resolution), patch, 2
     rows = load_split(data, split, splits_dir, log)
     read, n = video_reader(rows, view, patch_size, tubelet), len(rows)
-check_batch(n, batch_size)
 mean, std, latent_dim, teacher_sha = IMAGENET_MEAN, IMAGENET_STD, None, None
 if source and source.has_latents:
     mean, std, latent_dim, teacher_sha = source.mean, source.std, source.latent_shape[1], source.teacher["sha256"]
@@ -172,6 +170,7 @@ if held_out:
     val_read = cache_reader(held_out, load_split(data, held_out.metadata["split"], splits_dir, log) if data and not held_out.has_patches else None)
 if target == "pixels" and (loss != "mse" or target_norm != "none"):
     raise InputError("--target pixels is trained with the MSE on per-patch standardised pixels; leave --loss and --target_norm alone")
+check_batch(n, batch_size)
 
 # ---- model and optimiser
 shape = {} if depth is None else {"depth": depth}
@@ -181,6 +180,7 @@ predictor_config = {"dim_in": encoder_config.dim, "dim_out": latent_dim or encod
 if target == "pixels":
     predictor_config["dim_out"] = encoder_config.patch_dim
 grid = encoder_config.grid
+torch.manual_seed(seed)  # here, so that nothing before it shows in the initial weights
 salt = model.build_salt(encoder_config, predictor_config).to(device)
 optimizer = torch.optim.AdamW(model.parameter_groups(salt, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 autocast = model.autocast_on(device, dtype)

@@ -1,0 +1,95 @@
+"""Settings from file, environment and command line."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+from config import InputError
+
+SCRIPT = '''"""A script."""
+from typing import Literal
+import config
+epochs = 10                     # passes over the data
+lr = 2e-4                       # peak learning rate
+weight_decay_end = 0.4          # at the end
+name = "none at all"            # a name
+cache: str | None = None        # a folder
+steps: int | None = None        # steps
+verbose = False                 # talk
+shuffle = True                  # mix
+kind: Literal["mse", "l1"] = "mse"  # loss
+betas = (0.9, 0.95)             # AdamW
+paths: list[str] = []           # files
+settings = config.apply(globals())
+later = 3                       # not a setting
+print(settings)
+'''
+
+
+def apply(tmp_path, *argv, **environ):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    scope = {"__file__": str(tmp_path / "script.py"), "__annotations__": {}}
+    exec(compile(SCRIPT.replace("config.apply(globals())", "None").replace("print(settings)", ""), "script.py", "exec"), scope)
+    hook = sys.excepthook
+    try:
+        settings = config.apply(scope, list(argv), environ)
+    finally:
+        sys.excepthook = hook
+    assert all(scope[name] == value for name, value in settings.items()) and "later" not in settings
+    return settings
+
+
+@pytest.mark.parametrize("argv, name, value", [
+    (["--epochs", "3"], "epochs", 3), (["--epochs=3"], "epochs", 3), (["--lr", "1e-3"], "lr", 1e-3), (["--weight-decay-end=0.2"], "weight_decay_end", 0.2),
+    (["--weight_decay_end", "0.2"], "weight_decay_end", 0.2), (["--verbose"], "verbose", True), (["--no_shuffle"], "shuffle", False), (["--no-shuffle"], "shuffle", False),
+    (["--shuffle", "false"], "shuffle", False), (["--verbose=true"], "verbose", True), (["--cache", "a-b"], "cache", "a-b"), (["--cache=none"], "cache", None),
+    (["--steps", "7"], "steps", 7), (["--steps", "none"], "steps", None), (["--name", "none"], "name", "none"), (["--kind", "l1"], "kind", "l1"),
+    (["--betas", "0.8,0.9"], "betas", (0.8, 0.9)), (["--paths", "a", "b"], "paths", ["a", "b"]), (["--paths=a,b"], "paths", ["a", "b"]), (["--lr", "-1"], "lr", -1.0)])
+def test_flags(tmp_path, argv, name, value):
+    settings = apply(tmp_path, *argv)
+    assert settings[name] == value and type(settings[name]) is type(value)
+    assert {key for key in settings if settings[key] != apply(tmp_path)[key]} <= {name}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs"), (["--zzz"], "unknown flag --zzz; see --help"), (["--epochs", "3.5"], "--epochs is '3.5'; it takes a whole number"),
+    (["--lr", "fast"], "takes a number"), (["--kind", "mes"], "it takes mse, l1; did you mean mse"), (["--verbose=maybe"], "true or false"), (["3"], "unexpected argument '3'"),
+    (["--epochs"], "expected one argument"), (["--epochs", "none"], "whole number")])
+def test_bad_flags_are_one_line(tmp_path, argv, message):
+    with pytest.raises(InputError, match=message):
+        apply(tmp_path, *argv)
+
+
+def test_command_line_over_environment_over_file(tmp_path, capsys):
+    settings = apply(tmp_path, "--epochs", "5", EPOCHS="6", LR="1e-2", WEIGHT_DECAY_END="0.3", NAME="", VERBOSE="1")
+    assert (settings["epochs"], settings["lr"], settings["weight_decay_end"], settings["name"], settings["verbose"]) == (5, 1e-2, 0.3, "none at all", True)
+    printed = capsys.readouterr().out
+    assert "lr = 0.01 (from LR in the environment)" in printed and "EPOCHS" not in printed
+    with pytest.raises(InputError, match="LR in the environment is 'x'"):
+        apply(tmp_path, LR="x")
+
+
+def run(path, *argv):
+    return subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(config.__file__).parent)})
+
+
+def test_a_script_from_the_shell(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    shown = run(tmp_path / "script.py", "--help")
+    assert shown.returncode == 0
+    for text in ("--epochs int", "passes over the data [10]", "--kind mse|l1", "loss [mse]", "--betas float,...", "AdamW [0.9,0.95]", "--cache str|none"):
+        assert text in shown.stdout
+    wrong = run(tmp_path / "script.py", "--epoks", "3")
+    assert wrong.returncode == 1 and wrong.stderr == "script.py: error: unknown flag --epoks; did you mean --epochs?\n"
+
+
+@pytest.mark.parametrize("stage", ["train", "cache_latents", "eval_distill", "probe_time_arrow", "demo/make_videos", "demo/run"])
+def test_help_of_every_stage_has_a_comment_a_setting(stage):
+    path = Path(config.__file__).parent / f"{stage}.py"
+    comments = config.read_settings(path)
+    assert comments and all(comments.values()), [name for name, comment in comments.items() if not comment]
+    shown = run(path, "--help")
+    assert shown.returncode == 0 and all(f"--{name} " in shown.stdout for name in comments)

@@ -1,0 +1,313 @@
+"""Encoders against `transformers`, loading and saving, the loss and R2 against plain formulas."""
+import argparse
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model
+import ops
+from config import InputError
+from model import EncoderConfig
+
+transformers = pytest.importorskip("transformers")
+transformers.utils.logging.set_verbosity_error()
+TINY = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=32, num_frames=4, decoder_hidden_size=24,
+            decoder_num_attention_heads=2, decoder_num_hidden_layers=1, decoder_intermediate_size=48)
+
+
+def clips_for(config, count=2):
+    return torch.randint(0, 256, (count, config.frames, config.size, config.size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def pixel_values(clips, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD):
+    return ((clips.float() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 1, 4, 2, 3)
+
+
+def shake(network):
+    """Random values in every parameter, biases and norms too: zeros and ones would hide mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return network.eval()
+
+
+@pytest.mark.parametrize("changes", [
+    {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "image_size": 224, "num_frames": 16, "use_mean_pooling": False},
+    {"qkv_bias": False, "use_mean_pooling": False},
+    {"hidden_size": 80, "num_hidden_layers": 3, "num_attention_heads": 5, "intermediate_size": 200, "num_frames": 6, "image_size": 48, "patch_size": 8},
+], ids=["base", "no qkv bias", "odd shape, no final norm"])
+def test_load_teacher_matches_transformers(tmp_path, changes):
+    theirs = shake(transformers.VideoMAEModel(transformers.VideoMAEConfig(**{**TINY, **changes})))
+    theirs.save_pretrained(tmp_path)
+    ours = model.load_teacher(tmp_path)
+    assert not any(parameter.requires_grad for parameter in ours.parameters()) and not ours.training
+    assert ours.config.qkv_bias == theirs.config.qv_bias and ours.config.eps == 1e-12
+    clips = clips_for(ours.config, 1)
+    with torch.no_grad():
+        expected = theirs(pixel_values(clips)).last_hidden_state
+        torch.testing.assert_close(ours.encode(clips), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["VideoMAEForPreTraining", "VideoMAEForVideoClassification"])
+@pytest.mark.parametrize("mean_pooling", [True, False])
+def test_pretraining_and_fine_tuned_folders(tmp_path, kind, mean_pooling):
+    theirs = shake(getattr(transformers, kind)(transformers.VideoMAEConfig(**TINY, use_mean_pooling=mean_pooling)))
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}))
+    ours = model.load_teacher(tmp_path)
+    clips = clips_for(ours.config)
+    with torch.no_grad():
+        expected = theirs.videomae(pixel_values(clips, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))).last_hidden_state
+        torch.testing.assert_close(ours.encode(clips), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_older_folders_hold_bin_files_and_biases_under_query(tmp_path):
+    theirs = shake(transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY, use_mean_pooling=False)))
+    theirs.save_pretrained(tmp_path)
+    os.remove(tmp_path / "model.safetensors")
+    torch.save({f"videomae.{name}": value for name, value in theirs.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    assert any(name.endswith("query.bias") for name in theirs.state_dict())
+    ours = model.load_teacher(tmp_path)
+    clips = clips_for(ours.config)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(clips), theirs(pixel_values(clips)).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def as_original(encoder):
+    """An encoder's weights under the names of the original VideoMAE code."""
+    c, out = encoder.config, {}
+    for name, value in encoder.state_dict().items():
+        if name.startswith("patch_embed"):
+            out[name.replace("patch_embed", "patch_embed.proj")] = value.view(c.dim, 3, c.tubelet, c.patch, c.patch) if name.endswith("weight") else value
+        else:
+            out[name.replace(".fc1.", ".mlp.fc1.").replace(".fc2.", ".mlp.fc2.")] = value
+    return out
+
+
+@pytest.mark.parametrize("layout", ["bare", "encoder", "model", "module"])
+def test_original_videomae_files(tmp_path, layout):
+    mine = shake(model.Encoder(EncoderConfig(dim=128, depth=2, heads=2, mlp_dim=256, frames=4, size=32)))
+    weights = as_original(mine)
+    arguments = argparse.Namespace(num_frames=4, input_size=32, model="pretrain_videomae_odd")
+    saved = {"bare": {**weights, "args": arguments},
+             "encoder": {"model": {**{f"encoder.{name}": value for name, value in weights.items()}, "decoder.norm.weight": torch.ones(3), "mask_token": torch.zeros(1)}, "args": arguments, "epoch": 3},
+             "model": {"model": {**weights, "head.weight": torch.zeros(5, 128)}, "args": arguments}, "module": {"module": weights, "args": arguments}}[layout]
+    torch.save(saved, tmp_path / "videomae.pth")
+    ours = model.load_teacher(tmp_path / "videomae.pth")
+    assert ours.config == mine.config
+    clips = clips_for(mine.config)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(clips), mine.encode(clips))
+
+
+def test_fine_tuned_original_files_have_no_final_norm(tmp_path):
+    mine = shake(model.Encoder(EncoderConfig(dim=64, depth=1, heads=1, mlp_dim=128, final_norm=False, qkv_bias=False)))
+    torch.save({"module": {**as_original(mine), "fc_norm.weight": torch.ones(64)}}, tmp_path / "x.pth")
+    assert model.load_teacher(tmp_path / "x.pth").config == mine.config  # 16 frames of 224 where no arguments are stored
+
+
+def test_heads_of_original_files_come_from_the_named_sizes(tmp_path, monkeypatch):
+    """Huge and giant have 16 heads, not width / 64; a small stand-in for them, since the real ones are gigabytes."""
+    monkeypatch.setitem(model.SIZES, "stand-in", (128, 1, 8, 16, 512))
+    mine = shake(model.Encoder(EncoderConfig(dim=128, depth=1, heads=8, mlp_dim=512)))
+    torch.save(as_original(mine), tmp_path / "x.pth")
+    assert model.load_teacher(tmp_path / "x.pth").config.heads == 8
+    assert [model.SIZES[name][2] for name in ("huge", "giant")] == [16, 16]
+
+
+def test_a_student_exports_to_transformers(tmp_path):
+    for final_norm in (True, False):
+        mine = shake(model.Encoder(EncoderConfig(dim=48, depth=2, heads=4, mlp_dim=96, frames=4, size=32, final_norm=final_norm)))
+        model.export_transformers(mine, tmp_path / str(final_norm))
+        theirs = transformers.VideoMAEModel.from_pretrained(tmp_path / str(final_norm)).eval()
+        clips = clips_for(mine.config)
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(pixel_values(clips)).last_hidden_state, mine.encode(clips), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model.load_teacher(tmp_path / str(final_norm)).encode(clips), mine.encode(clips))
+
+
+def test_bad_teachers_are_one_clear_error(tmp_path):
+    theirs = transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY))
+    theirs.save_pretrained(tmp_path / "good")
+    config = json.loads((tmp_path / "good" / "config.json").read_text())
+    for name, change in (("vit", {"model_type": "vit"}), ("deep", {"num_hidden_layers": 5}), ("wide", {"intermediate_size": 128}), ("relu", {"hidden_act": "relu"})):
+        theirs.save_pretrained(tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
+    (tmp_path / "empty").mkdir()
+    theirs.save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "noise.pth").write_bytes(b"\x80\x04nonsense")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"model": {"fc.weight": torch.zeros(2)}}, tmp_path / "resnet.pth")
+    for name, message in (("vit", "model type 'vit'"), ("deep", "lacks the weight"), ("wide", "shape"), ("relu", "hidden_act"), ("empty", "no config.json"), ("cut", "damaged"),
+                          ("noise.pth", "noise.pth"), ("list.pth", "holds list"), ("resnet.pth", "patch_embed"), ("nowhere", "no teacher")):
+        with pytest.raises(InputError, match=message) as caught:
+            model.load_teacher(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch bomb_went_off",))
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"salt_vla": 1, "student": Bomb()}, "bad.pth")
+    for load in (model.load_teacher, model.load_encoder):
+        with pytest.raises(InputError, match="could run code"):
+            load("bad.pth")
+    assert not os.path.exists("bomb_went_off")
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
+    model.save_checkpoint(tmp_path / "x.pth", {"student": {"w": torch.arange(10000.0)}})
+    content = bytearray((tmp_path / "x.pth").read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        model.load_checkpoint(tmp_path / "x.pth")
+
+
+# --------------------------------------------------------------------------------------------------------- the modules
+
+@pytest.mark.parametrize("name, dim, depth, heads, millions", [("tiny", 192, 12, 3, 5.6), ("small", 384, 12, 6, 21.9), ("base", 768, 12, 12, 86.2), ("large", 1024, 24, 16, 303.9),
+                                                               ("huge", 1280, 32, 16, 631.7), ("giant", 1408, 40, 16, 1012.2)])
+def test_sizes(name, dim, depth, heads, millions):
+    with torch.device("meta"):
+        config = model.config_of_size(name)
+        encoder = torch.nn.ModuleList([model.Block(config.dim, config.heads, config.mlp_dim)] * 1)
+    block = sum(parameter.numel() for parameter in encoder.parameters())
+    total = config.depth * block + (config.patch_dim + 1) * config.dim + 2 * config.dim
+    assert (config.dim, config.depth, config.heads) == (dim, depth, heads)
+    assert total / 1e6 == pytest.approx(millions, abs=0.6)
+
+
+def test_only_the_tokens_given_are_seen():
+    """Encoding a subset is encoding a clip of those tokens: other patches change nothing, order follows the index."""
+    encoder = shake(model.Encoder(EncoderConfig(dim=48, depth=2, heads=4, mlp_dim=96, frames=4, size=32)))
+    patches = torch.randn(2, 8, 1536)
+    index = torch.tensor([[1, 4, 6], [0, 2, 7]])
+    picked = ops.masked_gather(patches, index)
+    out = encoder(picked, index)
+    torch.testing.assert_close(encoder(picked.flip(1), index.flip(1)), out.flip(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder(patches), encoder(patches, torch.arange(8).expand(2, 8)))
+
+
+def test_encode_refuses_other_clips():
+    encoder = model.Encoder(EncoderConfig(dim=48, depth=1, heads=4, mlp_dim=96, frames=4, size=32))
+    for clips in (torch.zeros(1, 4, 32, 48, 3, dtype=torch.uint8), torch.zeros(1, 4, 32, 32, 3), torch.zeros(1, 9, 1536, dtype=torch.uint8)):
+        with pytest.raises(InputError, match="this encoder takes uint8"):
+            encoder.encode(clips)
+    clips = clips_for(encoder.config)
+    torch.testing.assert_close(encoder.encode(clips), encoder.encode(data.patchify(clips)))
+
+
+def make_salt(target_dim=20, families=("short", "long")):
+    torch.manual_seed(0)
+    config = EncoderConfig(dim=48, depth=1, heads=4, mlp_dim=96, frames=8, size=96)
+    return shake(model.build_salt(config, {"dim_in": 48, "dim_out": target_dim, "tokens": config.tokens, "families": list(families), "dim": 32, "depth": 1, "heads": 4}))
+
+
+@pytest.mark.parametrize("target, normalise, kind", [("latents", "none", "mse"), ("latents", "layer_norm", "smooth_l1"), ("latents", "standardise", "l1"), ("pixels", "none", "mse")])
+def test_loss_and_r2_match_their_formulas(target, normalise, kind):
+    salt = make_salt(1536 if target == "pixels" else 20)
+    patches, latents = torch.randint(0, 256, (3, 144, 1536), dtype=torch.uint8), torch.randn(3, 144, 20).half()
+    mean, rstd = torch.randn(144, 20), torch.rand(144, 20) + 0.5
+    space = model.Space(target, normalise, mean, rstd, torch.randn(144, 1536 if target == "pixels" else 20) * 0.1)
+    masks = {family: ops.sample_masks(torch.arange(3), 0, 0, family, (4, 6, 6)) for family in ("short", "long")}
+    predictions = salt(patches, masks)
+    loss, squared, spread = model.salt_loss(predictions, patches, latents, masks, space, kind)
+
+    if target == "pixels":
+        x = patches.double() / 255
+        y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    elif normalise == "layer_norm":
+        y = latents.double()
+        y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    else:
+        y = (latents.double() - mean) * rstd if normalise == "standardise" else latents.double()
+    errors, squares, spreads = [], [], []
+    for family, drawn in masks.items():
+        wanted = torch.stack([y[b, drawn.target[b]] for b in range(3)])
+        difference = predictions[family].double() - wanted
+        error = {"mse": difference ** 2, "l1": difference.abs(), "smooth_l1": torch.where(difference.abs() < 1, difference ** 2 / 2, difference.abs() - 0.5)}[kind]
+        errors.append(error.mean()), squares.append((difference ** 2).mean())
+        spreads.append((wanted - torch.stack([space.zero[drawn.target[b]] for b in range(3)])).pow(2).mean())
+    for got, parts in ((loss, errors), (squared, squares), (spread, spreads)):
+        torch.testing.assert_close(got.double(), sum(parts) / 2, rtol=1e-4, atol=1e-6, check_dtype=False)
+
+    batch = data.Batch(torch.arange(3), patches, latents)
+    found = model.clip_errors(salt, space, batch, ["short", "long"], 0, model.autocast_on(torch.device("cpu"), "fp32"))
+    expected = 1 - sum(squares) / sum(spreads)
+    assert model.r2(found.values()) == pytest.approx(expected.item(), rel=1e-4)
+    drawn = masks["short"]
+    background = torch.stack([y[b, drawn.context[b]].mean(0, keepdim=True) - y[b, drawn.target[b]] for b in range(3)]).pow(2).mean((1, 2))
+    np.testing.assert_allclose(found["short"]["background"], background.numpy(), rtol=1e-4)
+
+
+def test_r2_is_zero_for_the_mean_and_one_for_truth():
+    rows = {"squared": np.array([1.0, 3.0]), "spread": np.array([1.0, 3.0])}
+    assert model.r2([rows]) == 0 and model.r2([{**rows, "squared": np.zeros(2)}]) == 1
+    low, high = model.interval(lambda index: model.r2([{"squared": np.linspace(0, 1, 50), "spread": np.ones(50)}], clips=index), 50)
+    assert low < 0.5 < high and high - low < 0.25
+
+
+def test_gradients_reach_every_parameter():
+    salt = make_salt()
+    masks = {family: ops.sample_masks(torch.arange(2), 0, 0, family, (4, 6, 6)) for family in ("short", "long")}
+    predictions = salt(torch.randint(0, 256, (2, 144, 1536), dtype=torch.uint8), masks)
+    loss, _, _ = model.salt_loss(predictions, None, torch.randn(2, 144, 20), masks, model.Space("latents", "none", None, None, torch.zeros(144, 20)))
+    loss.backward()
+    still = [name for name, parameter in salt.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0]
+    assert still == []
+
+
+def test_weight_decay_falls_on_matrices_alone():
+    salt = make_salt()
+    decayed, plain = model.parameter_groups(salt, 0.1)
+    names = {id(parameter): name for name, parameter in salt.named_parameters()}
+    assert all(parameter.dim() == 2 for parameter in decayed["params"]) and plain["weight_decay"] == 0
+    assert {names[id(parameter)] for parameter in plain["params"] if parameter.dim() > 1} == {"predictor.mask_tokens"}
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_vicreg_penalties():
+    torch.manual_seed(0)
+    spread = torch.randn(40, 100, 6)
+    variance, covariance = model.vicreg(spread * 2)
+    assert variance == 0 and covariance < 0.05
+    variance, covariance = model.vicreg(spread[..., :1].expand(40, 100, 6) * 3)
+    assert variance == 0 and covariance == pytest.approx(81 * 5, rel=0.1)
+    assert model.vicreg(torch.ones(4, 5, 6))[0] == pytest.approx(0.99, abs=0.001)
+
+
+def test_checkpoints_come_back(tmp_path):
+    salt = make_salt()
+    config = salt.student.config
+    space = model.Space("latents", "none", None, None, torch.randn(144, 20))
+    predictor_config = {"dim_in": 48, "dim_out": 20, "tokens": 144, "families": ["short", "long"], "dim": 32, "depth": 1, "heads": 4}
+    model.save_checkpoint(tmp_path / "best.pth", {"student": salt.student.state_dict(), "predictor": salt.predictor.state_dict(), "encoder_config": model.plain(config),
+                                                  "predictor_config": predictor_config, "space": model.plain(space)})
+    loaded, found, _ = model.load_salt(tmp_path / "best.pth")
+    for name, value in salt.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert torch.equal(found.zero, space.zero) and os.listdir(tmp_path) == ["best.pth"]
+    encoder, teacher = model.load_encoder(tmp_path / "best.pth"), model.load_teacher(tmp_path / "best.pth")
+    clips = clips_for(config)
+    with torch.no_grad():
+        assert torch.equal(encoder.encode(clips), salt.student.encode(clips)) and torch.equal(teacher.encode(clips), encoder.encode(clips))
+
+
+def test_devices_that_are_not_there():
+    assert model.pick_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="it takes auto"):
+        model.pick_device("gpu")
+    with pytest.raises(InputError, match="sees"):
+        model.pick_device("cuda:99")

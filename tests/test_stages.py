@@ -1,0 +1,285 @@
+"""The scripts as a user runs them: every stage on real encoded video, resuming, and wrong inputs."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cache
+import model
+from tests.test_data import write_video
+
+ROOT = Path(model.__file__).resolve().parent
+VIEW = ["--frames", "4", "--resolution", "48"]
+SMALL = ["--size", "tiny", "--depth", "1", "--predictor_dim", "32", "--predictor_depth", "1", "--predictor_heads", "2", "--batch_size", "4", "--log_every", "2", "--dtype", "fp32"]
+
+
+def run(folder, script, *flags, code=0, **environ):
+    """Run a stage in `folder`; on a wrong exit code show what it printed."""
+    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "2", **environ})
+    assert done.returncode == code, f"{script} {flags} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def error_of(folder, script, *flags, **environ):
+    """The one line that a failing stage ends in."""
+    text = run(folder, script, *flags, code=1, **environ)
+    lines = [line for line in text.splitlines() if ": error: " in line]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+def moving_square(random, frames):
+    """A bright square that crosses a textured frame, ever slower: 32 x 48 pixels."""
+    background = random.integers(0, 90, (32, 48, 3), dtype=np.uint8)
+    y, x = int(random.integers(4, 20)), 4.0
+    video = []
+    for i in range(frames):
+        frame = background.copy()
+        frame[y:y + 8, int(x):int(x) + 8] = 230
+        x += 30 * 0.2 * 0.83 ** i
+        video.append(frame)
+    return video
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A data folder in SSv2 layout, with one broken video and one listed but absent; caches, a teacher and a trained student."""
+    folder = tmp_path_factory.mktemp("world")
+    random = np.random.default_rng(0)
+    (folder / "data" / "videos").mkdir(parents=True)
+    for i in range(26):
+        write_video(folder / "data" / "videos" / f"{i}.webm", moving_square(random, int(random.integers(12, 24))))
+    (folder / "data" / "videos" / "7.webm").write_bytes(b"not a video")
+    row = lambda i: {"id": str(i), "label": "moving a square", "template": "Moving [something]", "placeholders": ["a square"]}
+    (folder / "data" / "train.json").write_text(json.dumps([row(i) for i in [*range(18), 99]]))
+    (folder / "data" / "validation.json").write_text(json.dumps([row(i) for i in range(18, 26)]))
+    (folder / "data" / "test.json").write_text(json.dumps([{"id": "20"}]))
+    run(folder, "cache_latents", "--data", "data", "--teacher", "none", *VIEW, "--out", "clips")
+    run(folder, "train", "--target", "pixels", "--masks", "ratio", "--cache", "clips", "--max_steps", "6", "--run_name", "teacher", *SMALL)
+    teacher = next(folder.glob("checkpoints/teacher_*/best.pth"))
+    run(folder, "cache_latents", "--data", "data", "--teacher", teacher, "--out", "latents")
+    run(folder, "cache_latents", "--data", "data", "--split", "validation", "--teacher", teacher, "--out", "held_out")
+    run(folder, "train", "--cache", "latents", "--val_cache", "held_out", "--epochs", "4", "--run_name", "student", *SMALL)
+    return folder
+
+
+def run_folder(world, name):
+    return next(world.glob(f"checkpoints/{name}_*"))
+
+
+def test_the_cache_leaves_out_what_cannot_be_decoded(world):
+    opened = cache.open_cache(world / "latents")
+    assert len(opened) == 17 and opened.metadata["latent_shape"] == [18, 192] and opened.metadata["failures"] == 2
+    failures = [json.loads(line) for line in (world / "latents" / "failures.jsonl").read_text().splitlines()]
+    assert [failure["id"] for failure in failures] == ["7", "99"] and "cannot be decoded" in failures[0]["reason"] and "not in the data folder" in failures[1]["reason"]
+    assert "7" not in list(opened.ids)
+
+
+def test_cached_latents_are_the_teachers(world):
+    opened, teacher = cache.open_cache(world / "latents"), model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")))
+    for row in (0, 16):
+        clip = model.data.read_clip(str(world / "data" / "videos" / f"{opened.ids[row]}.webm"), opened.view)
+        with torch.no_grad():
+            expected = teacher.encode(torch.from_numpy(clip)[None])[0]
+        np.testing.assert_allclose(opened.latents(row).astype(np.float32), expected.numpy(), atol=2e-3)
+        assert np.array_equal(opened.patches(row), model.data.patchify(clip))
+
+
+def test_caching_again_changes_nothing_and_an_interrupted_cache_is_the_same(world):
+    assert "already whole" in run(world, "cache_latents", "--data", "data", "--teacher", "none", *VIEW, "--out", "clips")
+    run(world, "cache_latents", "--data", "data", "--teacher", "none", *VIEW, "--out", "again", "--threads", "1")
+    for path in (world / "clips").iterdir():
+        assert path.read_bytes() == (world / "again" / path.name).read_bytes(), path.name
+    assert "every checksum fits" in run(world, "cache_latents", "--verify", "again")
+    content = bytearray((world / "again" / "patches-00000.npy").read_bytes())
+    content[-1] ^= 1
+    (world / "again" / "patches-00000.npy").write_bytes(content)
+    assert "patches-00000.npy does not have the checksum" in run(world, "cache_latents", "--verify", "again", code=1)
+
+
+def test_two_ranks_make_the_same_cache(world):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731", str(ROOT / "cache_latents.py"), "--data", "data",
+                           "--teacher", "none", *VIEW, "--out", "ranks"], cwd=world, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert all(path.read_bytes() == (world / "ranks" / path.name).read_bytes() for path in (world / "clips").iterdir())
+
+
+def test_a_run_leaves_its_checkpoints_and_log(world):
+    folder = run_folder(world, "student")
+    assert {path.name for path in folder.iterdir()} == {"best.pth", "last.pth", "metrics.jsonl"}
+    assert re.fullmatch(r"student_\d{8}_\d{6}_pid\d+", folder.name)
+    lines = (world / "run_logs" / f"{folder.name}.log").read_text().splitlines()
+    assert lines[-1] == "Process exiting." and lines[-2] == "status: finished"
+    summary = lines[-8:-2]
+    assert any(line.startswith("minimum loss") for line in summary) and sum(line.startswith("epoch ") for line in summary) == 4 and "average loss of the last 16 steps" in summary[-1]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row["val_r2"] for row in metrics if "val_r2" in row]
+    assert len(held_out) == 5 and held_out[-1] > held_out[0] and all(np.isfinite(held_out))
+    best, last = (model.load_checkpoint(folder / name) for name in ("best.pth", "last.pth"))
+    assert "optimizer" in last and "optimizer" not in best and last["step"] == 16 and not any("teacher" in name for name in best["student"])
+    assert torch.equal(best["stats"]["mean"], torch.from_numpy(cache.open_cache(world / "latents").stats["mean"])) and best["view"] == cache.open_cache(world / "latents").view.to_dict()
+    assert all(value.dtype == torch.float32 for value in last["student"].values())
+
+
+def finished_losses(folder):
+    return model.load_checkpoint(folder / "last.pth")["losses"]
+
+
+@pytest.mark.parametrize("grad", [["--grad_clip", "0.02"], ["--vicreg_variance", "0.1", "--vicreg_covariance", "0.01", "--loss", "smooth_l1", "--target_norm", "layer_norm"]])
+def test_resuming_is_exact(world, grad, tmp_path):
+    """16 steps at a stretch, against the same run ended by SIGTERM somewhere in the middle and continued."""
+    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", "--epochs", "4", "--run_name", "r", "--save_every", "3", *SMALL, *grad]
+    run(tmp_path, "train", *flags, "--checkpoints", "whole")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    for line in process.stdout:
+        if line.startswith("step 6/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 128 + signal.SIGTERM and "status: stopped" in rest and rest.splitlines()[-1] == "Process exiting."
+    stopped = next(tmp_path.glob("checkpoints/r_*"))
+    assert {"best.pth", "last.pth"} <= {path.name for path in stopped.iterdir()} and 6 <= model.load_checkpoint(stopped / "last.pth")["step"] < 16
+    said = run(tmp_path, "train", *flags, "--resume", "auto")
+    assert f"resuming from {Path('checkpoints') / stopped.name}" in said
+    whole = model.load_checkpoint(next(tmp_path.glob("whole/r_*")) / "last.pth")
+    resumed = model.load_checkpoint(next(path for path in tmp_path.glob("checkpoints/r_*") if path != stopped) / "last.pth")
+    assert torch.equal(whole["losses"], resumed["losses"]) and len(whole["losses"]) == 16
+    for part in ("student", "predictor"):
+        assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
+    for number, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, resumed["optimizer"]["state"][number][name]) for name, value in state.items())
+    assert whole["history"] == resumed["history"]
+
+
+def test_a_resumed_run_must_be_the_same_run(world):
+    last = run_folder(world, "student") / "last.pth"
+    flags = ["--cache", "latents", "--val_cache", "held_out", "--epochs", "4", *SMALL, "--resume", last]
+    assert "--lr 0.0002, not 0.001" in error_of(world, "train", *flags, "--lr", "1e-3")
+    assert "another cache" in error_of(world, "train", "--target", "pixels", "--cache", "clips", *SMALL, "--resume", last)
+    assert "no optimiser state" in error_of(world, "train", *flags[:-1], run_folder(world, "student") / "best.pth")
+
+
+@pytest.mark.parametrize("flags", [["--target_norm", "standardise", "--loss", "l1"], ["--target_norm", "layer_norm"]])
+def test_other_losses_train_and_evaluate(world, flags, tmp_path):
+    run(tmp_path, "train", "--cache", world / "latents", "--max_steps", "3", *SMALL, *flags)
+    run(tmp_path, "eval_distill", "--checkpoint", next(tmp_path.glob("checkpoints/*/best.pth")), "--cache", world / "held_out", "--out", "e.json")
+    assert np.isfinite(json.loads((tmp_path / "e.json").read_text())["results"][0]["r2"])
+
+
+def test_training_from_videos_and_a_teacher_on_the_fly_is_training_from_a_cache(world, tmp_path):
+    """The same videos, decoded and encoded in the loop: losses as with cached latents, up to float16 and another R2 mean."""
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    good = [row for row in json.loads((world / "data" / "train.json").read_text()) if row["id"] not in ("7", "99")]
+    (tmp_path / "train.json").write_text(json.dumps(good))
+    (tmp_path / "videos").symlink_to(world / "data" / "videos")
+    run(tmp_path, "train", "--data", ".", "--teacher", teacher, "--max_steps", "4", "--run_name", "fly", *VIEW, *SMALL)
+    run(tmp_path, "train", "--cache", world / "latents", "--max_steps", "4", "--run_name", "cached", *SMALL)
+    run(tmp_path, "cache_latents", "--data", ".", "--teacher", teacher, "--clips", "off", "--out", "thin")
+    run(tmp_path, "train", "--cache", "thin", "--data", ".", "--max_steps", "4", "--run_name", "thin", *SMALL)
+    fly, cached, thin = (finished_losses(next(tmp_path.glob(f"checkpoints/{name}_*"))) for name in ("fly", "cached", "thin"))
+    torch.testing.assert_close(fly, cached, rtol=1e-3, atol=0)
+    assert torch.equal(thin, cached)
+    assert not (tmp_path / "thin" / "patches-00000.npy").exists()
+
+
+def test_a_broken_video_in_decoded_training_is_skipped_and_listed(world, tmp_path):
+    said = run(tmp_path, "train", "--data", world / "data", "--target", "pixels", "--max_steps", "8", *VIEW, *SMALL)
+    assert "skipped" in said
+    listed = [json.loads(line)["reason"] for line in next(tmp_path.glob("checkpoints/*/failures.jsonl")).read_text().splitlines()]
+    assert len(listed) == 2 and any("7.webm" in reason for reason in listed)
+
+
+def test_eval_compares_checkpoints_on_the_same_clips(world):
+    folder = run_folder(world, "student")
+    said = run(world, "eval_distill", "--checkpoint", folder / "best.pth", folder / "last.pth", "--cache", "held_out", "--out", "eval.json", "--dtype", "fp32", "--batch_size", "3")
+    results = json.loads((world / "eval.json").read_text())["results"]
+    assert [set(result) >= {"checkpoint", "mse", "r2", "r2_ci95", "families", "clips", "r2_background"} for result in results] == [True, True]
+    assert all(result["clips"] == 8 and set(result["families"]) == {"short", "long"} and result["r2_ci95"][0] <= result["r2"] <= result["r2_ci95"][1] for result in results)
+    trained = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert results[1]["r2"] == pytest.approx([row["val_r2"] for row in trained if "val_r2" in row][-1], abs=1e-4)
+    assert "short" in said and "95 %" in said
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    run(world, "eval_distill", "--checkpoint", folder / "best.pth", "--data", "data", "--teacher", teacher, "--out", "fly.json", "--dtype", "fp32")
+    assert json.loads((world / "fly.json").read_text())["results"][0]["r2"] == pytest.approx(results[0]["r2"], abs=1e-3)
+    limited = run(world, "eval_distill", "--checkpoint", folder / "best.pth", "--cache", "held_out", "--batch_size", "2", "--max_batches", "2", "--out", "few.json")
+    assert json.loads((world / "few.json").read_text())["results"][0]["clips"] == 4 and limited
+
+
+def test_probe_writes_the_figures_and_their_controls(world):
+    said = run(world, "probe_time_arrow", "--checkpoint", run_folder(world, "student") / "best.pth", "--data", "data", "--out", "probe.json", "--folds", "3", "--untrained_seeds", "2")
+    result = json.loads((world / "probe.json").read_text())
+    assert result["train_videos"] == 16 + 1 and result["val_videos"] == 8 and len(result["failures"]) == 2
+    for row in (result, result["untrained"], result["pixels"]):
+        assert 0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1
+    assert len(result["untrained"]["seeds"]) == 2 and "peak memory" in said and "untrained encoder of its shape" in said
+    again = run(world, "probe_time_arrow", "--checkpoint", run_folder(world, "student") / "best.pth", "--data", "data", "--out", "probe2.json", "--folds", "3", "--untrained_seeds", "2")
+    assert json.loads((world / "probe2.json").read_text())["untrained"] == result["untrained"] and again
+
+
+def test_probe_after_a_run(world):
+    name = run_folder(world, "student").name
+    said = run(world, "probe_time_arrow", "--after", f"run_logs/{name}.log", "--data", "data", "--folds", "2", "--untrained_seeds", "0", "--no_pixels")
+    assert f"waiting for {name}" in said and "time arrow" in said
+    (world / "run_logs" / "x_20260101_000000_pid999999.log").write_text("step 20\n")
+    assert "is gone (pid 999999)" in error_of(world, "probe_time_arrow", "--after", "run_logs/x_20260101_000000_pid999999.log", "--data", "data")
+    (world / "run_logs" / "y_20260101_000000_pid999999.log").write_text("status: stopped\nProcess exiting.\n")
+    assert "ended as 'stopped'" in error_of(world, "probe_time_arrow", "--after", "run_logs/y_20260101_000000_pid999999.log", "--data", "data")
+
+
+def test_wrong_inputs_end_in_one_line(world, tmp_path):
+    best = run_folder(world, "student") / "best.pth"
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "train.json").write_text('{"Moving something": "0"}')
+    cases = [
+        ("train", ["--epoch", "3"], "did you mean --epochs"), ("train", [], "give --cache"), ("train", ["--cache", "nowhere"], "is no cache"),
+        ("train", ["--cache", "latents", "--batch_size", "18"], "fewer than a batch"), ("train", ["--cache", "latents", "--resolution", "64"], "have resolution 48"),
+        ("train", ["--data", "data", "--split", "test", "--target", "pixels"], "test split"), ("train", ["--cache", "clips"], "no cached latents"),
+        ("train", ["--cache", "latents", "--device", "cuda"], "sees 0 GPUs") if not torch.cuda.is_available() else ("train", ["--cache", "x"], "is no cache"),
+        ("train", ["--cache", "latents", "--val_cache", "clips", *SMALL], "another teacher"), ("cache_latents", ["--data", "nowhere", "--teacher", "none", "--out", "o"], "no data folder"),
+        ("cache_latents", ["--data", tmp_path, "--teacher", "none", "--out", "o"], "label table"), ("cache_latents", ["--data", "data", "--teacher", "nobody", "--out", "o"], "no teacher"),
+        ("cache_latents", ["--data", "data", "--teacher", teacher, "--resolution", "64", "--out", "o"], "takes resolution 48"), ("eval_distill", ["--checkpoint", best, "--cache", "clips"], "another teacher"),
+        ("eval_distill", ["--checkpoint", "none.pth", "--cache", "latents"], "no checkpoint"), ("eval_distill", ["--checkpoint", best, "--data", "data"], "give --teacher"),
+        ("probe_time_arrow", ["--checkpoint", best], "give --data"), ("probe_time_arrow", ["--checkpoint", world / "data" / "train.json", "--data", "data"], "train.json")]
+    for script, flags, message in cases:
+        line = error_of(world, script, *flags)
+        assert message in line, (flags, line)
+    assert not (world / "o").exists()
+
+
+def test_a_failed_run_says_so_in_its_log(world, tmp_path):
+    error_of(tmp_path, "train", "--cache", "nowhere", "--run_name", "f")
+    lines = next((tmp_path / "run_logs").glob("f_*.log")).read_text().splitlines()
+    assert lines[-2:] == ["status: failed", "Process exiting."] and any(line.startswith("error: nowhere is no cache") for line in lines)
+
+
+def test_the_environment_is_used_and_logged(world, tmp_path):
+    run(tmp_path, "train", "--cache", world / "latents", "--max_steps", "1", *SMALL, RUN_NAME="from_env", LR="1e-3")
+    log = next((tmp_path / "run_logs").glob("from_env_*.log")).read_text()
+    assert "lr = 0.001 (from LR in the environment)" in log
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stands(tmp_path):
+    """The file size limit stands in for a full disk."""
+    code = ("import resource, signal, sys; sys.path.insert(0, sys.argv[1]); import torch, model; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "model.save_checkpoint('x.pth', {'w': torch.zeros(10)}); resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000));\n"
+            "try: model.save_checkpoint('x.pth', {'w': torch.zeros(1000000)})\n"
+            "except model.InputError as error: print(error)\n"
+            "assert model.load_checkpoint('x.pth')['w'].shape == (10,)")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "could not be written" in done.stdout and os.listdir(tmp_path) == ["x.pth"]
+
+
+@pytest.mark.parametrize("script", ["train", "cache_latents", "eval_distill", "probe_time_arrow"])
+def test_no_stage_asks_for_processes_or_shared_memory(script):
+    source = (ROOT / f"{script}.py").read_text() + (ROOT / "data.py").read_text()
+    assert not re.search(r"multiprocessing|DataLoader|ProcessPool|share_memory|n_jobs", source)
