@@ -106,7 +106,7 @@ def mask_counts(family, grid):
     return tuple(max(8, count * n // 1568 // 8 * 8) for count in FAMILIES[family].counts)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def mask_spec(family, grid, counts):
     """What a draw needs, as the kernel takes it: whole numbers only, so that every compiler and device agrees.
 
@@ -150,16 +150,16 @@ def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None)
         raise InputError(f"masks need 0 <= epoch < 2^32 and 0 <= seed < 2^63, not epoch {epoch} and seed {seed}")
     if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1 or (sample_ids < 0).any():
         raise InputError("sample_ids must be int64 [B], each at least 0")
-    if has_kernel(sample_ids):
-        return Masks(*torch.ops.salt_ops.sample_masks(sample_ids, epoch, seed, **spec))
-    return sample_masks_reference(sample_ids, epoch, seed, spec)
+    ids = sample_ids if has_kernel(sample_ids) else sample_ids.cpu()  # where the device has no kernel the host draws
+    drawn = torch.ops.salt_ops.sample_masks(ids, epoch, seed, **spec) if has_kernel(ids) else sample_masks_reference(ids, epoch, seed, spec)
+    return Masks(*(index.to(sample_ids.device) for index in drawn))
 
 
 def sample_masks_reference(sample_ids, epoch, seed, spec):
     """csrc/masks.h, number for number, in Python; `spec` from mask_spec."""
     drawn = [draw_one_mask(epoch, seed, sample_id, **spec) for sample_id in sample_ids.tolist()]
     shape = [(len(drawn), count) for count in spec["counts"]]
-    return Masks(*(torch.from_numpy(np.array([pair[i] for pair in drawn], np.int64).reshape(shape[i])).to(sample_ids.device) for i in (0, 1)))
+    return Masks(*(torch.from_numpy(np.array([pair[i] for pair in drawn], np.int64).reshape(shape[i])) for i in (0, 1)))
 
 
 def draw_one_mask(epoch, seed, sample_id, grid, counts, blocks, redraws, sizes, low, high, stream):
@@ -170,7 +170,7 @@ def draw_one_mask(epoch, seed, sample_id, grid, counts, blocks, redraws, sizes, 
         union = np.zeros(grid, bool)
         for _ in range(blocks[0] + random.below(blocks[1] - blocks[0] + 1)):
             if not spans_time:
-                size = tuple(l + random.below(h - l + 1) for l, h in zip(low, high))
+                size = tuple(least + random.below(most - least + 1) for least, most in zip(low, high))
             corner = tuple(0 if spans_time and axis == 0 else random.below(grid[axis] - size[axis] + 1) for axis in range(3))
             union[tuple(slice(c, c + s) for c, s in zip(corner, size))] = True
         in_union = int(union.sum())

@@ -123,6 +123,8 @@ log(f"settings {json.dumps(settings)}")
 for line in config.from_environment:
     log(line)
 log(ops.extension_line())
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    raise InputError("train.py runs on one device; start it without torchrun (cache_latents.py runs on several)")
 device = model.pick_device(device)
 log(f"torch {torch.__version__} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}, {dtype}")
 torch.set_float32_matmul_precision("high")
@@ -363,11 +365,12 @@ while step < total_steps and not received:
         if average < best:
             best = average
             save("best.pth")
-    if ended and not os.path.isfile(os.path.join(directory, "best.pth")):  # both exist whenever a run has ended
-        save("best.pth")
     if saving:
         save("last.pth")
 stream.close()
+for name in ("best.pth", "last.pth"):  # both exist whenever a run has ended
+    if step and not os.path.isfile(os.path.join(directory, name)):
+        save(name)
 status = "stopped" if received else "finished"
 log(f"checkpoints in {directory}")
 if received:

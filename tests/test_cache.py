@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pytest
 
-import cache
 from cache import Writer, open_cache
 from config import InputError
 from data import View
