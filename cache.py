@@ -10,6 +10,7 @@
 While a cache is being made its partial/ folder holds the plan and what each finished shard adds; metadata.json comes last,
 so a cache with metadata is whole. Nothing in a cache depends on when or in how many runs it was made.
 """
+import contextlib
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from config import InputError
-from data import IMAGENET_MEAN, IMAGENET_STD, View
+from views import IMAGENET_MEAN, IMAGENET_STD, View
 
 FORMAT_VERSION = 1
 SHARD_ROWS = 512
@@ -94,16 +95,16 @@ class Cache:
                 self.clips = Cache(self.folder / m["clips_from"])
                 if self.clips.view != self.view or len(self.clips) != len(self) or self.clips.metadata["ids_sha256"] != m["ids_sha256"]:
                     raise InputError(f"{self.clips.folder}, whose clips {self.folder} uses, is not the cache it was made from")
+            self.has_latents = self.latent_shape is not None
+            self.has_patches = self.clips is not self or (len(m["shards"]) > 0 and "patches" in m["shards"][0])
+            for name, shape, dtype in self.files():
+                check_npy(self.folder / name, shape, dtype, m["shards"][int(name[8:13])][name[:7]]["bytes"])
         except (KeyError, TypeError) as error:
             raise InputError(f"{self.folder / 'metadata.json'} is damaged ({error!r}); make the cache again") from None
-        self.has_latents = self.latent_shape is not None
-        self.has_patches = self.clips is not self or (len(m["shards"]) > 0 and "patches" in m["shards"][0])
         self.ids = Ids(self.folder / "ids.txt")
         self.views = Views(self.ids)
         if len(self.ids) != m["count"]:
             raise InputError(f"{self.folder / 'ids.txt'} has {len(self.ids)} lines, metadata.json says {m['count']}; make the cache again")
-        for name, shape, dtype in self.files():
-            check_npy(self.folder / name, shape, dtype, m["shards"][int(name[8:13])][name[:7]]["bytes"])
 
     def files(self):
         """(name, shape, dtype) of every shard file."""
@@ -127,7 +128,12 @@ class Cache:
     @property
     def identity(self):
         """What a checkpoint remembers of the cache it was trained from."""
-        return {"view_hash": self.metadata["view_hash"], "teacher": self.teacher and self.teacher["sha256"], "ids_sha256": self.metadata["ids_sha256"]}
+        return {"view_hash": self.metadata["view_hash"], "teacher": self.teacher_identity, "ids_sha256": self.metadata["ids_sha256"]}
+
+    @property
+    def teacher_identity(self):
+        """What makes two teachers the same: weights and pixel normalisation; None without latents."""
+        return self.teacher and {name: self.teacher[name] for name in ("sha256", "mean", "std")}
 
     def read(self, kind, row, shape, dtype):
         if not 0 <= row < len(self):
@@ -234,6 +240,15 @@ def write_whole(path, content):
         raise
 
 
+def prepare_folder(path):
+    """Make the folder of a result file, if one is asked for, before the work that ends in it. Raises OSError where it cannot be written to."""
+    if path:
+        folder = os.path.dirname(os.path.abspath(path))
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written to; choose another --out")
+
+
 def npy_header(shape, dtype):
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
@@ -268,7 +283,8 @@ class RowFile:
         return entry
 
     def discard(self):
-        self.file.close()
+        with contextlib.suppress(OSError):  # on a full disk closing fails too, having nothing left to lose
+            self.file.close()
         self.part.unlink(missing_ok=True)
 
 
@@ -278,7 +294,10 @@ def begun_plan(folder):
     if (folder / "metadata.json").is_file():
         return read_metadata(folder)
     plan = folder / "partial" / "plan.json"
-    return json.loads(plan.read_text()) if plan.is_file() else None
+    try:
+        return json.loads(plan.read_text()) if plan.is_file() else None
+    except ValueError:
+        raise InputError(f"{plan} is damaged; delete {folder} and make the cache again") from None
 
 
 class Writer:
@@ -299,7 +318,7 @@ class Writer:
         elif self.folder.is_dir() and any(self.folder.iterdir()) and not self.partial.is_dir():
             raise InputError(f"{self.folder} is not empty and holds no cache; choose another --out")
         self.finished = finished
-        if not finished:
+        if not begun:
             self.partial.mkdir(parents=True, exist_ok=True)
             write_whole(self.partial / "plan.json", json.dumps(self.plan, indent=1).encode())
 
@@ -321,6 +340,7 @@ class Writer:
         failures = [failure for shard in done for failure in shard["failures"]]
         count = sum(len(shard["ids"]) for shard in done)
         if count == 0:
+            shutil.rmtree(self.folder)
             raise InputError(f"no video of the list could be decoded; the first: {failures[0]['reason'] if failures else 'none'}")
         write_whole(self.folder / "ids.txt", ids)
         write_whole(self.folder / "failures.jsonl", "".join(json.dumps(failure) + "\n" for failure in failures).encode())
@@ -379,10 +399,14 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is not None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
             for file in self.files.values():
-                file.discard()
-            return
+                file.discard()  # what finish() renamed is out of its reach
+
+    def finish(self):
         partial = self.writer.partial
         if "latents" in self.files:
             count = len(self.ids)
@@ -390,12 +414,7 @@ class ShardWriter:
             content = io.BytesIO()
             np.savez(content, mean=mean.astype(np.float32), m2=np.maximum(0, self.squares - count * mean * mean).astype(np.float32), count=count)
             write_whole(partial / f"stats-{self.number:05d}.npz", content.getvalue())
-        try:
-            files = {name: file.finish() for name, file in self.files.items()}
-        except OSError:
-            for file in self.files.values():
-                file.discard()
-            raise
+        files = {name: file.finish() for name, file in self.files.items()}
         entry = {"ids": self.ids, "failures": self.failures, "files": files}
         write_whole(partial / f"shard-{self.number:05d}.json", json.dumps(entry).encode())  # last: the shard counts from here on
 

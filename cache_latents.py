@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import sys
+from datetime import timedelta
 from typing import Literal
 
 import config
@@ -36,7 +37,7 @@ dtype: Literal["fp32", "bf16"] = "fp32"  # the teacher's compute
 device = "auto"                # auto, cpu, cuda or cuda:1
 verify: str | None = None      # check every byte of this cache against its checksums instead, and exit
 # -----------------------------------------------------------------------------------------------------------------------
-config.apply(globals())
+config.apply(globals(), least={"batch_size": 1, "threads": 1, "limit": 1, "frames": 1, "resolution": 1, "patch": 1, "stride": 1})
 
 import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 import torch.distributed as dist  # noqa: E402
@@ -46,7 +47,8 @@ import cache  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 from config import InputError  # noqa: E402
-from data import View, VideoError, cache_reader, collate, grid_of, load_split, prefetch, video_reader  # noqa: E402
+from data import VideoError, cache_reader, collate, load_split, prefetch, video_reader  # noqa: E402
+from views import View, grid_of  # noqa: E402
 
 if verify:
     problems = cache.open_cache(verify).verify(lambda files: tqdm(files, unit="file", dynamic_ncols=True))
@@ -57,7 +59,7 @@ if verify:
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 if world > 1:
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for the slowest one's last shard
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and torch.cuda.is_available() else device
 log = print if rank == 0 else lambda *line, **how: None
 log(ops.extension_line(), flush=True)
@@ -113,7 +115,7 @@ plan = {
     "teacher": encoder and {"name": encoder.name, "sha256": encoder.sha256, "dim": shape.dim, "mean": shape.mean, "std": shape.std, "compute": dtype},
     "view": view.to_dict(), "view_hash": view.hash(), "patch": patch, "tubelet": tubelet, "dtype": "float16", "batch_size": batch_size,
     "latent_shape": [tokens, shape.dim] if shape else None, "patch_shape": [tokens, patch_dim], "clips": bool(keep_clips),
-    "clips_from": os.path.relpath(clips_from, out) if source else None}
+    "clips_from": os.path.relpath(os.path.realpath(clips_from), os.path.realpath(out)) if source else None}
 
 # ---- make the missing shards
 if rank == 0:

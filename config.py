@@ -46,7 +46,7 @@ def report_in_one_line(kind, error, traceback):
 
 
 def read_settings(path):
-    """The settings of a script: {name: (annotation or None, comment)}, in file order, up to the line that calls config.apply."""
+    """The settings of a script: {name: (annotation as source or None, comment)}, in file order, up to the line that calls config.apply."""
     source = open(path, encoding="utf-8").read()
     with open(path, "rb") as file:
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT}
@@ -57,7 +57,8 @@ def read_settings(path):
             return found
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
         if isinstance(target, ast.Name) and not target.id.startswith("_"):
-            found[target.id] = comments.get(node.end_lineno, "")
+            annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else None
+            found[target.id] = annotation, comments.get(node.end_lineno, "")
     raise RuntimeError(f"{path} never calls config.apply(globals())")
 
 
@@ -73,7 +74,10 @@ def parse(text, kind, name):
             raise InputError(f"{name} is {text!r}; it takes {', '.join(map(str, options))}{nearest(text, map(str, options))}")
         return text
     if origin in (list, tuple):
-        return origin(parse(part.strip(), options[0], name) for part in text.split(",") if part.strip())
+        values = origin(parse(part.strip(), options[0], name) for part in text.split(",") if part.strip())
+        if not values or (origin is tuple and len(options) != len(values)):
+            raise InputError(f"{name} is {text!r}; it takes {f'{len(options)} values' if origin is tuple else 'at least one value'}, separated by commas")
+        return values
     if kind is bool:
         if text.lower() not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
             raise InputError(f"{name} is {text!r}; it takes true or false")
@@ -89,7 +93,7 @@ def kind_of(default, annotation):
     if annotation is not None:
         return annotation
     if isinstance(default, (list, tuple)):
-        return type(default)[type(default[0]) if default else str]
+        return tuple[tuple(type(value) for value in default)] if isinstance(default, tuple) else list[type(default[0]) if default else str]
     return type(default)
 
 
@@ -110,17 +114,19 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def apply(scope, argv=None, environ=None):
+def apply(scope, argv=None, environ=None, least=None):
     """Override the settings in `scope` (a script's globals()) from the environment and the command line, in place.
 
-    Returns {name: value} of all settings. Each value taken from the environment is printed. Raises InputError on an unknown
-    flag (naming the nearest), a missing value or a value of the wrong type. Installs the one-line error report.
+    least: {name: smallest value allowed}. Returns {name: value} of all settings. Each value taken from the environment is
+    printed. Raises InputError on an unknown flag (naming the nearest), a missing value, one of the wrong type or one too small.
+    Installs the one-line error report.
     """
     sys.excepthook = report_in_one_line
     path = scope["__file__"]
     environ = os.environ if environ is None else environ
-    comments = read_settings(path)
-    kinds = {name: kind_of(scope[name], scope.get("__annotations__", {}).get(name)) for name in comments}
+    found = read_settings(path)
+    comments = {name: comment for name, (_, comment) in found.items()}
+    kinds = {name: kind_of(scope[name], annotation and eval(annotation, scope)) for name, (annotation, _) in found.items()}
 
     doc = (scope.get("__doc__") or "").strip()
     parser = Parser(prog=f"python {os.path.basename(path)}", description=doc, usage="%(prog)s [--name value ...]", allow_abbrev=False,
@@ -157,4 +163,7 @@ def apply(scope, argv=None, environ=None):
             scope[name] = parse(environ[name.upper()], kind, f"{name.upper()} in the environment")
             from_environment.append(f"{name} = {scope[name]!r} (from {name.upper()} in the environment)")
             print(from_environment[-1], flush=True)
+    for name, value in (least or {}).items():
+        if scope[name] is not None and not scope[name] >= value:
+            raise InputError(f"{name} is {scope[name]}; it must be at least {value}")
     return {name: scope[name] for name in kinds}

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 from collections import deque
@@ -18,12 +17,12 @@ import torch
 from einops import rearrange
 
 import ops
-from config import InputError, nearest
+from config import InputError
+from views import IMAGENET_MEAN, IMAGENET_STD, View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  data.View and the rest are public names here
 
 VIDEO_SUFFIXES = (".webm", ".mp4", ".mkv", ".avi")
 VIDEO_FOLDERS = ("", "videos", "20bn-something-something-v2")
 MAX_PIXELS = 64 * 2**20  # a frame larger than this is taken for a broken header
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class VideoError(InputError):
@@ -75,7 +74,7 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
         raise InputError(f"no list for the split {split!r}: looked for {', '.join(list_names(split))} in {folder}, "
                          f"{splits_dir or 'no --splits_dir'} and ssv2/ beside the code")
     else:
-        rows = [Row(name, path, None) for name, path in sorted(find_videos(folder, split).items())]
+        rows = [Row(check_id(name, folder), path, None) for name, path in sorted(find_videos(folder, split).items())]
         inside = os.path.isdir(os.path.join(folder, split))
         rows = rows if inside else hashed_split(rows, split)
         log(f"{split}: {len(rows)} videos of {folder}, {'its subfolder ' + split if inside else 'split by a hash of the id'} (no list)")
@@ -97,7 +96,7 @@ def find_videos(folder, split=None):
         places = [os.path.join(folder, split)]
     found = {}
     for place in places:
-        for entry in os.scandir(place) if os.path.isdir(place) else ():
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name) if os.path.isdir(place) else ():
             stem, suffix = os.path.splitext(entry.name)
             if suffix.lower() in VIDEO_SUFFIXES:
                 found.setdefault(stem, entry.path)
@@ -112,8 +111,8 @@ def hashed_split(rows, split):
 
 
 def check_id(name, where):
-    if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
-        raise InputError(f"{where}: the id {name!r} is no plain file name; ids with slashes or control characters could leave the video folder")
+    if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f\ud800-\udfff]", name):
+        raise InputError(f"{where}: the id {name!r} is no plain file name; an id has no slashes, control characters or broken UTF-8, with which it could leave the video folder")
     return name
 
 
@@ -161,92 +160,7 @@ def read_csv(path, folder=None):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------- views
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """How a clip is cut out of a video. Everything that decides a pixel stands here, in the cache and in every checkpoint.
-
-    frames         frames a clip
-    size           pixels of the square clip's side
-    short_side     pixels of the frame's short side before the crop
-    sampling       'uniform': frame floor((i + 0.5) * n / frames) of the n decoded frames in `window`;
-                   'stride': every stride-th frame about the middle
-    crop           'center', or 'squash': the whole frame made square
-    interpolation  'bilinear', 'bicubic' or 'area', as swscale does them
-    window         the part of the video that frames are taken from, as fractions of its frames
-    view           0: as above. > 0: crop and time jittered, by Philox from (seed, video id, view)
-    """
-    frames: int = 16
-    size: int = 224
-    short_side: int = 224
-    sampling: str = "uniform"
-    stride: int = 4
-    crop: str = "center"
-    interpolation: str = "bilinear"
-    window: tuple = (0, 1)
-    view: int = 0
-    seed: int = 0
-
-    def __post_init__(self):
-        object.__setattr__(self, "window", tuple(float(x) for x in self.window))
-        for name, allowed in (("sampling", ("uniform", "stride")), ("crop", ("center", "squash")), ("interpolation", ("bilinear", "bicubic", "area"))):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"a view's {name} is {' or '.join(allowed)}, not {getattr(self, name)!r}")
-        for name, least in (("frames", 1), ("size", 1), ("short_side", 1), ("stride", 1), ("view", 0), ("seed", 0)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise InputError(f"a view's {name} is a whole number of at least {least}, not {getattr(self, name)!r}")
-        if self.crop == "center" and self.short_side < self.size:
-            raise InputError(f"a view's short_side ({self.short_side}) must be at least its size ({self.size})")
-        if len(self.window) != 2 or not 0 <= self.window[0] < self.window[1] <= 1:
-            raise InputError(f"a view's window is two rising fractions in [0, 1], not {self.window}")
-
-    def to_dict(self):
-        return {**dataclasses.asdict(self), "window": list(self.window)}
-
-    @classmethod
-    def from_dict(cls, fields):
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in names:
-                raise InputError(f"a view has no field {name!r}{nearest(name, names)}")
-        return cls(**fields)
-
-    def hash(self):
-        """16 hex digits of SHA-256 over the fields."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
-    def difference(self, other):
-        """'size is 224 here and 96 there', naming each field in which two views differ; '' where they agree."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return ", ".join(f"{name} is {mine[name]} here and {theirs[name]} there" for name in mine if mine[name] != theirs[name])
-
-
-def sample_id(video_id, view=0):
-    """The 63-bit number that masks and jitter are drawn from: the first 63 bits of SHA-256 of "video id,view number"."""
-    return int.from_bytes(hashlib.sha256(f"{video_id},{view}".encode()).digest()[:8], "big") >> 1
-
-
-def random_half(video_id, seed):
-    """A window of half a video whose place is drawn by Philox from (seed, video id)."""
-    start = ops.Random(seed, 0, sample_id(video_id), ops.STREAMS["half"]).uniform() / 2
-    return (start, start + 0.5)
-
-
-def frame_numbers(n, view, random=None):
-    """Which of a video's n frames a clip takes: int [view.frames], not falling; short videos repeat frames."""
-    first = min(int(view.window[0] * n), n - 1)
-    count = max(1, min(math.ceil(view.window[1] * n), n) - first)
-    i = np.arange(view.frames)
-    if view.sampling == "uniform":
-        offset = np.array([random.uniform() for _ in i]) if random else 0.5
-        picked = np.floor((i + offset) * count / view.frames).astype(int)
-    else:
-        slack = max(0, count - 1 - (view.frames - 1) * view.stride)
-        start = random.below(slack + 1) if random else (count - 1 - (view.frames - 1) * view.stride) // 2
-        picked = start + i * view.stride
-    return first + np.clip(picked, 0, count - 1)
-
+# -------------------------------------------------------------------------------------------------------------- decoding
 
 def count_frames(container, stream):
     """Frames of a video by its packets: headers of webm files state none, others lie. Exact but for packets that show nothing."""
@@ -285,9 +199,18 @@ def read_clip(path, view=View(), video_id=None):
             n = decoded  # a packet gave no frame of its own, or a broken one: count what did come, and cut again
         raise VideoError(f"{path}: no frame could be decoded" if decoded == 0 else f"{path} decodes to another number of frames each time")
     except av.error.FFmpegError as error:
+        check_disk(path)
         raise VideoError(f"{path} cannot be decoded: {error.strerror or error}") from None
-    except OSError as error:
-        raise VideoError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def check_disk(path):
+    """After a video failed: read it plainly. A file that is not there is the video's fault; a failing disk is not, and ends the run as OSError."""
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 22):
+                pass
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise VideoError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def decode_frames(path, wanted, view, random):
@@ -347,13 +270,6 @@ def unpatchify(patches, grid=(8, 14, 14), patch=16, tubelet=2):
     return rearrange(patches, "... (t y x) (c dt dy dx) -> ... (t dt) (y dy) (x dx) c", t=t, y=y, x=x, dt=tubelet, dy=patch, dx=patch)
 
 
-def grid_of(view, patch, tubelet=2):
-    """(time, height, width) in tokens. Raises InputError where the clip does not divide into patches."""
-    if view.size % patch or view.frames % tubelet:
-        raise InputError(f"clips of {view.frames} frames of {view.size}x{view.size} do not divide into patches of {patch} and tubelets of {tubelet}")
-    return (view.frames // tubelet, view.size // patch, view.size // patch)
-
-
 # --------------------------------------------------------------------------------------------------------------- batches
 
 class Sample(NamedTuple):
@@ -392,44 +308,49 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)).tolist()
 
 
-def batches(read, order, batch_size, threads=4, ahead=2, failed=None, drop_last=True):
+def batches(read, order, batch_size, threads=4, ahead=2, failed=None, substitutes=0):
     """Batches of `batch_size` from the samples read(i), i in `order` (any iterable, read no further ahead than needed).
 
-    read       sample number -> Sample, called from threads; a VideoError it raises costs that sample its place: another sample of
-               the batch stands in, so that a batch's place in the epoch depends on nothing else, and `failed` hears of it
-    ahead      batches prepared early
-    failed     called with (sample number, VideoError); by default the error is raised
-    drop_last  whether a last partial batch is dropped
-    Raises InputError where a batch holds no readable sample.
+    read         sample number -> Sample, called from threads; it may raise VideoError
+    ahead        batches prepared early
+    failed       called with (sample number, VideoError); by default the error is raised
+    substitutes  0 (evaluation): a sample that fails is left out of its batch, and the last batch may be smaller.
+                 n (training): its place goes to the next readable of the n samples, i + 1, i + 2, ..., which depends on i alone; the
+                 last partial batch is dropped
+    Raises InputError where 16 samples in a row fail.
     """
     def attempt(i):
-        try:
-            return i, read(i)
-        except VideoError as error:
-            return i, error
+        first = None
+        for step in range(16 if substitutes else 1):
+            try:
+                return i, first, read((i + step) % substitutes if substitutes else i)
+            except VideoError as error:
+                first = first or error
+        return i, first, None
 
-    samples = []
-    for i, sample in prefetch(attempt, order, threads, ahead * batch_size):
-        if isinstance(sample, VideoError):
-            if failed is None:
-                raise sample
-            failed(i, sample)
-        samples.append(sample)
-        if len(samples) == batch_size:
+    samples, seen = [], 0
+    for i, error, sample in prefetch(attempt, order, threads, ahead * batch_size):
+        if error and failed is None:
+            raise error
+        if error:
+            failed(i, error)
+        if sample:
+            samples.append(sample)
+        elif substitutes:
+            raise InputError(f"16 videos in a row could not be decoded; the first: {error}")
+        seen += 1
+        if seen % batch_size == 0 and samples:
             yield collate(samples)
             samples = []
-    if samples and not drop_last:
+    if samples and not substitutes:
         yield collate(samples)
 
 
 def collate(samples):
-    good = [sample for sample in samples if isinstance(sample, Sample)]
-    if not good:
-        raise InputError(f"none of the {len(samples)} videos of a batch could be decoded; the first: {samples[0]}")
-    filled = [sample if isinstance(sample, Sample) else good[i % len(good)] for i, sample in enumerate(samples)]
+    """Samples as one Batch."""
     stack = lambda arrays: torch.from_numpy(np.stack(arrays))
-    return Batch(torch.tensor([sample.id for sample in filled]), stack([sample.patches for sample in filled]),
-                 None if filled[0].latents is None else stack([sample.latents for sample in filled]))
+    return Batch(torch.tensor([sample.id for sample in samples]), stack([sample.patches for sample in samples]),
+                 None if samples[0].latents is None else stack([sample.latents for sample in samples]))
 
 
 def video_reader(rows, view, patch, tubelet=2):

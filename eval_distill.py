@@ -20,27 +20,29 @@ splits_dir: str | None = None  # where to look for the list if the data folder h
 teacher: str | None = None     # without a cache: the teacher that the checkpoints were trained on
 max_batches = 200              # at most so many batches
 batch_size = 24                # clips a batch
-eval_seed = 1                  # of the masks
+eval_seed = 2                  # of the masks; train.py chose best.pth with other ones
 threads = max(1, (os.cpu_count() or 1))  # reading and decoding threads
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute
 device = "auto"                # auto, cpu, cuda or cuda:1
 out: str | None = None         # JSON file for the results
 # -----------------------------------------------------------------------------------------------------------------------
-settings = config.apply(globals())
+settings = config.apply(globals(), least={"max_batches": 1, "batch_size": 1, "threads": 1, "eval_seed": 0})
 
 import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 from tqdm import tqdm  # noqa: E402
 
 import model  # noqa: E402
 import ops  # noqa: E402
-from cache import open_cache, write_whole  # noqa: E402
+from cache import open_cache, prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
-from data import View, batches, cache_reader, load_split, video_reader  # noqa: E402
+from data import batches, cache_reader, load_split, video_reader  # noqa: E402
+from views import View  # noqa: E402
 
 print(ops.extension_line(), flush=True)
 if not checkpoint or not (cache or data):
     raise InputError("give --checkpoint and either --cache or --data with --teacher; see --help")
 device = model.pick_device(device)
+prepare_folder(out)
 loaded = {path: model.load_salt(path, device) for path in checkpoint}
 
 # ---- one view and one teacher for all
@@ -59,7 +61,7 @@ if cache:
     source = open_cache(cache)
     if difference := view.difference(source.view):
         raise InputError(f"{cache} has another view than {checkpoint[0]}: {difference}; make a cache of the held-out split under the view of the training cache")
-    if predicts_latents and not (source.has_latents and source.teacher["sha256"] == first["teacher"]):
+    if predicts_latents and not (source.has_latents and source.teacher_identity == first["teacher"]):
         raise InputError(f"{cache} holds latents of another teacher than {checkpoint[0]} was trained on, or none")
     rows = load_split(data, source.metadata["split"], splits_dir, print) if data and not source.has_patches else None
     read, n = cache_reader(source, rows), len(source)
@@ -70,15 +72,15 @@ else:
         if not teacher:
             raise InputError("without --cache the targets come from the teacher: give --teacher")
         encoder = model.load_teacher(teacher, device)
-        if encoder.sha256 != first["teacher"]:
-            raise InputError(f"{teacher} is not the teacher that {checkpoint[0]} was trained on: SHA-256 {encoder.sha256[:12]} there, {str(first['teacher'])[:12]} in the checkpoint")
+        if encoder.identity != first["teacher"]:
+            raise InputError(f"{teacher} is not the teacher that {checkpoint[0]} was trained on: SHA-256 of the weights {encoder.sha256[:12]} there, {first['teacher']['sha256'][:12]} in the checkpoint (or another mean and std)")
 
 # ---- each batch once, through every checkpoint
 failures = []
 autocast = model.autocast_on(device, dtype)
 kept = range(min(n, max_batches * batch_size))
 errors = {path: [] for path in loaded}
-stream = batches(read, kept, batch_size, threads, drop_last=False, failed=lambda i, error: failures.append(str(error)))
+stream = batches(read, kept, batch_size, threads, failed=lambda i, error: failures.append(str(error)))
 for batch in tqdm(stream, total=-(-len(kept) // batch_size), unit="batch", dynamic_ncols=True):
     batch = batch.to(device)
     if encoder:
@@ -94,9 +96,9 @@ for path, parts in errors.items():
     rows, clips = list(families.values()), len(next(iter(families.values()))["squared"])
     results.append({
         "checkpoint": path, "step": loaded[path][2]["step"], "clips": clips,
-        "mse": float(sum(row["squared"].mean() for row in rows) / len(rows)), "r2": float(model.r2(rows)),
+        "mse": model.mse(rows), "r2": float(model.r2(rows)),
         "r2_ci95": model.interval(lambda index: model.r2(rows, clips=index), clips), "r2_background": float(model.r2(rows, "background")),
-        "families": {name: {"mse": float(row["squared"].mean()), "r2": float(model.r2([row])), "r2_background": float(model.r2([row], "background"))} for name, row in families.items()}})
+        "families": {name: {"mse": model.mse([row]), "r2": float(model.r2([row])), "r2_background": float(model.r2([row], "background"))} for name, row in families.items()}})
 for failure in failures:
     print(f"skipped: {failure}")
 width = max(len(path) for path in checkpoint)

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from einops import rearrange
 
 import data
 import ops
+import views
 from cache import sha256
 from config import InputError, nearest
-from ops import sample_masks  # noqa: F401  part of this file's public names
+from ops import FAMILIES, sample_masks  # noqa: F401  part of this file's public names
 
 SIZES = {  # name: width, blocks, heads, patch, MLP width
     "tiny": (192, 12, 3, 16, 768), "small": (384, 12, 6, 16, 1536), "base": (768, 12, 12, 16, 3072), "large": (1024, 24, 16, 16, 4096),
@@ -44,19 +46,19 @@ class EncoderConfig:
     eps: float = 1e-6
     qkv_bias: bool = True
     final_norm: bool = True
-    mean: tuple = data.IMAGENET_MEAN
-    std: tuple = data.IMAGENET_STD
+    mean: tuple = views.IMAGENET_MEAN
+    std: tuple = views.IMAGENET_STD
 
     def __post_init__(self):
         object.__setattr__(self, "mean", tuple(map(float, self.mean)))
         object.__setattr__(self, "std", tuple(map(float, self.std)))
         if self.dim % self.heads:
             raise InputError(f"an encoder's width ({self.dim}) must be a multiple of its heads ({self.heads})")
-        data.grid_of(self, self.patch, self.tubelet)
+        views.grid_of(self, self.patch, self.tubelet)
 
     @property
     def grid(self):
-        return data.grid_of(self, self.patch, self.tubelet)
+        return views.grid_of(self, self.patch, self.tubelet)
 
     @property
     def tokens(self):
@@ -237,22 +239,21 @@ class Salt(nn.Module):
 def salt_loss(predictions, patches, latents, masks, space, kind="mse"):
     """The SALT loss: the mean over families of the error at target positions; and what R2 needs.
 
-    Returns (loss, squared, spread): squared and spread are the mean squared errors of the predictions and of the per-position
-    mean over the same target tokens, both in the loss's space, so that R2 = 1 - squared / spread.
+    Returns (loss, squared, spread): squared and spread are the squared errors of the predictions and of the per-position mean,
+    summed over the same target tokens, both in the loss's space, so that R2 = 1 - squared / spread.
     """
     loss = squared = spread = 0
     for family, prediction in predictions.items():
         target = masks[family].target
         if space.target == "pixels":
-            y, index, normalise = standardise_patches(ops.masked_gather(patches, target)), None, "none"
+            y, index, how = standardise_patches(ops.masked_gather(patches, target)), None, {}
         else:
-            y, index, normalise = latents, target, space.normalise
-        arguments = (y, index), {"normalise": normalise, "mean": space.mean, "rstd": space.rstd}
-        error = ops.masked_mse(prediction, *arguments[0], kind=kind, **arguments[1])
+            y, index, how = latents, target, {"normalise": space.normalise, "mean": space.mean, "rstd": space.rstd}
+        error = ops.masked_mse(prediction, y, index, kind=kind, **how)
         with torch.no_grad():
-            spread = spread + ops.masked_mse(space.zero[target], *arguments[0], **arguments[1]) / len(predictions)
-            plain = error.detach() if kind == "mse" else ops.masked_mse(prediction.detach(), *arguments[0], **arguments[1])
-            squared = squared + plain / len(predictions)
+            plain = error if kind == "mse" else ops.masked_mse(prediction, y, index, **how)
+            squared = squared + plain * prediction.numel()
+            spread = spread + ops.masked_mse(space.zero[target], y, index, **how) * prediction.numel()
         loss = loss + error / len(predictions)
     return loss, squared, spread
 
@@ -283,8 +284,9 @@ def parameter_groups(module, weight_decay):
 def clip_errors(salt, space, batch, families, seed, autocast):
     """Held-out errors of one data.Batch, with the masks of epoch 0 and `seed`: the same for every checkpoint.
 
-    Returns {family: {'squared', 'spread', 'background'}}, float64 [B] each: the mean squared error over a clip's target elements
-    of the predictions, of the per-position mean, and of the mean of the clip's own context targets.
+    Returns {family: {'squared', 'spread', 'background', 'elements'}}, float64 [B] each: the squared error, summed over a clip's
+    target elements, of the predictions, of the per-position mean and of the mean of the clip's own context targets; how many
+    elements those were.
     """
     training = salt.training
     salt.eval()
@@ -297,7 +299,8 @@ def clip_errors(salt, space, batch, families, seed, autocast):
         target = ops.masked_gather(y, drawn.target)
         background = ops.masked_gather(y, drawn.context).mean(1, keepdim=True).expand_as(target)
         guesses = {"squared": predictions[family].float(), "spread": space.zero[drawn.target], "background": background}
-        found[family] = {name: (guess - target).square().mean((1, 2)).double().cpu().numpy() for name, guess in guesses.items()}
+        found[family] = {name: (guess - target).square().sum((1, 2)).double().cpu().numpy() for name, guess in guesses.items()}
+        found[family]["elements"] = np.full(len(target), target[0].numel(), np.float64)
     return found
 
 
@@ -306,6 +309,11 @@ def join_errors(parts):
     if not parts:
         raise InputError("there is no held-out clip to evaluate on")
     return {family: {name: np.concatenate([part[family][name] for part in parts]) for name in rows} for family, rows in parts[0].items()}
+
+
+def mse(rows):
+    """Mean squared error, averaged over families as the loss is."""
+    return float(np.mean([row["squared"].sum() / row["elements"].sum() for row in rows]))
 
 
 def r2(rows, name="squared", clips=slice(None)):
@@ -334,7 +342,7 @@ TRANSFORMERS_NAMES = {  # ours -> `transformers`, after the block number
 
 
 def load_teacher(path, device="cpu"):
-    """A frozen fp32 Encoder in eval mode, with .name and .sha256 (of its weights file), from
+    """A frozen fp32 Encoder in eval mode, with .name, .sha256 (of its weights file) and .identity, from
 
     - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin, pre-training or fine-tuned;
     - an original VideoMAE .pth: the weights bare or under model, module or state_dict, with or without the prefix encoder.;
@@ -346,10 +354,11 @@ def load_teacher(path, device="cpu"):
         encoder, weights = load_transformers(path)
     elif path.is_file():
         saved = load_pickle(path)
-        encoder, weights = (student_of(saved, path) if "salt_vla" in saved else load_videomae(saved, path)), path
+        encoder, weights = (student_of(load_checkpoint(path), path) if "salt_vla" in saved else load_videomae(saved, path)), path
     else:
         raise InputError(f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json, model.safetensors), a VideoMAE .pth or a checkpoint of train.py")
     encoder.name, encoder.sha256 = path.name, sha256(weights)
+    encoder.identity = {"sha256": encoder.sha256, "mean": list(encoder.config.mean), "std": list(encoder.config.std)}
     return encoder.to(device).float().eval().requires_grad_(False)
 
 
@@ -387,9 +396,9 @@ def load_pickle(path):
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|Unsupported operand) (\S+)", str(error))
         raise InputError(f"{path} is no file of plain weights{f' (it asks for {found[1]})' if found else ''} and was not loaded, since it could run code") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as a torch file: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if not isinstance(saved, dict):
         raise InputError(f"{path} holds {type(saved).__name__}, not a dictionary of weights")
@@ -400,6 +409,8 @@ def load_transformers(folder):
     """(encoder, weights file) of a VideoMAE folder in `transformers` format, without importing transformers."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise InputError(f"{folder / 'config.json'} is no JSON object")
         if config.get("model_type") != "videomae":
             raise InputError(f"{folder / 'config.json'} describes the model type {config.get('model_type')!r}; a teacher is a videomae")
         pixels = folder / "preprocessor_config.json"
@@ -448,7 +459,7 @@ def load_transformers(folder):
         dim=config.get("hidden_size", 768), depth=depth, heads=config.get("num_attention_heads", 12), mlp_dim=config.get("intermediate_size", 3072),
         frames=config.get("num_frames", 16), size=square(config.get("image_size", 224)), patch=square(config.get("patch_size", 16)),
         tubelet=config.get("tubelet_size", 2), eps=config.get("layer_norm_eps", 1e-12), qkv_bias=biases is not None, final_norm=final_norm,
-        mean=pixels.get("image_mean", data.IMAGENET_MEAN), std=pixels.get("image_std", data.IMAGENET_STD)))
+        mean=pixels.get("image_mean", views.IMAGENET_MEAN), std=pixels.get("image_std", views.IMAGENET_STD)))
     load_weights(encoder, ours, weights)
     return encoder, weights
 
@@ -521,6 +532,7 @@ def export_transformers(encoder, folder):
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 CHECKPOINT_VERSION = 1
+CHECKPOINT_PARTS = ("student", "predictor", "encoder_config", "predictor_config", "space", "settings", "view", "teacher", "step")
 
 
 def save_checkpoint(path, content):
@@ -545,6 +557,8 @@ def load_checkpoint(path):
     if saved.get("salt_vla") != CHECKPOINT_VERSION:
         found = saved.get("salt_vla")
         raise InputError(f"{path} is not a checkpoint of train.py" if found is None else f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_VERSION}")
+    if missing := [name for name in CHECKPOINT_PARTS if name not in saved]:
+        raise InputError(f"{path} lacks {', '.join(missing)}; it is no whole checkpoint of train.py")
     return saved
 
 

@@ -29,7 +29,7 @@ val_videos = 1000              # at most so many
 whole_videos = False           # clips from whole videos instead of a random half of each
 untrained_seeds = 3            # untrained encoders to compare with; 0: none
 pixels = True                  # whether to probe raw pixels, averaged down to 7x7 a frame
-strengths = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse L2 strengths of the logistic regression to choose from
+strengths: list[float] = [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]  # inverse L2 strengths of the logistic regression to choose from
 folds = 5                      # of the cross-validation that chooses, by video
 batch_size = 16                # videos a batch
 seed = 0                       # which videos, and which half of each
@@ -40,7 +40,7 @@ checkpoints = "checkpoints"    # where --after looks for the run's checkpoints
 poll_seconds = 30.0            # how often --after looks
 out: str | None = None         # JSON file for the results
 # -----------------------------------------------------------------------------------------------------------------------
-settings = config.apply(globals())
+settings = config.apply(globals(), least={"train_videos": 1, "val_videos": 1, "untrained_seeds": 0, "folds": 2, "batch_size": 1, "seed": 0, "threads": 1})
 
 import numpy as np  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 import torch  # noqa: E402
@@ -55,23 +55,27 @@ from tqdm import tqdm  # noqa: E402
 
 import model  # noqa: E402
 import ops  # noqa: E402
-from cache import write_whole  # noqa: E402
+from cache import prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
-from data import VideoError, View, load_split, patchify, prefetch, random_half, read_clip, shuffled  # noqa: E402
+from data import VideoError, load_split, patchify, prefetch, read_clip, shuffled  # noqa: E402
+from views import View, random_half  # noqa: E402
 
 print(ops.extension_line(), flush=True)
 if not data or not (checkpoint or after):
     raise InputError("give --data and either --checkpoint or --after; see --help")
+prepare_folder(out)
+videos = {split: load_split(data, split, splits_dir, print) for split in (train_split, val_split)}
 
 
 def alive(pid):
     try:
         os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as file:  # a zombie answers signals too
+            return file.read().rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except OSError:  # another user's process, or no /proc
         return True
-    return True
 
 
 # ---- --after: wait for the run's last line; a run whose process is gone without one has died
@@ -140,7 +144,7 @@ def features_of(clips):
 
 def collect(split, count):
     """(features {probe: [2 V, F]}, failures) of up to `count` videos: row 2 v is video v forwards, row 2 v + 1 the same frames reversed."""
-    rows = load_split(data, split, splits_dir, print)
+    rows = videos[split]
     rows = [rows[i] for i in shuffled(len(rows), seed, 0)[:count]]
     parts, failures, clips = [], [], []
     for i, clip in enumerate(tqdm(prefetch(clip_of, rows, threads, 2 * batch_size), total=len(rows), desc=split, unit="video", dynamic_ncols=True)):

@@ -6,6 +6,7 @@
 Checkpoints go to checkpoints/<run>/, the log to run_logs/<run>.log. Ctrl-C saves and leaves; --resume auto continues.
 """
 import atexit
+import hashlib
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ teacher: str | None = None     # without cached latents: run this teacher (Video
 target: Literal["latents", "pixels"] = "latents"  # what is predicted; pixels is stage 1
 frames = 16                    # clip of a run without a cache; with one, the cache decides
 resolution = 224               # pixels of the clip's side, likewise
-patch = 16                     # pixels of a patch's side, likewise
+patch: int | None = None       # pixels of a patch's side, likewise [16; giant: 14]
 # model
 size = "large"                 # student: tiny, small, base, large, huge or giant
 depth: int | None = None       # student blocks, where not those of its size
@@ -70,7 +71,9 @@ dtype: Literal["bf16", "fp32"] = "bf16"  # compute; weights and optimiser are al
 device = "auto"                # auto, cpu, cuda or cuda:1
 deterministic = False          # on a GPU: the same bits every run, slower
 # -----------------------------------------------------------------------------------------------------------------------
-settings = config.apply(globals())
+settings = config.apply(globals(), least={"batch_size": 1, "epochs": 1, "max_steps": 1, "threads": 1, "log_every": 1, "save_every": 1, "eval_every": 1, "val_batches": 1,
+                                          "stats_clips": 1, "frames": 1, "resolution": 1, "patch": 1, "depth": 1, "predictor_depth": 1, "predictor_dim": 1, "predictor_heads": 1,
+                                          "seed": 0, "eval_seed": 0, "warmup": 0, "grad_clip": 0})
 
 import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 from tqdm import tqdm  # noqa: E402
@@ -79,7 +82,8 @@ import model  # noqa: E402
 import ops  # noqa: E402
 from cache import open_cache  # noqa: E402
 from config import InputError  # noqa: E402
-from data import IMAGENET_MEAN, IMAGENET_STD, View, batches, cache_reader, check_batch, load_split, shuffled, video_reader  # noqa: E402
+from data import batches, cache_reader, check_batch, load_split, shuffled, video_reader  # noqa: E402
+from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
 
 # ---- the log; its last line is always `Process exiting.`
 run = f"{run_name}_{time.strftime('%Y%m%d_%H%M%S')}_pid{os.getpid()}"
@@ -91,9 +95,12 @@ status, losses, epoch_length = "failed", [], 1  # losses: of every step of the r
 
 
 def log(line=""):
-    tqdm.write(line)
-    sys.stdout.flush()
     log_file.write(line + "\n")
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except OSError:  # the terminal or pipe is gone; the run and its log go on
+        sys.stdout = open(os.devnull, "w")
 
 
 def close_log():
@@ -148,12 +155,18 @@ if source:
 else:
     if not data:
         raise InputError("give --cache (made by cache_latents.py), or --data with --teacher or with --target pixels; see --help")
-    view, patch_size, tubelet = View(frames, resolution, resolution), patch, 2
+    view, patch_size, tubelet = View(frames, resolution, resolution), patch or model.config_of_size(size).patch, 2
     rows = load_split(data, split, splits_dir, log)
+    absent = sum(row.path is None for row in rows)
+    if absent:
+        log(f"{absent} of the {len(rows)} listed videos are not in {data} and are left out")
+    rows = [row for row in rows if row.path]
     read, n = video_reader(rows, view, patch_size, tubelet), len(rows)
-mean, std, latent_dim, teacher_sha = IMAGENET_MEAN, IMAGENET_STD, None, None
+mean, std, latent_dim, teacher_identity = IMAGENET_MEAN, IMAGENET_STD, None, None
 if source and source.has_latents:
-    mean, std, latent_dim, teacher_sha = source.mean, source.std, source.latent_shape[1], source.teacher["sha256"]
+    if teacher and target == "latents":
+        raise InputError(f"{cache} holds the latents of its teacher; leave --teacher out, or give a cache without latents")
+    mean, std, latent_dim, teacher_identity = source.mean, source.std, source.latent_shape[1], source.teacher_identity
 elif target == "latents":
     if not teacher:
         raise InputError("there are no cached latents to predict: give a --cache that has them, or --teacher, or train on pixels with --target pixels")
@@ -161,18 +174,20 @@ elif target == "latents":
     shape = on_the_fly.config
     if (shape.frames, shape.size, shape.patch) != (view.frames, view.size, patch_size):
         raise InputError(f"the teacher {teacher} takes {shape.frames} frames of {shape.size} pixels in patches of {shape.patch}, the clips have {view.frames}, {view.size} and {patch_size}; set --frames, --resolution and --patch")
-    mean, std, latent_dim, teacher_sha = shape.mean, shape.std, shape.dim, on_the_fly.sha256
+    mean, std, latent_dim, teacher_identity = shape.mean, shape.std, shape.dim, on_the_fly.identity
 held_out = open_cache(val_cache) if val_cache else None
 if held_out:
     difference = view.difference(held_out.view)
     if difference or held_out.patch != patch_size:
         raise InputError(f"--val_cache {val_cache} has another view than the training clips: {difference or f'patch is {patch_size} here and {held_out.patch} there'}")
-    if target == "latents" and (not held_out.has_latents or held_out.teacher["sha256"] != teacher_sha):
+    if target == "latents" and (not held_out.has_latents or held_out.teacher_identity != teacher_identity):
         raise InputError(f"--val_cache {val_cache} holds latents of another teacher than the training cache, or none")
     val_read = cache_reader(held_out, load_split(data, held_out.metadata["split"], splits_dir, log) if data and not held_out.has_patches else None)
 if target == "pixels" and (loss != "mse" or target_norm != "none"):
     raise InputError("--target pixels is trained with the MSE on per-patch standardised pixels; leave --loss and --target_norm alone")
 check_batch(n, batch_size)
+identity = {"train": source.identity if source else {"list": hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()},
+            "teacher": teacher_identity, "held_out": held_out.identity if held_out else None}  # what a resumed run must have in common with this one
 
 # ---- model and optimiser
 shape = {} if depth is None else {"depth": depth}
@@ -208,15 +223,14 @@ if resume:
     saved = model.load_checkpoint(resume)
     if "optimizer" not in saved:
         raise InputError(f"--resume {resume} holds no optimiser state; give a last.pth")
-    identity = source.identity if source else None
-    if saved["cache"] != identity:
-        differing = [name for name in (saved["cache"] or identity) if (saved["cache"] or {}).get(name) != (identity or {}).get(name)]
-        raise InputError(f"--resume {resume} was trained from another cache: {', '.join(differing)} differ")
     if difference := view.difference(View.from_dict(saved["view"])):
         raise InputError(f"--resume {resume} was trained under another view: {difference}")
+    for name, what in (("train", "other training clips (--cache, --data)"), ("teacher", "another teacher"), ("held_out", "another --val_cache")):
+        if saved["identity"][name] != identity[name]:
+            raise InputError(f"--resume {resume} was trained with {what}; give the same, or start a new run")
     for name, value in settings.items():
-        if name not in changeable and json.dumps(saved["settings"][name]) != json.dumps(value):
-            raise InputError(f"--resume {resume} was trained with --{name} {saved['settings'][name]}, not {value}; give the same, or start a new run")
+        if name not in changeable and json.dumps(saved["settings"].get(name)) != json.dumps(value):
+            raise InputError(f"--resume {resume} was trained with --{name} {saved['settings'].get(name)}, not {value}; give the same, or start a new run")
     model.load_weights(salt.student, saved["student"], resume)
     model.load_weights(salt.predictor, saved["predictor"], resume)
     optimizer.load_state_dict(saved["optimizer"])
@@ -225,6 +239,13 @@ if resume:
         torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
     step, losses, history, best = saved["step"], saved["losses"].tolist(), saved["history"], saved["best"]
     log(f"resumed {resume} at step {step}")
+
+
+def with_latents(batch):
+    """Where the teacher runs on the fly: in fp32, as cache_latents.py runs it."""
+    with torch.no_grad():
+        return batch._replace(latents=on_the_fly.encode(batch.patches)) if on_the_fly else batch
+
 
 # ---- the space of the targets, and the per-position mean that R2 is measured from
 if saved:
@@ -241,15 +262,15 @@ else:
         picked = [i * n // min(stats_clips, n) for i in range(min(stats_clips, n))]
         log(f"R2's per-position mean: from {len(picked)} training clips")
         raw = model.Space(target, "none" if target_norm == "standardise" else target_norm, None, None, space.zero)
-        total = squares = 0
-        for _, patches, latents in tqdm(batches(read, picked, min(batch_size, len(picked)), threads, drop_last=False, failed=lambda i, error: None), desc="statistics", unit="batch", dynamic_ncols=True, leave=False):
-            patches = patches.to(device)
-            with torch.no_grad(), autocast():
-                latents = on_the_fly.encode(patches).float() if on_the_fly else latents
-            y = raw.all_targets(patches, None if latents is None else latents.to(device)).double()
-            total, squares = total + y.sum(0).cpu(), squares + y.square().sum(0).cpu()
-        average = total / len(picked)
-        found = {"mean": average.float(), "variance": (squares / len(picked) - average.square()).clamp(min=0).float(), "count": torch.tensor(len(picked))}
+        clips = total = squares = 0
+        for batch in tqdm(batches(read, picked, batch_size, threads, failed=lambda i, error: None), desc="statistics", total=-(-len(picked) // batch_size), unit="batch", dynamic_ncols=True, leave=False):
+            batch = with_latents(batch.to(device))
+            y = raw.all_targets(batch.patches, batch.latents).double()
+            clips, total, squares = clips + len(y), total + y.sum(0).cpu(), squares + y.square().sum(0).cpu()
+        if not clips:
+            raise InputError(f"none of {len(picked)} training videos could be decoded; check --data with `python cache_latents.py --teacher none`, which lists the reasons")
+        average = total / clips
+        found = {"mean": average.float(), "variance": (squares / clips - average.square()).clamp(min=0).float(), "count": torch.tensor(clips)}
         if target_norm == "standardise":
             stats = found
             space = model.Space(target, target_norm, stats["mean"], rstd(), torch.zeros_like(stats["mean"]))
@@ -261,8 +282,8 @@ space = space.to(device)
 def save(name):
     content = {"student": salt.student.state_dict(), "predictor": salt.predictor.state_dict(), "encoder_config": model.plain(encoder_config),
                "predictor_config": predictor_config, "settings": settings, "step": step, "epoch": step / epoch_length, "losses": torch.tensor(losses, dtype=torch.float64),
-               "history": history, "best": best, "view": view.to_dict(), "stats": stats, "space": model.plain(space.to("cpu")), "cache": source.identity if source else None,
-               "teacher": teacher_sha}
+               "history": history, "best": best, "view": view.to_dict(), "stats": stats, "space": model.plain(space.to("cpu")), "identity": identity,
+               "teacher": teacher_identity}
     if name == "last.pth":
         content |= {"optimizer": optimizer.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}}
     model.save_checkpoint(os.path.join(directory, name), content)
@@ -276,7 +297,9 @@ if saved:
     if os.path.isfile(os.path.join(before, "best.pth")):
         shutil.copyfile(os.path.join(before, "best.pth"), os.path.join(directory, "best.pth"))
     if os.path.isfile(os.path.join(before, "metrics.jsonl")):
-        metrics.writelines(line for line in open(os.path.join(before, "metrics.jsonl")) if json.loads(line)["step"] <= step)
+        for line in open(os.path.join(before, "metrics.jsonl")):
+            if line.endswith("}\n") and json.loads(line)["step"] <= step:  # a killed run may leave a torn last line
+                metrics.write(line)
 failed_ids = set()
 
 
@@ -297,8 +320,8 @@ def order():
 def held_out_r2():
     kept = range(min(len(held_out), val_batches * batch_size))
     rows = model.join_errors([model.clip_errors(salt, space, batch.to(device), masks, eval_seed, autocast)
-                              for batch in batches(val_read, kept, batch_size, threads, drop_last=False, failed=failed)])
-    entry = {"step": step, "val_r2": float(model.r2(rows.values())), "val_mse": float(sum(row["squared"].mean() for row in rows.values()) / len(rows)),
+                              for batch in batches(val_read, kept, batch_size, threads, failed=failed)])
+    entry = {"step": step, "val_r2": float(model.r2(rows.values())), "val_mse": model.mse(rows.values()),
              "val_r2_background": float(model.r2(rows.values(), "background"))}
     log(f"step {step} held-out R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 {entry['val_r2_background']:.4f})")
     metrics.write(json.dumps(entry) + "\n")
@@ -309,23 +332,20 @@ cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(mat
 pending, clock, waited, logged_step = [], time.perf_counter(), 0.0, step  # pending: [loss, squared, spread, gradient norm] since the last line
 if held_out and not history:
     held_out_r2()
-stream = batches(read, itertools.islice(order(), (total_steps - step) * batch_size), batch_size, threads, failed=failed)
-while step < total_steps and not received:
+stream = batches(read, itertools.islice(order(), (total_steps - step) * batch_size), batch_size, threads, failed=failed, substitutes=n)
+stopping = False
+while step < total_steps and not stopping:
     tick = time.perf_counter()
-    batch = next(stream).to(device)
+    batch = with_latents(next(stream).to(device))
     waited += time.perf_counter() - tick
     rate = lr * (step + 1) / warmup if step < warmup else cosine(lr, lr_end, (step - warmup) / max(1, total_steps - warmup))
     decay = cosine(weight_decay, weight_decay_end, step / total_steps)
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = rate, decay * group["decays"]
     drawn = {family: model.sample_masks(batch.ids, step // epoch_length, seed, family, grid) for family in masks}
-    latents = batch.latents
     with autocast():
-        if on_the_fly:
-            with torch.no_grad():
-                latents = on_the_fly.encode(batch.patches)
         predictions = salt(batch.patches, drawn)
-    error, squared, spread = model.salt_loss(predictions, batch.patches, latents, drawn, space, loss)
+    error, squared, spread = model.salt_loss(predictions, batch.patches, batch.latents, drawn, space, loss)
     objective = error
     if vicreg_variance or vicreg_covariance:
         penalties = [model.vicreg(prediction) for prediction in predictions.values()]
@@ -337,7 +357,8 @@ while step < total_steps and not received:
     pending.append(torch.stack([error.detach().float(), squared, spread, norm]))
     step += 1
 
-    ended, epoch_ended = step == total_steps or bool(received), step % epoch_length == 0
+    stopping = bool(received)  # looked at once a step: a signal from here on lets one more step run, and that one saves
+    ended, epoch_ended = step == total_steps or stopping, step % epoch_length == 0
     saving, evaluating = ended or step % save_every == 0, held_out and (step == total_steps or step % eval_every == 0)
     if step % log_every == 0 or epoch_ended or saving or evaluating:
         values = torch.stack(pending).double().cpu()  # [steps, 4]
@@ -371,7 +392,7 @@ stream.close()
 for name in ("best.pth", "last.pth"):  # both exist whenever a run has ended
     if step and not os.path.isfile(os.path.join(directory, name)):
         save(name)
-status = "stopped" if received else "finished"
+status = "stopped" if stopping else "finished"
 log(f"checkpoints in {directory}")
-if received:
+if stopping:
     sys.exit(128 + received[0])

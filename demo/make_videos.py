@@ -27,7 +27,7 @@ validation = 100               # held-out videos
 seed = 0                       # of everything
 threads = max(1, (os.cpu_count() or 1))  # videos made at a time
 # -----------------------------------------------------------------------------------------------------------------------
-config.apply(globals())
+config.apply(globals(), least={"train": 1, "validation": 1, "threads": 1, "seed": 0})
 
 WIDTH, HEIGHT, FPS, SUBSTEPS = 320, 240, 12, 10
 GRAVITY = 500.0                # pixels / s^2
@@ -132,6 +132,16 @@ def smooth_noise(random, cells, amount):
     return top * (1 - fy) + low * fy
 
 
+def pattern(random, xx, yy):
+    """Stripes or checks of a random period, direction and tint [HEIGHT, WIDTH, 3]: the wallpaper or the floor boards of one video."""
+    turn, period = random.uniform(0, np.pi), random.uniform(60, 160)
+    along, across = np.cos(turn) * xx + np.sin(turn) * yy, np.cos(turn) * yy - np.sin(turn) * xx
+    wave = np.sin(2 * np.pi * along / period)
+    if random.random() < 0.5:
+        wave = wave * np.sin(2 * np.pi * across / period)
+    return np.clip(3 * wave, -1, 1)[..., None] * random.uniform(-30, 30, 3)
+
+
 def render(random, bodies, positions, angles, pusher):
     """Frames uint8 [F, HEIGHT, WIDTH, 3] under one camera, one light and one noise level."""
     yy, xx = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
@@ -139,7 +149,8 @@ def render(random, bodies, positions, angles, pusher):
     to_view = lambda point: (point - (WIDTH / 2, HEIGHT / 2)) * zoom + (WIDTH / 2, HEIGHT / 2) + shift
     floor = to_view(np.array([0.0, FLOOR]))[1]
     wall_colour, floor_colour = random.uniform(90, 210, 3), random.uniform(60, 180, 3)
-    ground = np.where(yy[..., None] > floor, floor_colour, wall_colour) + smooth_noise(random, int(random.integers(4, 14)), random.uniform(4, 16))[..., None]
+    paper, boards = (pattern(random, xx, yy) for _ in range(2))
+    ground = np.where(yy[..., None] > floor, floor_colour + boards, wall_colour + paper) + smooth_noise(random, int(random.integers(4, 14)), random.uniform(4, 16))[..., None]
     light = 1 + random.uniform(-0.25, 0.25) * (xx / WIDTH - 0.5) + random.uniform(-0.25, 0.25) * (yy / HEIGHT - 0.5)
     light = (light * random.uniform(0.8, 1.15))[..., None].astype(np.float32)
     ground = (ground * light).astype(np.float32)
@@ -161,8 +172,8 @@ def render(random, bodies, positions, angles, pusher):
             edge = np.hypot(np.maximum(np.abs(dx) - half[0], 0), np.maximum(np.abs(dy) - half[1], 0)) - radius
             cover = np.clip(0.5 - edge, 0, 1)[..., None]
             turn = 0.0 if last else angles[f, i]
-            pattern = np.sin((dx * np.cos(turn) + dy * np.sin(turn)) * stripes[i] / max(radius + half[0], 1) * 1.6)
-            shade = (1 + 0.18 * np.sign(pattern) - 0.25 * dy / max(radius + half[1], 1))[..., None]
+            stripe = np.sin((dx * np.cos(turn) + dy * np.sin(turn)) * stripes[i] / max(radius + half[0], 1) * 1.6)
+            shade = (1 + 0.18 * np.sign(stripe) - 0.25 * dy / max(radius + half[1], 1))[..., None]
             image[y0:y1, x0:x1] = image[y0:y1, x0:x1] * (1 - cover) + colour * shade * light[y0:y1, x0:x1] * cover
         gy, gx = random.integers(0, 64, 2)
         frames[f] = np.clip(image + grain[gy:gy + HEIGHT, gx:gx + WIDTH], 0, 255)

@@ -5,6 +5,7 @@
 
 Every stage is the script a real run uses, with small sizes. Ends in a table, out/demo/results.json and out/demo/report.png.
 """
+import hashlib
 import json
 import shutil
 import subprocess
@@ -40,12 +41,16 @@ import data  # noqa: E402
 import model  # noqa: E402
 from cache import open_cache, write_whole  # noqa: E402
 
-root, folder, began = Path(__file__).resolve().parent.parent, Path(out), time.time()
+root, began = Path(__file__).resolve().parent.parent, time.time()
 taken = {}
-for name in ("clips", "clips_val", "latents", "latents_val", "checkpoints", "run_logs"):  # of an earlier demo
-    shutil.rmtree(folder / name, ignore_errors=True)
+folder, marker = Path(out) / "work", Path(out) / "work" / "made_by_the_demo"
+if folder.exists() and not marker.exists():
+    raise config.InputError(f"{folder} is there and was not made by the demo; choose another --out")
+shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
+folder.mkdir(parents=True)
+marker.touch()
 for name in ("results.json", "report.png"):
-    (folder / name).unlink(missing_ok=True)
+    (Path(out) / name).unlink(missing_ok=True)
 
 
 def stage(title, script, **flags):
@@ -65,7 +70,8 @@ def run_of(name):
 
 small = {"size": "tiny", "depth": 6, "predictor_dim": 128, "predictor_depth": 4, "predictor_heads": 4, "batch_size": batch_size, "max_steps": steps, "lr": 2e-3,
          "weight_decay_end": 0.05, "grad_clip": 1.0, "eval_every": max(1, steps // 5), "seed": seed, "checkpoints": folder / "checkpoints", "run_logs": folder / "run_logs"}
-videos = folder / f"videos_{train_videos}_{val_videos}_{seed}"
+generator = hashlib.sha256((root / "demo" / "make_videos.py").read_bytes()).hexdigest()[:8]
+videos = Path(out) / f"videos_{train_videos}_{val_videos}_{seed}_{generator}"  # kept between runs, while their generator is the same
 stage("videos", "demo/make_videos.py", out=videos, train=train_videos, validation=val_videos, seed=seed)
 stage("clips of the training videos", "cache_latents.py", data=videos, split="train", teacher="none", resolution=96, out=folder / "clips")
 stage("clips of the held-out videos", "cache_latents.py", data=videos, split="validation", teacher="none", resolution=96, out=folder / "clips_val")
@@ -75,7 +81,7 @@ stage("the teacher's latents", "cache_latents.py", teacher=teacher, clips_from=f
 stage("its held-out latents", "cache_latents.py", teacher=teacher, clips_from=folder / "clips_val", out=folder / "latents_val")
 stage("stage 2: the student, from latents", "train.py", cache=folder / "latents", val_cache=folder / "latents_val", run_name="student", **small)
 student = run_of("student") / "best.pth"
-stage("evaluation", "eval_distill.py", checkpoint=student, cache=folder / "latents_val", out=folder / "eval.json")
+stage("evaluation", "eval_distill.py", checkpoint=student.with_name("last.pth"), cache=folder / "latents_val", out=folder / "eval.json")
 probing = {"data": videos, "train_videos": train_videos, "val_videos": val_videos, "seed": seed}
 stage("time-arrow probe of the student", "probe_time_arrow.py", checkpoint=student, out=folder / "probe_student.json", untrained_seeds=1 if short else 3, **probing)
 stage("time-arrow probe of the teacher", "probe_time_arrow.py", checkpoint=teacher, out=folder / "probe_teacher.json", untrained_seeds=0, pixels=False, **probing)
@@ -91,7 +97,7 @@ probe = {"student": pick(probed), "teacher": pick(read_json(folder / "probe_teac
 results = {"r2": [row["val_r2"] for row in held_out["student"]], "r2_background": evaluation["r2_background"], "r2_ci95": evaluation["r2_ci95"], "probe": probe,
            "teacher_r2": [row["val_r2"] for row in held_out["teacher"]], "evaluation": evaluation, "difference_ci95": probed["difference_ci95"],
            "seconds": {**taken, "all": round(time.time() - began, 1)}, "short": short}
-write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
+write_whole(Path(out) / "results.json", json.dumps(results, indent=1).encode())
 
 # ---- one picture
 salt, space, saved = model.load_salt(student)
@@ -152,7 +158,7 @@ for column, frame in enumerate(shown):
 axes[0, 0].set_ylabel("clip"), axes2[0, 0].set_ylabel("true")
 for axis in [*axes.flat, *axes2.flat]:
     axis.set(xticks=[], yticks=[])
-figure.savefig(folder / "report.png", dpi=80)
+figure.savefig(Path(out) / "report.png", dpi=80)
 
 # ---- the table
 line = lambda name, row: f"{name:34} {row['accuracy']:8.3f}   [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]"
@@ -166,11 +172,15 @@ print(f"{'held-out R2 of the teacher (pixels)':34} {results['teacher_r2'][-1]:8.
 for name, row in probe.items():
     print(line(f"time arrow, {name}", row))
 low, high = probed["difference_ci95"]
-print("The student beats the untrained encoder at the time arrow." if low > 0 else
-      f"The student does not beat the untrained encoder at the time arrow (difference [{low:+.3f}, {high:+.3f}]): {steps} steps on {train_videos} videos teach it what a clip looks like; "
-      "the direction of time is in small differences of motion, which its teacher, trained as briefly on pixels, hardly encodes, and "
-      f"{val_videos} held-out videos leave an interval this wide.")
-print(f"written: {folder / 'results.json'}, {folder / 'report.png'}")
+if low > 0:
+    print(f"The student beats the untrained encoder at the time arrow by [{low:+.3f}, {high:+.3f}].")
+else:
+    print(f"The student does not beat the untrained encoder at the time arrow: difference [{low:+.3f}, {high:+.3f}].")
+    beyond = probe["teacher"]["ci95"][0] > probe["untrained"]["accuracy"]
+    print("Its teacher does, so the direction of time is in the targets: this student has not taken it over in "
+          f"{steps} steps." if beyond else "Nor does its teacher, beyond its interval: latents that do not tell the direction of time cannot teach it. A teacher trained "
+          f"for {steps} steps on {train_videos} videos is a weak one; and {val_videos} held-out videos resolve no difference smaller than these intervals.")
+print(f"written: {Path(out) / 'results.json'}, {Path(out) / 'report.png'}")
 if not results["r2"][-1] > 0 or not results["r2"][-1] > results["r2"][0]:
     sys.exit(f"demo: the student did not learn: held-out R2 went from {results['r2'][0]:.3f} to {results['r2'][-1]:.3f}; it must end above 0 and above its start")
 if not short and not results["r2"][-1] > 0.3:

@@ -7,7 +7,7 @@ import pytest
 
 from cache import Writer, open_cache
 from config import InputError
-from data import View
+from views import View
 
 VIEW = View(frames=4, size=32, short_side=32)
 PLAN = {"split": "train", "list_count": 1100, "list_sha256": "0", "teacher": {"name": "t", "sha256": "ab", "dim": 6, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "compute": "fp32"},
@@ -84,6 +84,8 @@ def test_a_cache_that_died_resumes_to_the_same_bits(made, tmp_path):
         open_cache(folder)
     writer = Writer(folder, PLAN)
     assert writer.missing() == [1, 2]
+    before = (folder / "partial" / "plan.json").stat().st_mtime_ns  # ranks join a plan; they do not race to write it again
+    assert Writer(folder, PLAN).missing() == [1, 2] and (folder / "partial" / "plan.json").stat().st_mtime_ns == before
     with pytest.raises(KeyboardInterrupt), writer.shard(2) as shard:
         shard.add("v1024", 0, latents_of(1024), patches_of(1024))
         raise KeyboardInterrupt
@@ -128,6 +130,7 @@ def test_a_cache_of_nothing_is_an_error(tmp_path):
         shard.fail(0, "v0", 0, "it is empty")
     with pytest.raises(InputError, match="no video of the list could be decoded; the first: it is empty"):
         writer.finish()
+    assert not (tmp_path / "c").exists()  # so that the next try starts afresh
 
 
 def test_clips_from_another_cache(made, tmp_path):
@@ -153,7 +156,7 @@ def damage(folder, name, change):
 
 
 @pytest.mark.parametrize("name, change, message", [
-    ("metadata", lambda m: m.update(format_version=9), "cache format 9, this code reads 1; update the code"), ("metadata", lambda m: m.pop("view"), "damaged"),
+    ("metadata", lambda m: m.update(format_version=9), "cache format 9, this code reads 1; update the code"), ("metadata", lambda m: m.pop("view"), "damaged"), ("metadata", lambda m: m["shards"][1]["latents"].pop("bytes"), "damaged"),
     ("metadata", lambda m: m["view"].update(seed=64), "view does not fit its hash"), ("metadata", lambda m: m["view"].update(size=64), "metadata.json is damaged .a view's short_side"), ("metadata", lambda m: m.update(count=3), "does not add up"),
     ("metadata.json", lambda b: b[:40], "cannot be read"), ("ids.txt", lambda b: b[:-8], "ids.txt has 1095 lines"), ("latents-00001.npy", lambda b: b[:-100], "metadata.json says"),
     ("patches-00000.npy", lambda b: b"\x00" * 200, "broken header"), ("latents-00002.npy", lambda b: b.replace(b"<f2", b"<i2", 1), "metadata.json says float16")])

@@ -253,6 +253,9 @@ def test_a_folder_without_lists_splits_by_hash(tmp_path):
     train, held_out = (data.load_split(str(tmp_path), split) for split in ("train", "validation"))
     assert len(train) + len(held_out) == 300 and 15 < len(held_out) < 50
     assert not {row.id for row in train} & {row.id for row in held_out}
+    make_folder(tmp_path, ["a\tb.webm"], "odd")
+    with pytest.raises(InputError, match="no plain file name"):
+        data.load_split(str(tmp_path / "odd"), "train")
     make_folder(tmp_path, ["a.webm"], "validation")
     assert [row.id for row in data.load_split(str(tmp_path), "validation")] == ["a"]
 
@@ -303,20 +306,38 @@ def fake_reader(bad=()):
 @pytest.mark.parametrize("threads", [1, 4])
 def test_batches_keep_their_order_and_places(threads):
     order = data.shuffled(22, 3, 1)
-    got = [batch.ids.tolist() for batch in data.batches(fake_reader(), order, 4, threads)]
+    got = [batch.ids.tolist() for batch in data.batches(fake_reader(), order, 4, threads, substitutes=22)]
     assert got == [order[i:i + 4] for i in range(0, 20, 4)]
     assert order == data.shuffled(22, 3, 1) != data.shuffled(22, 3, 2) and sorted(order) == list(range(22))
 
 
 def test_a_broken_video_costs_only_its_own_place():
+    """In training the next readable sample stands in, whatever batch it is; in evaluation the batch is smaller."""
     heard = []
-    got = [batch.ids.tolist() for batch in data.batches(fake_reader({1, 5}), range(8), 4, failed=lambda i, error: heard.append(i))]
-    assert got == [[0, 2, 2, 3], [4, 6, 6, 7]]
-    assert heard == [1, 5]
-    with pytest.raises(InputError, match="none of the 2 videos"):
-        list(data.batches(fake_reader({0, 1}), range(4), 2, failed=lambda i, error: None))
+    listen = lambda i, error: heard.append((i, str(error)))
+    got = [batch.ids.tolist() for batch in data.batches(fake_reader({1, 5, 6}), [0, 1, 2, 3, 4, 5, 6, 7], 4, failed=listen, substitutes=8)]
+    assert got == [[0, 2, 2, 3], [4, 7, 7, 7]] and heard == [(i, f"video {i} is broken") for i in (1, 5, 6)]
+    assert [batch.ids.tolist() for batch in data.batches(fake_reader({7}), [7, 2], 1, failed=listen, substitutes=8)] == [[0], [2]]
+    got = [batch.ids.tolist() for batch in data.batches(fake_reader({1, 4, 5, 6}), range(7), 4, failed=listen)]
+    assert got == [[0, 2, 3]]
+    with pytest.raises(InputError, match="16 videos in a row could not be decoded; the first: video 3"):
+        list(data.batches(fake_reader(range(30)), [3], 1, failed=listen, substitutes=30))
     with pytest.raises(data.VideoError, match="video 1"):
         list(data.batches(fake_reader({1}), range(4), 2))
     with pytest.raises(InputError, match="fewer than a batch"):
         data.check_batch(3, 4)
-    assert [len(batch.ids) for batch in data.batches(fake_reader(), range(7), 4, drop_last=False)] == [4, 3]
+    assert [len(batch.ids) for batch in data.batches(fake_reader(), range(7), 4)] == [4, 3]
+
+
+def test_a_failing_disk_is_not_the_videos_fault(tmp_path, monkeypatch):
+    path = tmp_path / "v.webm"
+    path.write_bytes(b"noise")
+    with pytest.raises(data.VideoError):
+        data.read_clip(str(path), SMALL)
+
+    def failing(*arguments, **others):
+        raise OSError(5, "Input/output error", str(path))
+    monkeypatch.setattr("builtins.open", failing)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        data.read_clip(str(path), SMALL)
+    assert not isinstance(caught.value, InputError)

@@ -10,6 +10,7 @@ import torch
 import data
 import model
 import ops
+import views
 from config import InputError
 from model import EncoderConfig
 
@@ -23,7 +24,7 @@ def clips_for(config, count=2):
     return torch.randint(0, 256, (count, config.frames, config.size, config.size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def pixel_values(clips, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD):
+def pixel_values(clips, mean=views.IMAGENET_MEAN, std=views.IMAGENET_STD):
     return ((clips.float() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 1, 4, 2, 3)
 
 
@@ -142,11 +143,15 @@ def test_bad_teachers_are_one_clear_error(tmp_path):
     theirs.save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    torch.save({"salt_vla": 1}, tmp_path / "bare.pth")
+    theirs.save_pretrained(tmp_path / "listed")
+    (tmp_path / "listed" / "config.json").write_text("[]")
     (tmp_path / "noise.pth").write_bytes(b"\x80\x04nonsense")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"model": {"fc.weight": torch.zeros(2)}}, tmp_path / "resnet.pth")
     for name, message in (("vit", "model type 'vit'"), ("deep", "lacks the weight"), ("wide", "shape"), ("relu", "hidden_act"), ("empty", "no config.json"), ("cut", "damaged"),
-                          ("noise.pth", "noise.pth"), ("list.pth", "holds list"), ("resnet.pth", "patch_embed"), ("nowhere", "no teacher")):
+                          ("noise.pth", "noise.pth"), ("list.pth", "holds list"), ("resnet.pth", "patch_embed"), ("nowhere", "no teacher"),
+                          ("bare.pth", "lacks student"), ("listed", "no JSON object")):
         with pytest.raises(InputError, match=message) as caught:
             model.load_teacher(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -167,7 +172,8 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
-    model.save_checkpoint(tmp_path / "x.pth", {"student": {"w": torch.arange(10000.0)}})
+    model.save_checkpoint(tmp_path / "x.pth", {**dict.fromkeys(model.CHECKPOINT_PARTS), "student": {"w": torch.arange(10000.0)}})
+    model.load_checkpoint(tmp_path / "x.pth")
     content = bytearray((tmp_path / "x.pth").read_bytes())
     content[len(content) // 2] ^= 4
     (tmp_path / "x.pth").write_bytes(content)
@@ -238,17 +244,19 @@ def test_loss_and_r2_match_their_formulas(target, normalise, kind):
         wanted = torch.stack([y[b, drawn.target[b]] for b in range(3)])
         difference = predictions[family].double() - wanted
         error = {"mse": difference ** 2, "l1": difference.abs(), "smooth_l1": torch.where(difference.abs() < 1, difference ** 2 / 2, difference.abs() - 0.5)}[kind]
-        errors.append(error.mean()), squares.append((difference ** 2).mean())
-        spreads.append((wanted - torch.stack([space.zero[drawn.target[b]] for b in range(3)])).pow(2).mean())
+        errors.append(error.mean() / 2), squares.append((difference ** 2).sum())
+        spreads.append((wanted - torch.stack([space.zero[drawn.target[b]] for b in range(3)])).pow(2).sum())
     for got, parts in ((loss, errors), (squared, squares), (spread, spreads)):
-        torch.testing.assert_close(got.double(), sum(parts) / 2, rtol=1e-4, atol=1e-6, check_dtype=False)
+        torch.testing.assert_close(got.double(), sum(parts), rtol=1e-4, atol=1e-6, check_dtype=False)
 
     batch = data.Batch(torch.arange(3), patches, latents)
     found = model.clip_errors(salt, space, batch, ["short", "long"], 0, model.autocast_on(torch.device("cpu"), "fp32"))
     expected = 1 - sum(squares) / sum(spreads)
+    if kind == "mse":
+        assert model.mse(found.values()) == pytest.approx(loss.item(), rel=1e-4)
     assert model.r2(found.values()) == pytest.approx(expected.item(), rel=1e-4)
     drawn = masks["short"]
-    background = torch.stack([y[b, drawn.context[b]].mean(0, keepdim=True) - y[b, drawn.target[b]] for b in range(3)]).pow(2).mean((1, 2))
+    background = torch.stack([y[b, drawn.context[b]].mean(0, keepdim=True) - y[b, drawn.target[b]] for b in range(3)]).pow(2).sum((1, 2))
     np.testing.assert_allclose(found["short"]["background"], background.numpy(), rtol=1e-4)
 
 
@@ -294,7 +302,7 @@ def test_checkpoints_come_back(tmp_path):
     space = model.Space("latents", "none", None, None, torch.randn(144, 20))
     predictor_config = {"dim_in": 48, "dim_out": 20, "tokens": 144, "families": ["short", "long"], "dim": 32, "depth": 1, "heads": 4}
     model.save_checkpoint(tmp_path / "best.pth", {"student": salt.student.state_dict(), "predictor": salt.predictor.state_dict(), "encoder_config": model.plain(config),
-                                                  "predictor_config": predictor_config, "space": model.plain(space)})
+                                                  "predictor_config": predictor_config, "space": model.plain(space), "settings": {}, "view": {}, "teacher": None, "step": 0})
     loaded, found, _ = model.load_salt(tmp_path / "best.pth")
     for name, value in salt.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
