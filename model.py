@@ -1,17 +1,10 @@
 """The models, from the smallest module to the largest: attention, block, encoder, predictor, the two together with their loss;
-then loading teachers and students, saving checkpoints, optimiser groups and the held-out evaluation.
+then optimiser groups, the held-out evaluation, and loading teachers and students.
 
 The encoder is built as VideoMAE builds it (Tong et al. 2022, arXiv 2203.12602), so that its weights load from and export to
 `transformers` unchanged: pre-norm blocks, exact GELU, biases on q and v but none on k, a fixed 1-D sin-cos table, no cls token.
 """
-import argparse
 import dataclasses
-import json
-import os
-import pickle
-import re
-import struct
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +16,7 @@ from einops import rearrange
 import data
 import ops
 import views
+import weights
 from cache import sha256
 from config import InputError, nearest
 from ops import FAMILIES, sample_masks  # noqa: F401  part of this file's public names
@@ -331,15 +325,7 @@ def interval(statistic, n, draws=2000):
     return [float(x) for x in np.percentile(values, (2.5, 97.5))]
 
 
-# ---------------------------------------------------------------------------------------------------------- teachers
-
-SAVED_NAMES = {  # original VideoMAE names -> ours, after the block number
-    "norm1.": "norm1.", "norm2.": "norm2.", "attn.qkv.weight": "attn.qkv.weight", "attn.q_bias": "attn.q_bias", "attn.v_bias": "attn.v_bias",
-    "attn.proj.": "attn.proj.", "mlp.fc1.": "fc1.", "mlp.fc2.": "fc2."}
-TRANSFORMERS_NAMES = {  # ours -> `transformers`, after the block number
-    "norm1.": "layernorm_before.", "norm2.": "layernorm_after.", "attn.proj.": "attention.output.dense.", "fc1.": "intermediate.dense.",
-    "fc2.": "output.dense.", "attn.q_bias": "attention.attention.q_bias", "attn.v_bias": "attention.attention.v_bias"}
-
+# ----------------------------------------------------------------------------------------------- teachers and students
 
 def load_teacher(path, device="cpu"):
     """A frozen fp32 Encoder in eval mode, with .name, .sha256 (of its weights file) and .identity, from
@@ -351,26 +337,37 @@ def load_teacher(path, device="cpu"):
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        encoder, weights = load_transformers(path)
+        fields, state, file = weights.read_transformers(path)
     elif path.is_file():
-        saved = load_pickle(path)
-        encoder, weights = (student_of(load_checkpoint(path), path) if "salt_vla" in saved else load_videomae(saved, path)), path
+        saved, file = weights.load_pickle(path), path
+        if "salt_vla" in saved:
+            saved = weights.load_checkpoint(path)
+            fields, state = saved["encoder_config"], saved["student"]
+        else:  # 64 channels a head, but for huge and giant
+            fields, state = weights.read_videomae(saved, path, lambda dim, depth: next((size[2] for size in SIZES.values() if size[:2] == (dim, depth)), dim // 64))
     else:
         raise InputError(f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json, model.safetensors), a VideoMAE .pth or a checkpoint of train.py")
-    encoder.name, encoder.sha256 = path.name, sha256(weights)
+    encoder = Encoder(EncoderConfig(**fields))
+    load_weights(encoder, state, file)
+    encoder.name, encoder.sha256 = path.name, sha256(file)
     encoder.identity = {"sha256": encoder.sha256, "mean": list(encoder.config.mean), "std": list(encoder.config.std)}
     return encoder.to(device).float().eval().requires_grad_(False)
 
 
 def load_encoder(checkpoint, device="cpu"):
     """The student inside best.pth or last.pth, in eval mode, fp32."""
-    return student_of(load_checkpoint(checkpoint), checkpoint).to(device).eval()
+    return student_of(weights.load_checkpoint(checkpoint), checkpoint).to(device).eval()
 
 
 def student_of(saved, path):
     encoder = Encoder(EncoderConfig(**saved["encoder_config"]))
     load_weights(encoder, saved["student"], path)
     return encoder
+
+
+def export_transformers(encoder, folder):
+    """Write an encoder as a VideoMAE folder that `transformers` loads with VideoMAEModel.from_pretrained(folder)."""
+    weights.write_transformers(encoder.config, encoder.state_dict(), folder)
 
 
 def load_weights(module, state, path):
@@ -384,184 +381,6 @@ def load_weights(module, state, path):
     module.load_state_dict({name: state[name] for name in expected})
 
 
-def load_pickle(path):
-    """A torch file as tensors and plain types; code in it is refused."""
-    try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                if broken := archive.testzip():
-                    raise InputError(f"{path} is damaged: the checksum of {broken} is wrong; use another copy")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # original VideoMAE files hold their arguments as one
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|Unsupported operand) (\S+)", str(error))
-        raise InputError(f"{path} is no file of plain weights{f' (it asks for {found[1]})' if found else ''} and was not loaded, since it could run code") from None
-    except InputError:
-        raise
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as a torch file: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-    if not isinstance(saved, dict):
-        raise InputError(f"{path} holds {type(saved).__name__}, not a dictionary of weights")
-    return saved
-
-
-def load_transformers(folder):
-    """(encoder, weights file) of a VideoMAE folder in `transformers` format, without importing transformers."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise InputError(f"{folder / 'config.json'} is no JSON object")
-        if config.get("model_type") != "videomae":
-            raise InputError(f"{folder / 'config.json'} describes the model type {config.get('model_type')!r}; a teacher is a videomae")
-        pixels = folder / "preprocessor_config.json"
-        pixels = json.loads(pixels.read_text(encoding="utf-8")) if pixels.is_file() else {}
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no config.json; a teacher folder holds config.json and model.safetensors or pytorch_model.bin") from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"a JSON file in {folder} is malformed: {error}") from None
-    if (weights := folder / "model.safetensors").is_file():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        try:
-            state = load_file(weights)
-        except SafetensorError as error:
-            raise InputError(f"{weights} is damaged: {error}") from None
-    elif (weights := folder / "pytorch_model.bin").is_file():
-        state = load_pickle(weights)
-    else:
-        raise InputError(f"{folder} has no model.safetensors and no pytorch_model.bin")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise InputError(f"{folder / 'config.json'}: hidden_act is {config['hidden_act']!r}; only exact gelu is supported")
-
-    state = {name.removeprefix("videomae."): tensor.float() for name, tensor in state.items() if not name.startswith("decoder")}
-    ours = {"patch_embed.weight": take(state, "embeddings.patch_embeddings.projection.weight", weights).flatten(1),
-            "patch_embed.bias": take(state, "embeddings.patch_embeddings.projection.bias", weights)}
-    depth = config.get("num_hidden_layers", 12)
-    first = "encoder.layer.0.attention.attention."
-    biases = next(((q, v) for q, v in (("q_bias", "v_bias"), ("query.bias", "value.bias")) if first + q in state), None)
-    for i in range(depth):
-        theirs = f"encoder.layer.{i}."
-        attention = theirs + "attention.attention."
-        ours[f"blocks.{i}.attn.qkv.weight"] = torch.cat([take(state, f"{attention}{part}.weight", weights) for part in ("query", "key", "value")])
-        if biases:
-            ours[f"blocks.{i}.attn.q_bias"], ours[f"blocks.{i}.attn.v_bias"] = (take(state, attention + name, weights) for name in biases)
-        for mine, name in TRANSFORMERS_NAMES.items():
-            if name.endswith("."):
-                for kind in ("weight", "bias"):
-                    ours[f"blocks.{i}.{mine}{kind}"] = take(state, f"{theirs}{name}{kind}", weights)
-    final_norm = not config.get("use_mean_pooling", True)
-    if final_norm:
-        ours["norm.weight"], ours["norm.bias"] = (take(state, f"layernorm.{kind}", weights) for kind in ("weight", "bias"))
-    square = lambda value: value if isinstance(value, int) else value[0]
-    encoder = Encoder(EncoderConfig(
-        dim=config.get("hidden_size", 768), depth=depth, heads=config.get("num_attention_heads", 12), mlp_dim=config.get("intermediate_size", 3072),
-        frames=config.get("num_frames", 16), size=square(config.get("image_size", 224)), patch=square(config.get("patch_size", 16)),
-        tubelet=config.get("tubelet_size", 2), eps=config.get("layer_norm_eps", 1e-12), qkv_bias=biases is not None, final_norm=final_norm,
-        mean=pixels.get("image_mean", views.IMAGENET_MEAN), std=pixels.get("image_std", views.IMAGENET_STD)))
-    load_weights(encoder, ours, weights)
-    return encoder, weights
-
-
-def take(state, name, path):
-    if name not in state:
-        raise InputError(f"{path} lacks the weight {name}; is it a VideoMAE model?")
-    return state[name]
-
-
-def load_videomae(saved, path):
-    """The encoder of an original VideoMAE .pth: frames and size from its arguments where it states them, else 16 and 224."""
-    arguments = saved.get("args")
-    state = next((saved[key] for key in ("model", "module", "state_dict") if isinstance(saved.get(key), dict)), saved)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    if any(name.startswith("encoder.") for name in state):
-        state = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
-    kernel = take(state, "patch_embed.proj.weight", path)  # [D, 3, tubelet, patch, patch]
-    dim, depth = kernel.shape[0], len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    heads = next((size[2] for size in SIZES.values() if size[:2] == (dim, depth)), dim // 64)  # 64 a head but for huge and giant
-    ours = {"patch_embed.weight": kernel.flatten(1).float(), "patch_embed.bias": take(state, "patch_embed.proj.bias", path).float()}
-    for name, tensor in state.items():
-        if name.startswith("blocks."):
-            _, number, rest = name.split(".", 2)
-            mine = next((new for old, new in SAVED_NAMES.items() if rest.startswith(old)), None)
-            if mine is None:
-                raise InputError(f"{path} has the weight {name}, which a VideoMAE encoder lacks")
-            ours[f"blocks.{number}.{mine}{rest.rsplit('.', 1)[1] if mine.endswith('.') else ''}"] = tensor.float()
-    final_norm = "norm.weight" in state
-    if final_norm:
-        ours["norm.weight"], ours["norm.bias"] = state["norm.weight"].float(), take(state, "norm.bias", path).float()
-    encoder = Encoder(EncoderConfig(
-        dim=dim, depth=depth, heads=heads, mlp_dim=take(ours, "blocks.0.fc1.weight", path).shape[0], frames=getattr(arguments, "num_frames", 16),
-        size=getattr(arguments, "input_size", 224), patch=kernel.shape[-1], tubelet=kernel.shape[2], eps=1e-6,
-        qkv_bias="blocks.0.attn.q_bias" in state, final_norm=final_norm))
-    load_weights(encoder, ours, path)
-    return encoder
-
-
-def export_transformers(encoder, folder):
-    """Write an encoder as a VideoMAE folder that `transformers` loads with VideoMAEModel.from_pretrained(folder)."""
-    from safetensors.torch import save_file
-    c, folder = encoder.config, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {}
-    for name, tensor in encoder.state_dict().items():
-        tensor = tensor.detach().cpu().contiguous()
-        if name == "patch_embed.weight":
-            state["embeddings.patch_embeddings.projection.weight"] = tensor.view(c.dim, 3, c.tubelet, c.patch, c.patch)
-        elif name == "patch_embed.bias":
-            state["embeddings.patch_embeddings.projection.bias"] = tensor
-        elif name.startswith("norm."):
-            state[f"layernorm.{name[5:]}"] = tensor
-        else:
-            _, number, rest = name.split(".", 2)
-            if rest == "attn.qkv.weight":
-                for part, rows in zip(("query", "key", "value"), tensor.chunk(3)):
-                    state[f"encoder.layer.{number}.attention.attention.{part}.weight"] = rows.contiguous()
-            else:
-                old, new = next((old, new) for old, new in TRANSFORMERS_NAMES.items() if rest.startswith(old))
-                state[f"encoder.layer.{number}.{new}{rest[len(old):]}"] = tensor
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["VideoMAEModel"], "model_type": "videomae", "hidden_size": c.dim, "num_hidden_layers": c.depth, "num_attention_heads": c.heads,
-        "intermediate_size": c.mlp_dim, "num_frames": c.frames, "image_size": c.size, "patch_size": c.patch, "tubelet_size": c.tubelet, "num_channels": 3,
-        "layer_norm_eps": c.eps, "qkv_bias": c.qkv_bias, "use_mean_pooling": not c.final_norm, "hidden_act": "gelu"}, indent=1))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": c.mean, "image_std": c.std}))
-
-
-# ------------------------------------------------------------------------------------------------------- checkpoints
-
-CHECKPOINT_VERSION = 1
-CHECKPOINT_PARTS = ("student", "predictor", "encoder_config", "predictor_config", "space", "settings", "view", "teacher", "step")
-
-
-def save_checkpoint(path, content):
-    """torch.save beside `path`, flush to the disk, rename. Raises InputError where the disk is full; the old file then stands."""
-    part = f"{path}.part"
-    try:
-        with open(part, "wb") as file:
-            torch.save({"salt_vla": CHECKPOINT_VERSION, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        Path(part).unlink(missing_ok=True)
-        raise InputError(f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}); free some disk space and continue with --resume") from None
-
-
-def load_checkpoint(path):
-    """The content of best.pth or last.pth. Raises InputError on anything else."""
-    if not Path(path).is_file():
-        raise InputError(f"there is no checkpoint {path}")
-    saved = load_pickle(path)
-    if saved.get("salt_vla") != CHECKPOINT_VERSION:
-        found = saved.get("salt_vla")
-        raise InputError(f"{path} is not a checkpoint of train.py" if found is None else f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_VERSION}")
-    if missing := [name for name in CHECKPOINT_PARTS if name not in saved]:
-        raise InputError(f"{path} lacks {', '.join(missing)}; it is no whole checkpoint of train.py")
-    return saved
-
-
 def plain(config):
     """A dataclass as a dictionary of tensors and plain types, for a checkpoint."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -573,7 +392,7 @@ def build_salt(encoder_config, predictor_config):
 
 def load_salt(path, device="cpu"):
     """(Salt in eval mode, Space, content) of a checkpoint."""
-    saved = load_checkpoint(path)
+    saved = weights.load_checkpoint(path)
     salt = build_salt(EncoderConfig(**saved["encoder_config"]), saved["predictor_config"])
     load_weights(salt.student, saved["student"], path)
     load_weights(salt.predictor, saved["predictor"], path)

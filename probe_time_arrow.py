@@ -59,6 +59,7 @@ from cache import prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import VideoError, load_split, patchify, prefetch, read_clip, shuffled  # noqa: E402
 from views import View, random_half  # noqa: E402
+from weights import load_checkpoint  # noqa: E402
 
 print(ops.extension_line(), flush=True)
 if not data or not (checkpoint or after):
@@ -99,7 +100,7 @@ if after:
     checkpoint = os.path.join(checkpoints, run, "best.pth")
 
 device = model.pick_device(device)
-saved = model.load_checkpoint(checkpoint)
+saved = load_checkpoint(checkpoint)
 view, shape = View.from_dict(saved["view"]), model.EncoderConfig(**saved["encoder_config"])
 student = model.student_of(saved, checkpoint)
 del saved

@@ -84,6 +84,7 @@ from cache import open_cache  # noqa: E402
 from config import InputError  # noqa: E402
 from data import batches, cache_reader, check_batch, load_split, shuffled, video_reader  # noqa: E402
 from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
+from weights import load_checkpoint, save_checkpoint  # noqa: E402
 
 # ---- the log; its last line is always `Process exiting.`
 run = f"{run_name}_{time.strftime('%Y%m%d_%H%M%S')}_pid{os.getpid()}"
@@ -220,7 +221,7 @@ if resume == "auto":
     resume = places[-1] if places else None
     log(f"resuming from {resume}" if resume else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
 if resume:
-    saved = model.load_checkpoint(resume)
+    saved = load_checkpoint(resume)
     if "optimizer" not in saved:
         raise InputError(f"--resume {resume} holds no optimiser state; give a last.pth")
     if difference := view.difference(View.from_dict(saved["view"])):
@@ -286,7 +287,7 @@ def save(name):
                "teacher": teacher_identity}
     if name == "last.pth":
         content |= {"optimizer": optimizer.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}}
-    model.save_checkpoint(os.path.join(directory, name), content)
+    save_checkpoint(os.path.join(directory, name), content)
 
 
 # ---- train

@@ -11,6 +11,7 @@ import data
 import model
 import ops
 import views
+import weights
 from config import InputError
 from model import EncoderConfig
 
@@ -93,11 +94,11 @@ def as_original(encoder):
 @pytest.mark.parametrize("layout", ["bare", "encoder", "model", "module"])
 def test_original_videomae_files(tmp_path, layout):
     mine = shake(model.Encoder(EncoderConfig(dim=128, depth=2, heads=2, mlp_dim=256, frames=4, size=32)))
-    weights = as_original(mine)
+    named = as_original(mine)
     arguments = argparse.Namespace(num_frames=4, input_size=32, model="pretrain_videomae_odd")
-    saved = {"bare": {**weights, "args": arguments},
-             "encoder": {"model": {**{f"encoder.{name}": value for name, value in weights.items()}, "decoder.norm.weight": torch.ones(3), "mask_token": torch.zeros(1)}, "args": arguments, "epoch": 3},
-             "model": {"model": {**weights, "head.weight": torch.zeros(5, 128)}, "args": arguments}, "module": {"module": weights, "args": arguments}}[layout]
+    saved = {"bare": {**named, "args": arguments},
+             "encoder": {"model": {**{f"encoder.{name}": value for name, value in named.items()}, "decoder.norm.weight": torch.ones(3), "mask_token": torch.zeros(1)}, "args": arguments, "epoch": 3},
+             "model": {"model": {**named, "head.weight": torch.zeros(5, 128)}, "args": arguments}, "module": {"module": named, "args": arguments}}[layout]
     torch.save(saved, tmp_path / "videomae.pth")
     ours = model.load_teacher(tmp_path / "videomae.pth")
     assert ours.config == mine.config
@@ -141,8 +142,8 @@ def test_bad_teachers_are_one_clear_error(tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
     (tmp_path / "empty").mkdir()
     theirs.save_pretrained(tmp_path / "cut")
-    weights = tmp_path / "cut" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    cut = tmp_path / "cut" / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:1000])
     torch.save({"salt_vla": 1}, tmp_path / "bare.pth")
     theirs.save_pretrained(tmp_path / "listed")
     (tmp_path / "listed" / "config.json").write_text("[]")
@@ -172,13 +173,13 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
-    model.save_checkpoint(tmp_path / "x.pth", {**dict.fromkeys(model.CHECKPOINT_PARTS), "student": {"w": torch.arange(10000.0)}})
-    model.load_checkpoint(tmp_path / "x.pth")
+    weights.save_checkpoint(tmp_path / "x.pth", {**dict.fromkeys(weights.CHECKPOINT_PARTS), "student": {"w": torch.arange(10000.0)}})
+    weights.load_checkpoint(tmp_path / "x.pth")
     content = bytearray((tmp_path / "x.pth").read_bytes())
     content[len(content) // 2] ^= 4
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(InputError, match="damaged"):
-        model.load_checkpoint(tmp_path / "x.pth")
+        weights.load_checkpoint(tmp_path / "x.pth")
 
 
 # --------------------------------------------------------------------------------------------------------- the modules
@@ -301,7 +302,7 @@ def test_checkpoints_come_back(tmp_path):
     config = salt.student.config
     space = model.Space("latents", "none", None, None, torch.randn(144, 20))
     predictor_config = {"dim_in": 48, "dim_out": 20, "tokens": 144, "families": ["short", "long"], "dim": 32, "depth": 1, "heads": 4}
-    model.save_checkpoint(tmp_path / "best.pth", {"student": salt.student.state_dict(), "predictor": salt.predictor.state_dict(), "encoder_config": model.plain(config),
+    weights.save_checkpoint(tmp_path / "best.pth", {"student": salt.student.state_dict(), "predictor": salt.predictor.state_dict(), "encoder_config": model.plain(config),
                                                   "predictor_config": predictor_config, "space": model.plain(space), "settings": {}, "view": {}, "teacher": None, "step": 0})
     loaded, found, _ = model.load_salt(tmp_path / "best.pth")
     for name, value in salt.state_dict().items():

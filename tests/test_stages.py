@@ -13,6 +13,7 @@ import torch
 
 import cache
 import model
+import weights
 from tests.test_data import write_video
 
 ROOT = Path(model.__file__).resolve().parent
@@ -123,14 +124,14 @@ def test_a_run_leaves_its_checkpoints_and_log(world):
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     held_out = [row["val_r2"] for row in metrics if "val_r2" in row]
     assert len(held_out) == 5 and held_out[-1] > held_out[0] and all(np.isfinite(held_out))
-    best, last = (model.load_checkpoint(folder / name) for name in ("best.pth", "last.pth"))
+    best, last = (weights.load_checkpoint(folder / name) for name in ("best.pth", "last.pth"))
     assert "optimizer" in last and "optimizer" not in best and last["step"] == 16 and not any("teacher" in name for name in best["student"])
     assert torch.equal(best["stats"]["mean"], torch.from_numpy(cache.open_cache(world / "latents").stats["mean"])) and best["view"] == cache.open_cache(world / "latents").view.to_dict()
     assert all(value.dtype == torch.float32 for value in last["student"].values())
 
 
 def finished_losses(folder):
-    return model.load_checkpoint(folder / "last.pth")["losses"]
+    return weights.load_checkpoint(folder / "last.pth")["losses"]
 
 
 @pytest.mark.parametrize("grad", [["--grad_clip", "0.02"], ["--vicreg_variance", "0.1", "--vicreg_covariance", "0.01", "--loss", "smooth_l1", "--target_norm", "layer_norm"]])
@@ -146,12 +147,12 @@ def test_resuming_is_exact(world, grad, tmp_path):
     rest = process.stdout.read()
     assert process.wait() == 128 + signal.SIGTERM and "status: stopped" in rest and rest.splitlines()[-1] == "Process exiting."
     stopped = next(tmp_path.glob("checkpoints/r_*"))
-    assert {"best.pth", "last.pth"} <= {path.name for path in stopped.iterdir()} and 6 <= model.load_checkpoint(stopped / "last.pth")["step"] < 16
-    assert f"of {model.load_checkpoint(stopped / 'last.pth')['step']}\n" in rest  # every step that ran is in it: `minimum loss .. at step a of b`
+    assert {"best.pth", "last.pth"} <= {path.name for path in stopped.iterdir()} and 6 <= weights.load_checkpoint(stopped / "last.pth")["step"] < 16
+    assert f"of {weights.load_checkpoint(stopped / 'last.pth')['step']}\n" in rest  # every step that ran is in it: `minimum loss .. at step a of b`
     said = run(tmp_path, "train", *flags, "--resume", "auto")
     assert f"resuming from {Path('checkpoints') / stopped.name}" in said
-    whole = model.load_checkpoint(next(tmp_path.glob("whole/r_*")) / "last.pth")
-    resumed = model.load_checkpoint(next(path for path in tmp_path.glob("checkpoints/r_*") if path != stopped) / "last.pth")
+    whole = weights.load_checkpoint(next(tmp_path.glob("whole/r_*")) / "last.pth")
+    resumed = weights.load_checkpoint(next(path for path in tmp_path.glob("checkpoints/r_*") if path != stopped) / "last.pth")
     assert torch.equal(whole["losses"], resumed["losses"]) and len(whole["losses"]) == 16
     for part in ("student", "predictor"):
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
@@ -272,11 +273,11 @@ def test_the_environment_is_used_and_logged(world, tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stands(tmp_path):
     """The file size limit stands in for a full disk."""
-    code = ("import resource, signal, sys; sys.path.insert(0, sys.argv[1]); import torch, model; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-            "model.save_checkpoint('x.pth', {'w': torch.zeros(10)}); resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000));\n"
-            "try: model.save_checkpoint('x.pth', {'w': torch.zeros(1000000)})\n"
-            "except model.InputError as error: print(error)\n"
-            "assert model.load_pickle('x.pth')['w'].shape == (10,)")
+    code = ("import resource, signal, sys; sys.path.insert(0, sys.argv[1]); import torch, weights; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "weights.save_checkpoint('x.pth', {'w': torch.zeros(10)}); resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000));\n"
+            "try: weights.save_checkpoint('x.pth', {'w': torch.zeros(1000000)})\n"
+            "except weights.InputError as error: print(error)\n"
+            "assert weights.load_pickle('x.pth')['w'].shape == (10,)")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "could not be written" in done.stdout and os.listdir(tmp_path) == ["x.pth"]
