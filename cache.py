@@ -87,9 +87,10 @@ class Cache:
             self.teacher, self.latent_shape, self.patch_shape = m["teacher"], m["latent_shape"], m["patch_shape"]
             self.mean, self.std = (self.teacher["mean"], self.teacher["std"]) if self.teacher else (IMAGENET_MEAN, IMAGENET_STD)
             self.first_rows = np.cumsum([0] + [shard["rows"] for shard in m["shards"]])
-            problem = self.view.hash() != m["view_hash"] and "the view does not fit its hash" or self.first_rows[-1] != m["count"] and "the shard table does not add up to the count"
-            if problem:
-                raise InputError(f"{self.folder / 'metadata.json'} is damaged: {problem}; make the cache again")
+            for fits, problem in ((self.view.hash() == m["view_hash"], "the view does not fit its hash"),
+                                  (self.first_rows[-1] == m["count"], "the shard table does not add up to the count")):
+                if not fits:
+                    raise InputError(f"{self.folder / 'metadata.json'} is damaged: {problem}; make the cache again")
             self.clips = self
             if m["clips_from"]:
                 self.clips = Cache(self.folder / m["clips_from"])
@@ -146,7 +147,8 @@ class Cache:
             with open(path, "rb", buffering=0) as file:  # pread, not a map: a failing disk is an error here, not SIGBUS
                 got = os.preadv(file.fileno(), [out.reshape(-1).view(np.uint8)], start)
         except OSError as error:
-            raise InputError(f"{path}, row {row - self.first_rows[number]}: {error.strerror}; check the disk, then the cache with `python cache_latents.py --verify {self.folder}`") from None
+            raise InputError(f"{path}, row {row - self.first_rows[number]}: {error.strerror}; check the disk, then the cache with "
+                             f"`python cache_latents.py --verify {self.folder}`") from None
         if got != bytes_a_record:
             raise InputError(f"{path}, row {row - self.first_rows[number]}: {got} of {bytes_a_record} bytes could be read; the file is truncated")
         return out
@@ -191,9 +193,11 @@ def read_metadata(folder):
         metadata = json.loads(path.read_text(encoding="utf-8"))
         version = metadata["format_version"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); if another program wrote this cache, make it again: the view of its clips is unknown") from None
+        raise InputError(f"{path} cannot be read ({error}); if another program wrote this cache, make it again: the view of its "
+                         f"clips is unknown") from None
     if version != FORMAT_VERSION:
-        raise InputError(f"{folder} has cache format {version}, this code reads {FORMAT_VERSION}; {'update the code' if version > FORMAT_VERSION else 'make the cache again'}")
+        raise InputError(f"{folder} has cache format {version}, this code reads {FORMAT_VERSION}; "
+                         f"{'update the code' if version > FORMAT_VERSION else 'make the cache again'}")
     return metadata
 
 
@@ -209,7 +213,8 @@ def check_npy(path, shape, dtype, size):
     except (ValueError, OSError) as error:
         raise InputError(f"{path} has a broken header ({error}); make the cache again") from None
     if header != (shape, False, dtype) or found != size:
-        raise InputError(f"{path} holds {header[2]} {list(header[0])} in {found} bytes, metadata.json says {dtype} {list(shape)} in {size}; make the cache again")
+        raise InputError(f"{path} holds {header[2]} {list(header[0])} in {found} bytes, metadata.json says {dtype} {list(shape)} in "
+                         f"{size}; make the cache again")
 
 
 def sha256(path):
@@ -314,7 +319,8 @@ class Writer:
         if begun:
             for name, value in self.plan.items():
                 if begun.get(name) != value:
-                    raise InputError(f"{self.folder} was begun with another {name}: {brief(begun.get(name), value)} there, {brief(value, begun.get(name))} asked for; choose another --out")
+                    raise InputError(f"{self.folder} was begun with another {name}: {brief(begun.get(name), value)} there, "
+                                     f"{brief(value, begun.get(name))} asked for; choose another --out")
         elif self.folder.is_dir() and any(self.folder.iterdir()) and not self.partial.is_dir():
             raise InputError(f"{self.folder} is not empty and holds no cache; choose another --out")
         self.finished = finished
@@ -382,7 +388,8 @@ class ShardWriter:
         if "latents" in self.files:
             largest = float(np.abs(latents).max())
             if not largest <= FLOAT16_MAX:
-                raise InputError(f"the teacher's latents of the video {video_id!r} reach {largest}, beyond float16 ({FLOAT16_MAX:.0f}); check the teacher's weights")
+                raise InputError(f"the teacher's latents of the video {video_id!r} reach {largest}, beyond float16 "
+                                 f"({FLOAT16_MAX:.0f}); check the teacher's weights")
             stored = latents.astype(np.float16)
             self.files["latents"].add(stored)
             wide = stored.astype(np.float64)

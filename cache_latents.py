@@ -77,9 +77,10 @@ else:
     size = resolution or (shape.size if shape else 224)
     view = View(frames or (shape.frames if shape else 16), size, size, sampling, stride, crop, interpolation)
     patch, tubelet = patch or (shape.patch if shape else 16), shape.tubelet if shape else 2
-for name, mine, theirs in (("frames", view.frames, shape and shape.frames), ("resolution", view.size, shape and shape.size), ("patch", patch, shape and shape.patch)):
-    if shape and mine != theirs:
-        raise InputError(f"the teacher {teacher} takes {name} {theirs}, but the clips have {mine}; change --{name}" + (" or --clips_from" if source else ""))
+for name, mine, theirs in (("frames", view.frames, shape.frames), ("resolution", view.size, shape.size), ("patch", patch, shape.patch)) if shape else ():
+    if mine != theirs:
+        raise InputError(f"the teacher {teacher} takes {name} {theirs}, but the clips have {mine}; change "
+                         f"--{name}" + (" or --clips_from" if source else ""))
 tokens, patch_dim = int(torch.tensor(grid_of(view, patch, tubelet)).prod()), 3 * tubelet * patch * patch
 
 if source:
@@ -139,7 +140,8 @@ def attempt(row):
 
 
 autocast = model.autocast_on(device, dtype)
-bar = tqdm(total=len(ids), initial=len(ids) - sum(min(cache.SHARD_ROWS, len(ids) - k * cache.SHARD_ROWS) for k in missing), unit="clip", dynamic_ncols=True, disable=rank > 0)
+to_make = sum(min(cache.SHARD_ROWS, len(ids) - number * cache.SHARD_ROWS) for number in missing)
+bar = tqdm(total=len(ids), initial=len(ids) - to_make, unit="clip", dynamic_ncols=True, disable=rank > 0)
 for number in [k for k in missing if k % world == rank]:
     first, last = number * cache.SHARD_ROWS, min((number + 1) * cache.SHARD_ROWS, len(ids))
     with writer.shard(number) as shard:

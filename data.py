@@ -18,7 +18,7 @@ from einops import rearrange
 
 import ops
 from config import InputError
-from views import IMAGENET_MEAN, IMAGENET_STD, View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  data.View and the rest are public names here
+from views import View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  data.View and the others are public names here
 
 VIDEO_SUFFIXES = (".webm", ".mp4", ".mkv", ".avi")
 VIDEO_FOLDERS = ("", "videos", "20bn-something-something-v2")
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def list_names(split):
-    return [f"{split}.json", f"something-something-v2-{split}.json", f"labels/{split}.json", f"labels/something-something-v2-{split}.json", f"{split}.csv"]
+    return [*(f"{place}{name}{split}.json" for place in ("", "labels/") for name in ("", "something-something-v2-")), f"{split}.csv"]
 
 
 def find_list(folder, split, splits_dir=None):
@@ -112,7 +112,8 @@ def hashed_split(rows, split):
 
 def check_id(name, where):
     if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f\ud800-\udfff]", name):
-        raise InputError(f"{where}: the id {name!r} is no plain file name; an id has no slashes, control characters or broken UTF-8, with which it could leave the video folder")
+        raise InputError(f"{where}: the id {name!r} is no plain file name; an id has no slashes, control characters or broken "
+                         f"UTF-8, with which it could leave the video folder")
     return name
 
 
@@ -123,7 +124,8 @@ def read_json(path, videos):
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is not a readable JSON list: {error}") from None
     if not isinstance(entries, list):
-        raise InputError(f"{path} holds {'an object' if isinstance(entries, dict) else type(entries).__name__}, as a label table does; a split list is a JSON list of objects with an \"id\"")
+        raise InputError(f"{path} holds {'an object' if isinstance(entries, dict) else type(entries).__name__}, as a label table "
+                         f"does; a split list is a JSON list of objects with an \"id\"")
     rows = []
     for number, entry in enumerate(entries):
         where = f"{path}, row {number}"
@@ -152,7 +154,8 @@ def read_csv(path, folder=None):
             continue
         video = os.path.normpath(line[0])
         if not video.lower().endswith(VIDEO_SUFFIXES) or video.startswith("..") or re.search(r"[\x00-\x1f]", video):
-            raise InputError(f"{path}, row {number}: {line[0]!r} is no path of a video ({' '.join(VIDEO_SUFFIXES)}) inside {folder}; a row is a path and an optional label")
+            raise InputError(f"{path}, row {number}: {line[0]!r} is no path of a video ({' '.join(VIDEO_SUFFIXES)}) inside "
+                             f"{folder}; a row is a path and an optional label")
         full = os.path.join(folder, video)
         rows.append(Row(os.path.splitext(video)[0], full if os.path.isfile(full) else None, line[1] if len(line) > 1 else None))
     if not rows:
@@ -237,7 +240,7 @@ def decode_frames(path, wanted, view, random):
 
 def convert(frame, view, place, scaler, path):
     """One decoded frame as upright RGB, resized and cropped (at `place`, two fractions, or in the middle): uint8 [size, size, 3]."""
-    turned = frame.rotation % 360
+    turned = round(frame.rotation / 90) % 4 * 90
     height, width = (frame.width, frame.height) if turned % 180 else (frame.height, frame.width)
     if view.crop == "squash":
         height = width = view.size
@@ -249,8 +252,9 @@ def convert(frame, view, place, scaler, path):
     size = (height, width) if turned % 180 else (width, height)
     rgb = scaler.reformat(frame, *size, "rgb24", interpolation=view.interpolation.upper(), dst_color_range="JPEG", threads=1).to_ndarray()
     if turned:
-        rgb = np.rot90(rgb, round(turned / 90))  # VideoFrame.rotation and rot90 both count counter-clockwise
-    y, x = (int(p * (side - view.size + 1)) for p, side in zip(place, (height, width))) if place else ((height - view.size) // 2, (width - view.size) // 2)
+        rgb = np.rot90(rgb, turned // 90)  # VideoFrame.rotation and rot90 both count counter-clockwise
+    slack = height - view.size, width - view.size
+    y, x = (int(p * (room + 1)) for p, room in zip(place, slack)) if place else (room // 2 for room in slack)
     return rgb[y:y + view.size, x:x + view.size]
 
 

@@ -60,7 +60,8 @@ encoder = None
 if cache:
     source = open_cache(cache)
     if difference := view.difference(source.view):
-        raise InputError(f"{cache} has another view than {checkpoint[0]}: {difference}; make a cache of the held-out split under the view of the training cache")
+        raise InputError(f"{cache} has another view than {checkpoint[0]}: {difference}; make a cache of the held-out split under "
+                         f"the view of the training cache")
     if predicts_latents and not (source.has_latents and source.teacher_identity == first["teacher"]):
         raise InputError(f"{cache} holds latents of another teacher than {checkpoint[0]} was trained on, or none")
     rows = load_split(data, source.metadata["split"], splits_dir, print) if data and not source.has_patches else None
@@ -73,7 +74,8 @@ else:
             raise InputError("without --cache the targets come from the teacher: give --teacher")
         encoder = model.load_teacher(teacher, device)
         if encoder.identity != first["teacher"]:
-            raise InputError(f"{teacher} is not the teacher that {checkpoint[0]} was trained on: SHA-256 of the weights {encoder.sha256[:12]} there, {first['teacher']['sha256'][:12]} in the checkpoint (or another mean and std)")
+            raise InputError(f"{teacher} is not the teacher that {checkpoint[0]} was trained on: SHA-256 of the weights "
+                             f"{encoder.sha256[:12]} there, {first['teacher']['sha256'][:12]} in the checkpoint (or another mean and std)")
 
 # ---- each batch once, through every checkpoint
 failures = []
@@ -98,14 +100,16 @@ for path, parts in errors.items():
         "checkpoint": path, "step": loaded[path][2]["step"], "clips": clips,
         "mse": model.mse(rows), "r2": float(model.r2(rows)),
         "r2_ci95": model.interval(lambda index: model.r2(rows, clips=index), clips), "r2_background": float(model.r2(rows, "background")),
-        "families": {name: {"mse": model.mse([row]), "r2": float(model.r2([row])), "r2_background": float(model.r2([row], "background"))} for name, row in families.items()}})
+        "families": {name: {"mse": model.mse([row]), "r2": float(model.r2([row])), "r2_background": float(model.r2([row], "background"))}
+                     for name, row in families.items()}})
 for failure in failures:
     print(f"skipped: {failure}")
 width = max(len(path) for path in checkpoint)
 print(f"{'checkpoint':{width}}  {'masks':6} {'clips':>6} {'mse':>9} {'R2':>7} {'95 %':>16} {'background R2':>14}")
 for result in results:
     low, high = result["r2_ci95"]
-    print(f"{result['checkpoint']:{width}}  {'all':6} {result['clips']:6d} {result['mse']:9.5f} {result['r2']:7.4f} [{low:6.4f}, {high:6.4f}] {result['r2_background']:14.4f}")
+    print(f"{result['checkpoint']:{width}}  {'all':6} {result['clips']:6d} {result['mse']:9.5f} {result['r2']:7.4f} [{low:6.4f}, "
+          f"{high:6.4f}] {result['r2_background']:14.4f}")
     for name, row in result["families"].items():
         print(f"{'':{width}}  {name:6} {'':6} {row['mse']:9.5f} {row['r2']:7.4f} {'':16} {row['r2_background']:14.4f}")
 if out:

@@ -344,9 +344,11 @@ def load_teacher(path, device="cpu"):
             saved = weights.load_checkpoint(path)
             fields, state = saved["encoder_config"], saved["student"]
         else:  # 64 channels a head, but for huge and giant
-            fields, state = weights.read_videomae(saved, path, lambda dim, depth: next((size[2] for size in SIZES.values() if size[:2] == (dim, depth)), dim // 64))
+            heads_of = lambda dim, depth: next((size[2] for size in SIZES.values() if size[:2] == (dim, depth)), dim // 64)
+            fields, state = weights.read_videomae(saved, path, heads_of)
     else:
-        raise InputError(f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json, model.safetensors), a VideoMAE .pth or a checkpoint of train.py")
+        raise InputError(f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json, model.safetensors), a "
+                         f"VideoMAE .pth or a checkpoint of train.py")
     encoder = Encoder(EncoderConfig(**fields))
     load_weights(encoder, state, file)
     encoder.name, encoder.sha256 = path.name, sha256(file)
@@ -408,7 +410,8 @@ def pick_device(name):
     except RuntimeError:
         raise InputError(f"--device is {name!r}; it takes auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu, or check the driver and the torch build")
+        raise InputError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu, or "
+                         f"check the driver and the torch build")
     return device
 
 

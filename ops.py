@@ -256,7 +256,8 @@ def masked_mse(prediction, target, index=None, kind="mse", normalise="none", mea
     if kind not in KINDS:
         raise InputError(f"unknown loss {kind!r}; there are {', '.join(KINDS)}")
     if prediction.dim() != 3 or target.dim() != 3 or (index is None and target.shape != prediction.shape):
-        raise InputError(f"masked_mse takes prediction [B, K, D] and target [B, N, D] with index, or [B, K, D]; not {list(prediction.shape)} and {list(target.shape)}")
+        raise InputError(f"masked_mse takes prediction [B, K, D] and target [B, N, D] with index, or [B, K, D]; not "
+                         f"{list(prediction.shape)} and {list(target.shape)}")
     if has_kernel(prediction) and kind == "mse" and normalise == "none":
         need_gradient = torch.is_grad_enabled() and prediction.requires_grad  # a kernel cannot see it
         loss, tokens, _ = torch.ops.salt_ops.masked_mse(prediction, target.detach(), index, need_gradient)

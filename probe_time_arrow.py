@@ -40,7 +40,8 @@ checkpoints = "checkpoints"    # where --after looks for the run's checkpoints
 poll_seconds = 30.0            # how often --after looks
 out: str | None = None         # JSON file for the results
 # -----------------------------------------------------------------------------------------------------------------------
-settings = config.apply(globals(), least={"train_videos": 1, "val_videos": 1, "untrained_seeds": 0, "folds": 2, "batch_size": 1, "seed": 0, "threads": 1})
+settings = config.apply(globals(), least={"train_videos": 1, "val_videos": 1, "untrained_seeds": 0, "folds": 2, "batch_size": 1, "seed": 0,
+                                          "threads": 1, "poll_seconds": 0.1})
 
 import numpy as np  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 import torch  # noqa: E402
@@ -92,7 +93,8 @@ if after:
         if lines and lines[-1] == "Process exiting.":
             break
         if not running:
-            raise InputError(f"the run {run} is gone (pid {pid[1]}) and its log has no last line: it was killed; continue it with train.py --resume auto")
+            raise InputError(f"the run {run} is gone (pid {pid[1]}) and its log has no last line: it was killed; continue it with "
+                             f"train.py --resume auto")
         time.sleep(poll_seconds)
     ended = next((line.removeprefix("status: ") for line in reversed(lines) if line.startswith("status: ")), "unknown")
     if ended != "finished":
@@ -172,7 +174,8 @@ if train_count < folds:
 
 def probe(name):
     """Fit on the training videos, strength by cross-validation with a video's two directions in one fold; per-video accuracy on the held-out ones."""
-    search = GridSearchCV(make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)), {"logisticregression__C": list(strengths)}, cv=GroupKFold(folds))
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    search = GridSearchCV(pipeline, {"logisticregression__C": strengths}, cv=GroupKFold(folds))
     with warnings.catch_warnings(), threadpool_limits(1):  # two thread pools, torch's and BLAS's, spin against each other: 13 times slower
         warnings.simplefilter("ignore", ConvergenceWarning)  # the weakest strengths need not converge to lose
         search.fit(train_features[name], np.tile([1, 0], train_count), groups=np.repeat(np.arange(train_count), 2))

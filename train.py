@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 from typing import Literal
 
 import config
@@ -71,9 +72,9 @@ dtype: Literal["bf16", "fp32"] = "bf16"  # compute; weights and optimiser are al
 device = "auto"                # auto, cpu, cuda or cuda:1
 deterministic = False          # on a GPU: the same bits every run, slower
 # -----------------------------------------------------------------------------------------------------------------------
-settings = config.apply(globals(), least={"batch_size": 1, "epochs": 1, "max_steps": 1, "threads": 1, "log_every": 1, "save_every": 1, "eval_every": 1, "val_batches": 1,
-                                          "stats_clips": 1, "frames": 1, "resolution": 1, "patch": 1, "depth": 1, "predictor_depth": 1, "predictor_dim": 1, "predictor_heads": 1,
-                                          "seed": 0, "eval_seed": 0, "warmup": 0, "grad_clip": 0})
+settings = config.apply(globals(), least=dict.fromkeys(("seed", "eval_seed", "warmup", "grad_clip"), 0) | dict.fromkeys((
+    "frames", "resolution", "patch", "depth", "predictor_depth", "predictor_dim", "predictor_heads", "batch_size", "epochs", "max_steps",
+    "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "threads"), 1))
 
 import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 from tqdm import tqdm  # noqa: E402
@@ -134,7 +135,8 @@ log(ops.extension_line())
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     raise InputError("train.py runs on one device; start it without torchrun (cache_latents.py runs on several)")
 device = model.pick_device(device)
-log(f"torch {torch.__version__} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}, {dtype}")
+where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+log(f"torch {torch.__version__} on {where}, {dtype}")
 torch.set_float32_matmul_precision("high")
 if deterministic:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -150,7 +152,8 @@ if source:
     view, patch_size, tubelet = source.view, source.patch, source.tubelet
     for name, theirs in (("frames", view.frames), ("resolution", view.size), ("patch", patch_size)):
         if name in config.given and settings[name] != theirs:
-            raise InputError(f"--{name} is {settings[name]}, but the clips of {cache} have {name} {theirs}; leave the flag out, or make another cache")
+            raise InputError(f"--{name} is {settings[name]}, but the clips of {cache} have {name} {theirs}; leave the flag out, or "
+                             f"make another cache")
     read = cache_reader(source, load_split(data, source.metadata["split"], splits_dir, log) if data and not source.has_patches else None)
     n = len(source)
 else:
@@ -170,17 +173,20 @@ if source and source.has_latents:
     mean, std, latent_dim, teacher_identity = source.mean, source.std, source.latent_shape[1], source.teacher_identity
 elif target == "latents":
     if not teacher:
-        raise InputError("there are no cached latents to predict: give a --cache that has them, or --teacher, or train on pixels with --target pixels")
+        raise InputError("there are no cached latents to predict: give a --cache that has them, or --teacher, or train on pixels "
+                         "with --target pixels")
     on_the_fly = model.load_teacher(teacher, device)
     shape = on_the_fly.config
     if (shape.frames, shape.size, shape.patch) != (view.frames, view.size, patch_size):
-        raise InputError(f"the teacher {teacher} takes {shape.frames} frames of {shape.size} pixels in patches of {shape.patch}, the clips have {view.frames}, {view.size} and {patch_size}; set --frames, --resolution and --patch")
+        raise InputError(f"the teacher {teacher} takes {shape.frames} frames of {shape.size} pixels in patches of {shape.patch}, "
+                         f"the clips have {view.frames}, {view.size} and {patch_size}; set --frames, --resolution and --patch")
     mean, std, latent_dim, teacher_identity = shape.mean, shape.std, shape.dim, on_the_fly.identity
 held_out = open_cache(val_cache) if val_cache else None
 if held_out:
     difference = view.difference(held_out.view)
     if difference or held_out.patch != patch_size:
-        raise InputError(f"--val_cache {val_cache} has another view than the training clips: {difference or f'patch is {patch_size} here and {held_out.patch} there'}")
+        raise InputError(f"--val_cache {val_cache} has another view than the training clips: "
+                         f"{difference or f'patch is {patch_size} here and {held_out.patch} there'}")
     if target == "latents" and (not held_out.has_latents or held_out.teacher_identity != teacher_identity):
         raise InputError(f"--val_cache {val_cache} holds latents of another teacher than the training cache, or none")
     val_read = cache_reader(held_out, load_split(data, held_out.metadata["split"], splits_dir, log) if data and not held_out.has_patches else None)
@@ -193,10 +199,8 @@ identity = {"train": source.identity if source else {"list": hashlib.sha256("\n"
 # ---- model and optimiser
 shape = {} if depth is None else {"depth": depth}
 encoder_config = model.config_of_size(size, frames=view.frames, size=view.size, patch=patch_size, tubelet=tubelet, mean=mean, std=std, **shape)
-predictor_config = {"dim_in": encoder_config.dim, "dim_out": latent_dim or encoder_config.patch_dim, "tokens": encoder_config.tokens, "families": masks,
-                    "dim": predictor_dim, "depth": predictor_depth, "heads": predictor_heads}
-if target == "pixels":
-    predictor_config["dim_out"] = encoder_config.patch_dim
+predictor_config = {"dim_in": encoder_config.dim, "dim_out": encoder_config.patch_dim if target == "pixels" else latent_dim,
+                    "tokens": encoder_config.tokens, "families": masks, "dim": predictor_dim, "depth": predictor_depth, "heads": predictor_heads}
 grid = encoder_config.grid
 torch.manual_seed(seed)  # here, so that nothing before it shows in the initial weights
 salt = model.build_salt(encoder_config, predictor_config).to(device)
@@ -207,16 +211,19 @@ total_steps = max_steps or epochs * epoch_length
 warmup = min(2000, total_steps // 10) if warmup is None else warmup
 eval_every = eval_every or epoch_length
 count = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
-log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config.heads}, {count(salt.student):.1f} M parameters; predictor {count(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
+log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config.heads}, {count(salt.student):.1f} M parameters; "
+    f"predictor {count(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
 log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
 
 # ---- resume, under the same settings or not at all
 directory, step, history = os.path.join(checkpoints, run), 0, []  # history: held-out evaluations
 best = -math.inf if held_out else math.inf  # held-out R2, or without a val_cache an epoch's average loss
-changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "run_name", "checkpoints", "run_logs", "threads", "device", "log_every", "save_every"}
+changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "run_name", "checkpoints", "run_logs", "threads", "device",
+              "log_every", "save_every"}
 saved = None
 if resume == "auto":
-    places = [os.path.join(checkpoints, name, "last.pth") for name in (os.listdir(checkpoints) if os.path.isdir(checkpoints) else []) if name.rsplit("_", 3)[0] == run_name]
+    names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+    places = [os.path.join(checkpoints, name, "last.pth") for name in names if name.rsplit("_", 3)[0] == run_name]
     places = sorted((place for place in places if os.path.isfile(place)), key=os.path.getmtime)
     resume = places[-1] if places else None
     log(f"resuming from {resume}" if resume else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
@@ -231,7 +238,8 @@ if resume:
             raise InputError(f"--resume {resume} was trained with {what}; give the same, or start a new run")
     for name, value in settings.items():
         if name not in changeable and json.dumps(saved["settings"].get(name)) != json.dumps(value):
-            raise InputError(f"--resume {resume} was trained with --{name} {saved['settings'].get(name)}, not {value}; give the same, or start a new run")
+            raise InputError(f"--resume {resume} was trained with --{name} {saved['settings'].get(name)}, not {value}; give the "
+                             f"same, or start a new run")
     model.load_weights(salt.student, saved["student"], resume)
     model.load_weights(salt.predictor, saved["predictor"], resume)
     optimizer.load_state_dict(saved["optimizer"])
@@ -264,12 +272,14 @@ else:
         log(f"R2's per-position mean: from {len(picked)} training clips")
         raw = model.Space(target, "none" if target_norm == "standardise" else target_norm, None, None, space.zero)
         clips = total = squares = 0
-        for batch in tqdm(batches(read, picked, batch_size, threads, failed=lambda i, error: None), desc="statistics", total=-(-len(picked) // batch_size), unit="batch", dynamic_ncols=True, leave=False):
+        sample = batches(read, picked, batch_size, threads, failed=lambda i, error: None)
+        for batch in tqdm(sample, desc="statistics", total=-(-len(picked) // batch_size), unit="batch", dynamic_ncols=True, leave=False):
             batch = with_latents(batch.to(device))
             y = raw.all_targets(batch.patches, batch.latents).double()
             clips, total, squares = clips + len(y), total + y.sum(0).cpu(), squares + y.square().sum(0).cpu()
         if not clips:
-            raise InputError(f"none of {len(picked)} training videos could be decoded; check --data with `python cache_latents.py --teacher none`, which lists the reasons")
+            raise InputError(f"none of {len(picked)} training videos could be decoded; check --data with `python cache_latents.py "
+                             f"--teacher none`, which lists the reasons")
         average = total / clips
         found = {"mean": average.float(), "variance": (squares / clips - average.square()).clamp(min=0).float(), "count": torch.tensor(clips)}
         if target_norm == "standardise":
@@ -282,11 +292,13 @@ space = space.to(device)
 
 def save(name):
     content = {"student": salt.student.state_dict(), "predictor": salt.predictor.state_dict(), "encoder_config": model.plain(encoder_config),
-               "predictor_config": predictor_config, "settings": settings, "step": step, "epoch": step / epoch_length, "losses": torch.tensor(losses, dtype=torch.float64),
+               "predictor_config": predictor_config, "settings": settings, "step": step, "epoch": step / epoch_length,
+               "losses": torch.tensor(losses, dtype=torch.float64),
                "history": history, "best": best, "view": view.to_dict(), "stats": stats, "space": model.plain(space.to("cpu")), "identity": identity,
                "teacher": teacher_identity}
     if name == "last.pth":
-        content |= {"optimizer": optimizer.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}}
+        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+        content |= {"optimizer": optimizer.state_dict(), "rng": rng}
     save_checkpoint(os.path.join(directory, name), content)
 
 
@@ -324,7 +336,8 @@ def held_out_r2():
                               for batch in batches(val_read, kept, batch_size, threads, failed=failed)])
     entry = {"step": step, "val_r2": float(model.r2(rows.values())), "val_mse": model.mse(rows.values()),
              "val_r2_background": float(model.r2(rows.values(), "background"))}
-    log(f"step {step} held-out R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 {entry['val_r2_background']:.4f})")
+    log(f"step {step} held-out R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 "
+        f"{entry['val_r2_background']:.4f})")
     metrics.write(json.dumps(entry) + "\n")
     history.append(entry)
 
@@ -366,15 +379,18 @@ while step < total_steps and not stopping:
         pending = []
         losses += values[:, 0].tolist()
         if not values.isfinite().all():
-            raise InputError(f"the loss or its gradient was not finite between steps {logged_step + 1} and {step} (loss {values[:, 0].tolist()}); lower --lr, or try --dtype fp32")
+            raise InputError(f"the loss or its gradient was not finite between steps {logged_step + 1} and {step} (loss "
+                             f"{values[:, 0].tolist()}); lower --lr, or try --dtype fp32")
         seconds = time.perf_counter() - clock
         speed, left = (step - logged_step) / seconds, (total_steps - step) * seconds / (step - logged_step)
-        entry = {"step": step, "epoch": step / epoch_length, "loss": values[:, 0].mean().item(), "r2": 1 - (values[:, 1].sum() / values[:, 2].sum()).item(), "lr": rate,
-                 "weight_decay": decay, "grad_norm": values[:, 3].mean().item(), "clipped": (values[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0,
+        entry = {"step": step, "epoch": step / epoch_length, "loss": values[:, 0].mean().item(),
+                 "r2": 1 - (values[:, 1].sum() / values[:, 2].sum()).item(), "lr": rate, "weight_decay": decay, "grad_norm": values[:, 3].mean().item(),
+                 "clipped": (values[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0,
                  "clips_per_s": speed * batch_size, "data_wait": waited / seconds}
         metrics.write(json.dumps(entry) + "\n")
-        log(f"step {step}/{total_steps} epoch {entry['epoch']:.2f} loss {entry['loss']:.5f} R2 {entry['r2']:.4f} lr {rate:.2e} wd {decay:.3f} grad {entry['grad_norm']:.3g} "
-            f"clipped {entry['clipped']:.0%} {entry['clips_per_s']:.2f} clips/s waiting {entry['data_wait']:.0%} left {int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d}")
+        log(f"step {step}/{total_steps} epoch {entry['epoch']:.2f} loss {entry['loss']:.5f} R2 {entry['r2']:.4f} lr {rate:.2e} wd {decay:.3f} "
+            f"grad {entry['grad_norm']:.3g} clipped {entry['clipped']:.0%} {entry['clips_per_s']:.2f} clips/s waiting {entry['data_wait']:.0%} "
+            f"left {timedelta(seconds=int(left))}")
         clock, waited, logged_step = time.perf_counter(), 0.0, step
     if evaluating:
         held_out_r2()

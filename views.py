@@ -39,7 +39,8 @@ class View:
 
     def __post_init__(self):
         object.__setattr__(self, "window", tuple(float(x) for x in self.window))
-        for name, allowed in (("sampling", ("uniform", "stride")), ("crop", ("center", "squash")), ("interpolation", ("bilinear", "bicubic", "area"))):
+        choices = {"sampling": ("uniform", "stride"), "crop": ("center", "squash"), "interpolation": ("bilinear", "bicubic", "area")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"a view's {name} is {' or '.join(allowed)}, not {getattr(self, name)!r}")
         for name, least in (("frames", 1), ("size", 1), ("short_side", 1), ("stride", 1), ("view", 0), ("seed", 0)):

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -24,14 +25,17 @@ def load_pickle(path):
             with zipfile.ZipFile(path) as archive:
                 if broken := archive.testzip():
                     raise InputError(f"{path} is damaged: the checksum of {broken} is wrong; use another copy")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # original VideoMAE files hold their arguments as one
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # VideoMAE files hold their arguments as one
+            warnings.simplefilter("ignore")  # of odd pickle protocols: what cannot be loaded is an error below
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|Unsupported operand) (\S+)", str(error))
-        raise InputError(f"{path} is no file of plain weights{f' (it asks for {found[1]})' if found else ''} and was not loaded, since it could run code") from None
+        raise InputError(f"{path} is no file of plain weights{f' (it asks for {found[1]})' if found else ''} and was not loaded, "
+                         f"since it could run code") from None
     except InputError:
         raise
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error,
+            zipfile.BadZipFile) as error:  # all that a damaged pickle has been seen to raise
         raise InputError(f"{path} cannot be read as a torch file: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if not isinstance(saved, dict):
         raise InputError(f"{path} holds {type(saved).__name__}, not a dictionary of weights")
@@ -55,7 +59,8 @@ def save_checkpoint(path, content):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         Path(part).unlink(missing_ok=True)
-        raise InputError(f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}); free some disk space and continue with --resume") from None
+        raise InputError(f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}); free some disk space and "
+                         f"continue with --resume") from None
 
 
 def load_checkpoint(path):
@@ -131,7 +136,8 @@ def read_transformers(folder):
     if final_norm:
         ours["norm.weight"], ours["norm.bias"] = (take(state, f"layernorm.{kind}", weights) for kind in ("weight", "bias"))
     square = lambda value: value if isinstance(value, int) else value[0]
-    fields = {"dim": config.get("hidden_size", 768), "depth": depth, "heads": config.get("num_attention_heads", 12), "mlp_dim": config.get("intermediate_size", 3072),
+    fields = {"dim": config.get("hidden_size", 768), "depth": depth, "heads": config.get("num_attention_heads", 12),
+              "mlp_dim": config.get("intermediate_size", 3072),
               "frames": config.get("num_frames", 16), "size": square(config.get("image_size", 224)), "patch": square(config.get("patch_size", 16)),
               "tubelet": config.get("tubelet_size", 2), "eps": config.get("layer_norm_eps", 1e-12), "qkv_bias": biases is not None, "final_norm": final_norm}
     fields |= {mine: pixels[theirs] for mine, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in pixels}
@@ -145,7 +151,10 @@ def take(state, name, path):
 
 
 def read_videomae(saved, path, heads_of):
-    """(EncoderConfig fields, weights under our names) of an original VideoMAE .pth, whose heads are heads_of(width, depth): frames and size from its arguments where it states them, else 16 and 224."""
+    """(EncoderConfig fields, weights under our names) of an original VideoMAE .pth.
+
+    heads_of(width, depth) gives the heads, which it does not state; frames and size come from its arguments, else are 16 and 224.
+    """
     arguments = saved.get("args")
     state = next((saved[key] for key in ("model", "module", "state_dict") if isinstance(saved.get(key), dict)), saved)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}

@@ -216,4 +216,5 @@ with ThreadPoolExecutor(threads) as pool:
 for name, part in (("train", rows[:train]), ("validation", rows[train:])):
     (folder / f"{name}.json").write_text(json.dumps(part, indent=1))
 (folder / "labels.json").write_text(json.dumps({template.replace("[", "").replace("]", ""): str(i) for i, template in enumerate(TEMPLATES)}, indent=1))
-print(f"{folder}: {train} training and {validation} held-out videos, {sum(file.stat().st_size for file in (folder / 'videos').iterdir()) / 1e6:.0f} MB")
+print(f"{folder}: {train} training and {validation} held-out videos, "
+      f"{sum(file.stat().st_size for file in (folder / 'videos').iterdir()) / 1e6:.0f} MB")

@@ -182,6 +182,7 @@ else:
           f"for {steps} steps on {train_videos} videos is a weak one; and {val_videos} held-out videos resolve no difference smaller than these intervals.")
 print(f"written: {Path(out) / 'results.json'}, {Path(out) / 'report.png'}")
 if not results["r2"][-1] > 0 or not results["r2"][-1] > results["r2"][0]:
-    sys.exit(f"demo: the student did not learn: held-out R2 went from {results['r2'][0]:.3f} to {results['r2'][-1]:.3f}; it must end above 0 and above its start")
+    sys.exit(f"demo: the student did not learn: held-out R2 went from {results['r2'][0]:.3f} to {results['r2'][-1]:.3f}; it must "
+             f"end above 0 and above its start")
 if not short and not results["r2"][-1] > 0.3:
     sys.exit(f"demo: held-out R2 ended at {results['r2'][-1]:.3f}; this demo reaches above 0.3")
