@@ -87,7 +87,7 @@ def test_a_script_from_the_shell(tmp_path):
     assert wrong.returncode == 1 and wrong.stderr == "script.py: error: unknown flag --epoks; did you mean --epochs?\n"
 
 
-@pytest.mark.parametrize("stage", ["train", "cache_latents", "eval_distill", "probe_time_arrow", "demo/make_videos", "demo/run"])
+@pytest.mark.parametrize("stage", ["train", "cache_latents", "eval_distill", "probe_time_arrow", "demo/make_videos", "demo/run", "demo/report"])
 def test_help_of_every_stage_has_a_comment_a_setting(stage):
     path = Path(config.__file__).parent / f"{stage}.py"
     comments = {name: comment for name, (_, comment) in config.read_settings(path).items()}
