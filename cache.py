@@ -229,6 +229,10 @@ def shard_name(kind, number):
     return f"{kind}-{number:05d}.npy"
 
 
+def shard_names(number):
+    return [shard_name(kind, number) for kind in ("latents", "patches")]
+
+
 # --------------------------------------------------------------------------------------------------------------- writing
 
 def write_whole(path, content):
@@ -245,13 +249,22 @@ def write_whole(path, content):
         raise
 
 
-def prepare_folder(path):
-    """Make the folder of a result file, if one is asked for, before the work that ends in it. Raises OSError where it cannot be written to."""
-    if path:
-        folder = os.path.dirname(os.path.abspath(path))
+def prepare_folder(folder, flag):
+    """Make a folder for results, before the work that ends in it. Raises InputError where that cannot be, or it cannot be written to."""
+    try:
         os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} cannot be written to; choose another --out")
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be made ({error.strerror}); choose another {flag}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"the folder {folder} cannot be written to; choose another {flag}")
+
+
+def prepare_file(path):
+    """The same for the file of --out, where one is asked for."""
+    if path and os.path.isdir(path):
+        raise InputError(f"--out {path} is a folder; name a JSON file")
+    if path:
+        prepare_folder(os.path.dirname(os.path.abspath(path)), "--out")
 
 
 def npy_header(shape, dtype):
@@ -321,7 +334,7 @@ class Writer:
                 if begun.get(name) != value:
                     raise InputError(f"{self.folder} was begun with another {name}: {brief(begun.get(name), value)} there, "
                                      f"{brief(value, begun.get(name))} asked for; choose another --out")
-        elif self.folder.is_dir() and any(self.folder.iterdir()) and not self.partial.is_dir():
+        elif self.folder.is_dir() and any(entry.name not in ("partial", "plan.json.part") for entry in self.folder.rglob("*")):
             raise InputError(f"{self.folder} is not empty and holds no cache; choose another --out")
         self.finished = finished
         if not begun:
@@ -346,7 +359,8 @@ class Writer:
         failures = [failure for shard in done for failure in shard["failures"]]
         count = sum(len(shard["ids"]) for shard in done)
         if count == 0:
-            shutil.rmtree(self.folder)
+            for path in [self.partial, *(self.folder / name for number in range(self.shard_count) for name in shard_names(number))]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             raise InputError(f"no video of the list could be decoded; the first: {failures[0]['reason'] if failures else 'none'}")
         write_whole(self.folder / "ids.txt", ids)
         write_whole(self.folder / "failures.jsonl", "".join(json.dumps(failure) + "\n" for failure in failures).encode())

@@ -59,6 +59,8 @@ if verify:
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 if world > 1:
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE is {world} in the environment, but nothing else of torchrun's: start it with torchrun, or unset WORLD_SIZE")
     dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for the slowest one's last shard
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and torch.cuda.is_available() else device
 log = print if rank == 0 else lambda *line, **how: None
@@ -66,6 +68,12 @@ log(ops.extension_line(), flush=True)
 if out is None or teacher == "" or (data is None and clips_from is None):
     raise InputError("give --out, --teacher (or --teacher none) and --data (or --clips_from); see --help")
 device = model.pick_device(device)
+
+if clips == "off" and teacher.lower() == "none":
+    raise InputError("--teacher none keeps nothing but clips; leave --clips off out")
+shared = {"data", "split", "frames", "resolution", "patch", "sampling", "stride", "crop", "interpolation", "limit"} & config.given
+if clips_from and (shared or clips == "on"):
+    raise InputError(f"--clips_from takes clips, ids and view from {clips_from}; leave {', '.join(f'--{name}' for name in sorted(shared)) or '--clips on'} out")
 
 # ---- the teacher, the view, the rows
 encoder = None if teacher.lower() == "none" else model.load_teacher(teacher, device)
@@ -84,11 +92,9 @@ for name, mine, theirs in (("frames", view.frames, shape.frames), ("resolution",
 tokens, patch_dim = int(torch.tensor(grid_of(view, patch, tubelet)).prod()), 3 * tubelet * patch * patch
 
 if source:
-    ids, read = [source.ids.fields(row) for row in range(len(source))][:limit], cache_reader(source)
+    ids, read = [source.ids.fields(row) for row in range(len(source))], cache_reader(source)
     if not source.has_patches:
         raise InputError(f"the cache {clips_from} holds no clips (--clips off) to take; give --data instead")
-    if limit:
-        raise InputError("--limit goes with --data, not with --clips_from, whose records it shares")
 else:
     rows = load_split(data, split, splits_dir, log)[:limit]
     ids, read = [(row.id, 0) for row in rows], video_reader(rows, view, patch, tubelet)
@@ -100,13 +106,16 @@ at = os.path.abspath(out)
 while not os.path.exists(at):
     at = os.path.dirname(at)
 free = shutil.disk_usage(at).free
-if begun:
-    keep_clips = begun.get("clips") if clips == "auto" else clips == "on"
+if source or not shape:
+    keep_clips = not source
+elif clips == "auto":
+    keep_clips = begun["clips"] if begun else latent_bytes + clip_bytes < 0.95 * free
 else:
-    keep_clips = not source and (clips == "on" or not shape or (clips == "auto" and latent_bytes + clip_bytes < 0.95 * free))
+    keep_clips = clips == "on"
+log(f"clips: {f'those of {clips_from}' if source else 'kept' if keep_clips else 'left out, training will decode the videos'}")
+if not begun:
     needed = latent_bytes + keep_clips * clip_bytes
-    log(f"disk: {needed / 1e9:.1f} GB needed ({latent_bytes / 1e9:.1f} latents, {keep_clips * clip_bytes / 1e9:.1f} clips), {free / 1e9:.1f} GB free"
-        + ("; clips are left out, training will decode" if clips == "auto" and shape and not source and not keep_clips else ""))
+    log(f"disk: {needed / 1e9:.2f} GB needed ({latent_bytes / 1e9:.2f} latents, {keep_clips * clip_bytes / 1e9:.2f} clips), {free / 1e9:.1f} GB free")
     if needed > free:
         raise InputError(f"{out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; free some, or try --clips off or --limit")
 

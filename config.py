@@ -83,7 +83,12 @@ def parse(text, kind, name):
             raise InputError(f"{name} is {text!r}; it takes true or false")
         return text.lower() in ("true", "1", "yes", "on")
     try:
-        return kind(text)
+        value = kind(text)
+        if kind is int and abs(value) >= 2**63:
+            raise InputError(f"{name} is {text}; it takes a whole number below 2^63")
+        return value
+    except InputError:
+        raise
     except ValueError:
         raise InputError(f"{name} is {text!r}; it takes {'a whole number' if kind is int else 'a number'}") from None
 

@@ -62,6 +62,8 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     Raises InputError, naming file and row, on a missing or malformed list, an id that is no plain name, or no video at all.
     """
     folder = os.path.expanduser(folder)
+    if os.path.isfile(folder) and folder.lower().endswith(".json"):
+        raise InputError(f"--data {folder} is a list; --data names the folder of the videos, and --splits_dir that of their lists")
     if os.path.isfile(folder):
         rows = hashed_split(read_csv(folder), split)
         log(f"{split}: {len(rows)} rows of {folder}, split by a hash of the id")
@@ -78,6 +80,9 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
         inside = os.path.isdir(os.path.join(folder, split))
         rows = rows if inside else hashed_split(rows, split)
         log(f"{split}: {len(rows)} videos of {folder}, {'its subfolder ' + split if inside else 'split by a hash of the id'} (no list)")
+    if not rows:
+        raise InputError(f"no video of {folder} falls into the split {split!r}: without lists a tenth is held out by a hash of the name, and these "
+                         "are too few; make subfolders train/ and validation/, or train.csv and validation.csv")
     if not any(row.path for row in rows):
         raise InputError(f"none of the {len(rows)} videos of the split {split!r} is in {folder}; looked in it, "
                          f"{' and '.join(f'{name}/' for name in VIDEO_FOLDERS[1:])} for {' '.join(VIDEO_SUFFIXES)}")
@@ -121,7 +126,7 @@ def read_json(path, videos):
     try:
         with open(path, encoding="utf-8") as file:
             entries = json.load(file)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not a readable JSON list: {error}") from None
     if not isinstance(entries, list):
         raise InputError(f"{path} holds {'an object' if isinstance(entries, dict) else type(entries).__name__}, as a label table "
@@ -145,7 +150,7 @@ def read_csv(path, folder=None):
     """Rows of path and optional label; relative paths start from the data folder and may not leave it."""
     folder, rows = folder or os.path.dirname(path) or ".", []
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte-order mark
             lines = list(csv.reader(file))
     except (ValueError, OSError, csv.Error) as error:
         raise InputError(f"{path} is not a readable CSV list: {error}") from None

@@ -33,7 +33,7 @@ from tqdm import tqdm  # noqa: E402
 
 import model  # noqa: E402
 import ops  # noqa: E402
-from cache import open_cache, prepare_folder, write_whole  # noqa: E402
+from cache import open_cache, prepare_file, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import batches, cache_reader, load_split, video_reader  # noqa: E402
 from views import View  # noqa: E402
@@ -42,7 +42,7 @@ print(ops.extension_line(), flush=True)
 if not checkpoint or not (cache or data):
     raise InputError("give --checkpoint and either --cache or --data with --teacher; see --help")
 device = model.pick_device(device)
-prepare_folder(out)
+prepare_file(out)
 loaded = {path: model.load_salt(path, device) for path in checkpoint}
 
 # ---- one view and one teacher for all

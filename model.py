@@ -46,6 +46,11 @@ class EncoderConfig:
     def __post_init__(self):
         object.__setattr__(self, "mean", tuple(map(float, self.mean)))
         object.__setattr__(self, "std", tuple(map(float, self.std)))
+        for name in ("dim", "depth", "heads", "mlp_dim", "frames", "size", "patch", "tubelet"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(f"an encoder's {name} is a whole number of at least 1, not {getattr(self, name)!r}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
+            raise InputError(f"an encoder's mean and std are three numbers each, std above 0; not {self.mean} and {self.std}")
         if self.dim % self.heads:
             raise InputError(f"an encoder's width ({self.dim}) must be a multiple of its heads ({self.heads})")
         views.grid_of(self, self.patch, self.tubelet)
@@ -337,23 +342,33 @@ def load_teacher(path, device="cpu"):
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        fields, state, file = weights.read_transformers(path)
+        fields, state, file = from_file(path, weights.read_transformers, path)
     elif path.is_file():
         saved, file = weights.load_pickle(path), path
         if "salt_vla" in saved:
             saved = weights.load_checkpoint(path)
             fields, state = saved["encoder_config"], saved["student"]
         else:  # 64 channels a head, but for huge and giant
-            heads_of = lambda dim, depth: next((size[2] for size in SIZES.values() if size[:2] == (dim, depth)), dim // 64)
-            fields, state = weights.read_videomae(saved, path, heads_of)
+            heads_of = lambda dim, depth: next((size[2] for size in SIZES.values() if size[:2] == (dim, depth)), max(1, dim // 64))
+            fields, state = from_file(path, weights.read_videomae, saved, path, heads_of)
     else:
         raise InputError(f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json, model.safetensors), a "
                          f"VideoMAE .pth or a checkpoint of train.py")
-    encoder = Encoder(EncoderConfig(**fields))
+    encoder = Encoder(from_file(path, EncoderConfig, **fields))
     load_weights(encoder, state, file)
     encoder.name, encoder.sha256 = path.name, sha256(file)
     encoder.identity = {"sha256": encoder.sha256, "mean": list(encoder.config.mean), "std": list(encoder.config.std)}
     return encoder.to(device).float().eval().requires_grad_(False)
+
+
+def from_file(path, make, *arguments, **fields):
+    """make(...) of what a file says, with anything that does not fit as one line that names the file."""
+    try:
+        return make(*arguments, **fields)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, InputError) and str(path) in str(error):
+            raise
+        raise InputError(f"{path} is malformed: {error}") from None
 
 
 def load_encoder(checkpoint, device="cpu"):
@@ -362,7 +377,7 @@ def load_encoder(checkpoint, device="cpu"):
 
 
 def student_of(saved, path):
-    encoder = Encoder(EncoderConfig(**saved["encoder_config"]))
+    encoder = Encoder(from_file(path, EncoderConfig, **saved["encoder_config"]))
     load_weights(encoder, saved["student"], path)
     return encoder
 
@@ -395,10 +410,10 @@ def build_salt(encoder_config, predictor_config):
 def load_salt(path, device="cpu"):
     """(Salt in eval mode, Space, content) of a checkpoint."""
     saved = weights.load_checkpoint(path)
-    salt = build_salt(EncoderConfig(**saved["encoder_config"]), saved["predictor_config"])
+    salt = build_salt(from_file(path, EncoderConfig, **saved["encoder_config"]), saved["predictor_config"])
     load_weights(salt.student, saved["student"], path)
     load_weights(salt.predictor, saved["predictor"], path)
-    return salt.to(device).eval(), Space(**saved["space"]).to(device), saved
+    return salt.to(device).eval(), from_file(path, Space, **saved["space"]).to(device), saved
 
 
 def pick_device(name):
@@ -408,7 +423,9 @@ def pick_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device is {name!r}; it takes auto, cpu, cuda or cuda:1") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device is {name!r}; it takes auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu, or "
                          f"check the driver and the torch build")

@@ -56,7 +56,7 @@ from tqdm import tqdm  # noqa: E402
 
 import model  # noqa: E402
 import ops  # noqa: E402
-from cache import prepare_folder, write_whole  # noqa: E402
+from cache import prepare_file, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import VideoError, load_split, patchify, prefetch, read_clip, shuffled  # noqa: E402
 from views import View, random_half  # noqa: E402
@@ -65,8 +65,12 @@ from weights import load_checkpoint  # noqa: E402
 print(ops.extension_line(), flush=True)
 if not data or not (checkpoint or after):
     raise InputError("give --data and either --checkpoint or --after; see --help")
-prepare_folder(out)
+if checkpoint and after:
+    raise InputError("--after probes the best checkpoint of its run; leave --checkpoint out")
+prepare_file(out)
 videos = {split: load_split(data, split, splits_dir, print) for split in (train_split, val_split)}
+if both := {row.id for row in videos[train_split]} & {row.id for row in videos[val_split]}:
+    raise InputError(f"{len(both)} videos, {min(both)} among them, are in both --train_split {train_split} and --val_split {val_split}; a probe is tested on videos it was not fitted on")
 
 
 def alive(pid):

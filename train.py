@@ -6,6 +6,7 @@
 Checkpoints go to checkpoints/<run>/, the log to run_logs/<run>.log. Ctrl-C saves and leaves; --resume auto continues.
 """
 import atexit
+import functools
 import hashlib
 import itertools
 import json
@@ -72,7 +73,8 @@ dtype: Literal["bf16", "fp32"] = "bf16"  # compute; weights and optimiser are al
 device = "auto"                # auto, cpu, cuda or cuda:1
 deterministic = False          # on a GPU: the same bits every run, slower
 # -----------------------------------------------------------------------------------------------------------------------
-settings = config.apply(globals(), least=dict.fromkeys(("seed", "eval_seed", "warmup", "grad_clip"), 0) | dict.fromkeys((
+settings = config.apply(globals(), least=dict.fromkeys((
+    "seed", "eval_seed", "warmup", "grad_clip", "lr", "lr_end", "eps", "weight_decay", "weight_decay_end", "vicreg_variance", "vicreg_covariance"), 0) | dict.fromkeys((
     "frames", "resolution", "patch", "depth", "predictor_depth", "predictor_dim", "predictor_heads", "batch_size", "epochs", "max_steps",
     "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "threads"), 1))
 
@@ -81,7 +83,7 @@ from tqdm import tqdm  # noqa: E402
 
 import model  # noqa: E402
 import ops  # noqa: E402
-from cache import open_cache  # noqa: E402
+from cache import open_cache, prepare_folder  # noqa: E402
 from config import InputError  # noqa: E402
 from data import batches, cache_reader, check_batch, load_split, shuffled, video_reader  # noqa: E402
 from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
@@ -91,7 +93,8 @@ from weights import load_checkpoint, save_checkpoint  # noqa: E402
 run = f"{run_name}_{time.strftime('%Y%m%d_%H%M%S')}_pid{os.getpid()}"
 if run_name != os.path.basename(run_name) or not run_name:
     raise InputError(f"--run_name {run_name!r} must be a plain name")
-os.makedirs(run_logs, exist_ok=True)
+prepare_folder(run_logs, "--run_logs")
+prepare_folder(checkpoints, "--checkpoints")
 log_file = open(os.path.join(run_logs, f"{run}.log"), "w", buffering=1)
 status, losses, epoch_length = "failed", [], 1  # losses: of every step of the run, resumed ones included
 
@@ -124,9 +127,19 @@ def log_error(kind, error, traceback):
 
 sys.excepthook = log_error
 atexit.register(close_log)
-received = []  # a signal lets the step under way finish; a second one does not wait
+received = []  # a signal lets the step under way finish; another one, two seconds later or more, does not wait
+
+
+def on_signal(number, frame):
+    if received and time.monotonic() > received[1] + 2:
+        sys.exit(128 + number)
+    if not received:
+        received[:] = number, time.monotonic()
+        os.write(2, b"saving after this step; once more to leave without\n")
+
+
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: (received.append(number), len(received) > 1 and sys.exit(128 + number)))
+    signal.signal(number, on_signal)
 log(f"run {run}: {' '.join(sys.argv)}")
 log(f"settings {json.dumps(settings)}")
 for line in config.from_environment:
@@ -150,7 +163,7 @@ if source and source.metadata["split"] == "test":
     raise InputError(f"{cache} was made from the test split, which is not for training; use one of the train split")
 if source:
     view, patch_size, tubelet = source.view, source.patch, source.tubelet
-    for name, theirs in (("frames", view.frames), ("resolution", view.size), ("patch", patch_size)):
+    for name, theirs in (("frames", view.frames), ("resolution", view.size), ("patch", patch_size), ("split", source.metadata["split"])):
         if name in config.given and settings[name] != theirs:
             raise InputError(f"--{name} is {settings[name]}, but the clips of {cache} have {name} {theirs}; leave the flag out, or "
                              f"make another cache")
@@ -190,6 +203,12 @@ if held_out:
     if target == "latents" and (not held_out.has_latents or held_out.teacher_identity != teacher_identity):
         raise InputError(f"--val_cache {val_cache} holds latents of another teacher than the training cache, or none")
     val_read = cache_reader(held_out, load_split(data, held_out.metadata["split"], splits_dir, log) if data and not held_out.has_patches else None)
+if held_out and source and held_out.metadata["ids_sha256"] == source.metadata["ids_sha256"]:
+    raise InputError(f"--val_cache {val_cache} holds the training videos themselves; make one of the validation split")
+if target == "pixels" and teacher:
+    raise InputError("--target pixels needs no teacher; leave --teacher out")
+if not all(0 <= beta < 1 for beta in betas):
+    raise InputError(f"--betas are {betas}; each must be at least 0 and below 1")
 if target == "pixels" and (loss != "mse" or target_norm != "none"):
     raise InputError("--target pixels is trained with the MSE on per-patch standardised pixels; leave --loss and --target_norm alone")
 check_batch(n, batch_size)
@@ -229,8 +248,8 @@ if resume == "auto":
     log(f"resuming from {resume}" if resume else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
 if resume:
     saved = load_checkpoint(resume)
-    if "optimizer" not in saved:
-        raise InputError(f"--resume {resume} holds no optimiser state; give a last.pth")
+    if missing := [name for name in ("optimizer", "rng", "losses", "history", "best", "stats") if name not in saved]:
+        raise InputError(f"--resume {resume} holds no {', '.join(missing)}; give a last.pth")
     if difference := view.difference(View.from_dict(saved["view"])):
         raise InputError(f"--resume {resume} was trained under another view: {difference}")
     for name, what in (("train", "other training clips (--cache, --data)"), ("teacher", "another teacher"), ("held_out", "another --val_cache")):
@@ -242,7 +261,10 @@ if resume:
                              f"same, or start a new run")
     model.load_weights(salt.student, saved["student"], resume)
     model.load_weights(salt.predictor, saved["predictor"], resume)
-    optimizer.load_state_dict(saved["optimizer"])
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"--resume {resume} holds the optimiser state of another model ({error})") from None
     torch.set_rng_state(saved["rng"]["cpu"])
     if device.type == "cuda" and saved["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
@@ -313,15 +335,15 @@ if saved:
         for line in open(os.path.join(before, "metrics.jsonl")):
             if line.endswith("}\n") and json.loads(line)["step"] <= step:  # a killed run may leave a torn last line
                 metrics.write(line)
-failed_ids = set()
+failures = set()
 
 
-def failed(i, error):
-    if i not in failed_ids:
-        failed_ids.add(i)
-        log(f"skipped, {len(failed_ids)} so far: {error}")
+def failed(part, i, error):
+    if (part, i) not in failures:
+        failures.add((part, i))
+        log(f"skipped, {len(failures)} so far: {error}")
         with open(os.path.join(directory, "failures.jsonl"), "a") as file:
-            file.write(json.dumps({"record": i, "reason": str(error)}) + "\n")
+            file.write(json.dumps({"part": part, "record": i, "reason": str(error)}) + "\n")
 
 
 def order():
@@ -333,7 +355,7 @@ def order():
 def held_out_r2():
     kept = range(min(len(held_out), val_batches * batch_size))
     rows = model.join_errors([model.clip_errors(salt, space, batch.to(device), masks, eval_seed, autocast)
-                              for batch in batches(val_read, kept, batch_size, threads, failed=failed)])
+                              for batch in batches(val_read, kept, batch_size, threads, failed=functools.partial(failed, "held-out"))])
     entry = {"step": step, "val_r2": float(model.r2(rows.values())), "val_mse": model.mse(rows.values()),
              "val_r2_background": float(model.r2(rows.values(), "background"))}
     log(f"step {step} held-out R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 "
@@ -346,7 +368,8 @@ cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(mat
 pending, clock, waited, logged_step = [], time.perf_counter(), 0.0, step  # pending: [loss, squared, spread, gradient norm] since the last line
 if held_out and not history:
     held_out_r2()
-stream = batches(read, itertools.islice(order(), (total_steps - step) * batch_size), batch_size, threads, failed=failed, substitutes=n)
+stream = batches(read, itertools.islice(order(), (total_steps - step) * batch_size), batch_size, threads,
+                 failed=functools.partial(failed, "training"), substitutes=n)
 stopping = False
 while step < total_steps and not stopping:
     tick = time.perf_counter()

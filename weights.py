@@ -45,7 +45,7 @@ def load_pickle(path):
 # ------------------------------------------------------------------------------------------------------- our checkpoints
 
 CHECKPOINT_VERSION = 1
-CHECKPOINT_PARTS = ("student", "predictor", "encoder_config", "predictor_config", "space", "settings", "view", "teacher", "step")
+CHECKPOINT_PARTS = ("student", "predictor", "encoder_config", "predictor_config", "space", "settings", "view", "identity", "teacher", "step")
 
 
 def save_checkpoint(path, content):
@@ -65,6 +65,8 @@ def save_checkpoint(path, content):
 
 def load_checkpoint(path):
     """The content of best.pth or last.pth. Raises InputError on anything else."""
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder; name its best.pth or last.pth")
     if not Path(path).is_file():
         raise InputError(f"there is no checkpoint {path}")
     saved = load_pickle(path)
@@ -116,7 +118,8 @@ def read_transformers(folder):
     if config.get("hidden_act", "gelu") != "gelu":
         raise InputError(f"{folder / 'config.json'}: hidden_act is {config['hidden_act']!r}; only exact gelu is supported")
 
-    state = {name.removeprefix("videomae."): tensor.float() for name, tensor in state.items() if not name.startswith("decoder")}
+    state = {name.removeprefix("videomae."): tensor.float() for name, tensor in state.items()
+             if isinstance(tensor, torch.Tensor) and not name.startswith("decoder")}
     ours = {"patch_embed.weight": take(state, "embeddings.patch_embeddings.projection.weight", weights).flatten(1),
             "patch_embed.bias": take(state, "embeddings.patch_embeddings.projection.bias", weights)}
     depth = config.get("num_hidden_layers", 12)
@@ -135,7 +138,13 @@ def read_transformers(folder):
     final_norm = not config.get("use_mean_pooling", True)
     if final_norm:
         ours["norm.weight"], ours["norm.bias"] = (take(state, f"layernorm.{kind}", weights) for kind in ("weight", "bias"))
-    square = lambda value: value if isinstance(value, int) else value[0]
+    def square(value):
+        if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+            return value[0]
+        if not isinstance(value, int):
+            raise InputError(f"{folder / 'config.json'}: images and patches must be square, not {value}")
+        return value
+
     fields = {"dim": config.get("hidden_size", 768), "depth": depth, "heads": config.get("num_attention_heads", 12),
               "mlp_dim": config.get("intermediate_size", 3072),
               "frames": config.get("num_frames", 16), "size": square(config.get("image_size", 224)), "patch": square(config.get("patch_size", 16)),

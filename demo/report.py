@@ -51,6 +51,8 @@ write_whole(Path(out) / "results.json", json.dumps(results, indent=1).encode())
 # ---- one picture
 salt, space, saved = model.load_salt(run_of("student") / "last.pth")
 cache = open_cache(folder / "latents_val")
+if record >= len(cache):
+    raise config.InputError(f"--record is {record}, and there are {len(cache)} held-out clips")
 grid, names = salt.student.config.grid, saved["settings"]["masks"]
 batch = data.collate([data.cache_reader(cache)(record)])
 masks = {family: model.sample_masks(batch.ids, 0, saved["settings"]["eval_seed"], family, grid) for family in names}

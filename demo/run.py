@@ -25,7 +25,7 @@ steps: int | None = None       # training steps of the teacher and of the studen
 batch_size: int | None = None  # clips a step [16]
 seed = 0                       # of videos, weights, masks and order
 # -----------------------------------------------------------------------------------------------------------------------
-config.apply(globals())
+config.apply(globals(), least={"train_videos": 1, "val_videos": 1, "steps": 1, "batch_size": 1, "seed": 0})
 train_videos, val_videos = train_videos or (96 if short else 400), val_videos or (32 if short else 100)
 steps, batch_size = steps or (80 if short else 500), batch_size or 16
 root, began = Path(__file__).resolve().parent.parent, time.time()

@@ -111,9 +111,11 @@ def test_a_cache_is_not_continued_under_another_plan(made, tmp_path, change, mes
 
 
 def test_other_folders_are_left_alone(tmp_path):
+    (tmp_path / "partial").mkdir()
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="not empty and holds no cache"):
         Writer(tmp_path, PLAN)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
 def test_latents_beyond_float16_are_an_error(tmp_path):
@@ -130,7 +132,7 @@ def test_a_cache_of_nothing_is_an_error(tmp_path):
         shard.fail(0, "v0", 0, "it is empty")
     with pytest.raises(InputError, match="no video of the list could be decoded; the first: it is empty"):
         writer.finish()
-    assert not (tmp_path / "c").exists()  # so that the next try starts afresh
+    assert not any((tmp_path / "c").iterdir())  # so that the next try starts afresh
 
 
 def test_clips_from_another_cache(made, tmp_path):

@@ -262,7 +262,7 @@ def test_a_folder_without_lists_splits_by_hash(tmp_path):
 
 def test_csv_lists(tmp_path):
     make_folder(tmp_path, ["a.mp4", "b.webm"], "in")
-    (tmp_path / "train.csv").write_text("path,label\nin/a.mp4,grasp\nin/b.webm\n")
+    (tmp_path / "train.csv").write_text("\ufeffpath,label\nin/a.mp4,grasp\nin/b.webm\n")
     rows = data.load_split(str(tmp_path), "train")
     assert [(row.id, row.label) for row in rows] == [("in/a", "grasp"), ("in/b", None)] and rows[1].path
     both = [data.load_split(str(tmp_path / "train.csv"), split) for split in ("train",)]
@@ -271,7 +271,7 @@ def test_csv_lists(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ('{"moving [something]": "0"}', "label table"), ('[{"label": "x"}]', "row 0"), ('[{"id": "1"}, {"id": "../../etc/passwd"}]', "row 1: the id"),
-    ('[{"id": "a/b"}]', "plain file name"), ("[{", "not a readable JSON"), ("[]", "is empty"), ('[{"id": "1"}, {"id": 1}]', "twice"),
+    ('[{"id": "a/b"}]', "plain file name"), ("[{", "not a readable JSON"), ("[" * 200000, "not a readable JSON"), ("[]", "is empty"), ('[{"id": "1"}, {"id": 1}]', "twice"),
     ('[{"id": "7"}]', "none of the 1 videos"), ('[{"id": true}]', "row 0"), ('[{"id": "1", "label": 3}]', "label 3")])
 def test_malformed_lists_are_one_clear_error(tmp_path, content, message):
     make_folder(tmp_path, ["1.webm"])
@@ -288,6 +288,11 @@ def test_missing_lists_and_folders(tmp_path):
     (tmp_path / "train.json").write_text('[{"id": "1"}]')
     with pytest.raises(InputError, match="no list for the split 'test'"):
         data.load_split(str(tmp_path), "test")
+    with pytest.raises(InputError, match="is a list; --data names the folder"):
+        data.load_split(str(tmp_path / "train.json"), "train")
+    make_folder(tmp_path / "few", ["a.mp4"])
+    with pytest.raises(InputError, match="too few"):
+        [data.load_split(str(tmp_path / "few"), split) for split in ("train", "validation")]
     (tmp_path / "bad.csv").write_text("../outside.mp4\n")
     with pytest.raises(InputError, match="row 0"):
         data.load_split(str(tmp_path / "bad.csv"), "train")

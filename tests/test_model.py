@@ -137,9 +137,14 @@ def test_bad_teachers_are_one_clear_error(tmp_path):
     theirs = transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY))
     theirs.save_pretrained(tmp_path / "good")
     config = json.loads((tmp_path / "good" / "config.json").read_text())
-    for name, change in (("vit", {"model_type": "vit"}), ("deep", {"num_hidden_layers": 5}), ("wide", {"intermediate_size": 128}), ("relu", {"hidden_act": "relu"})):
+    for name, change in (("vit", {"model_type": "vit"}), ("deep", {"num_hidden_layers": 5}), ("wide", {"intermediate_size": 128}), ("relu", {"hidden_act": "relu"}),
+                         ("text", {"num_hidden_layers": "1"}), ("headless", {"num_attention_heads": 0}), ("oblong", {"image_size": [96, 128]})):
         theirs.save_pretrained(tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
+    for name, pixels in (("grey", {"image_mean": [0.5]}), ("flat", {"image_std": [0, 0, 0]}), ("null", {"image_mean": None})):
+        theirs.save_pretrained(tmp_path / name)
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(pixels))
+    torch.save({"salt_vla": 1, **dict.fromkeys(weights.CHECKPOINT_PARTS), "student": {}, "encoder_config": {"width": 3}}, tmp_path / "odd.pth")
     (tmp_path / "empty").mkdir()
     theirs.save_pretrained(tmp_path / "cut")
     cut = tmp_path / "cut" / "model.safetensors"
@@ -152,7 +157,8 @@ def test_bad_teachers_are_one_clear_error(tmp_path):
     torch.save({"model": {"fc.weight": torch.zeros(2)}}, tmp_path / "resnet.pth")
     for name, message in (("vit", "model type 'vit'"), ("deep", "lacks the weight"), ("wide", "shape"), ("relu", "hidden_act"), ("empty", "no config.json"), ("cut", "damaged"),
                           ("noise.pth", "noise.pth"), ("list.pth", "holds list"), ("resnet.pth", "patch_embed"), ("nowhere", "no teacher"),
-                          ("bare.pth", "lacks student"), ("listed", "no JSON object")):
+                          ("bare.pth", "lacks student"), ("text", "malformed"), ("headless", "heads"), ("oblong", "square"), ("grey", "three numbers"), ("flat", "above 0"),
+                          ("null", "malformed"), ("odd.pth", "malformed"), ("listed", "no JSON object")):
         with pytest.raises(InputError, match=message) as caught:
             model.load_teacher(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -303,7 +309,7 @@ def test_checkpoints_come_back(tmp_path):
     space = model.Space("latents", "none", None, None, torch.randn(144, 20))
     predictor_config = {"dim_in": 48, "dim_out": 20, "tokens": 144, "families": ["short", "long"], "dim": 32, "depth": 1, "heads": 4}
     weights.save_checkpoint(tmp_path / "best.pth", {"student": salt.student.state_dict(), "predictor": salt.predictor.state_dict(), "encoder_config": model.plain(config),
-                                                  "predictor_config": predictor_config, "space": model.plain(space), "settings": {}, "view": {}, "teacher": None, "step": 0})
+                                                  "predictor_config": predictor_config, "space": model.plain(space), "settings": {}, "view": {}, "identity": {}, "teacher": None, "step": 0})
     loaded, found, _ = model.load_salt(tmp_path / "best.pth")
     for name, value in salt.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
@@ -316,7 +322,8 @@ def test_checkpoints_come_back(tmp_path):
 
 def test_devices_that_are_not_there():
     assert model.pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="it takes auto"):
-        model.pick_device("gpu")
+    for name in ("gpu", "mps", "meta"):
+        with pytest.raises(InputError, match="it takes auto"):
+            model.pick_device(name)
     with pytest.raises(InputError, match="sees"):
         model.pick_device("cuda:99")

@@ -161,13 +161,26 @@ def test_resuming_is_exact(world, grad, tmp_path):
     assert whole["history"] == resumed["history"]
 
 
+def test_two_signals_at_once_save_as_one_does(world, tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--cache", str(world / "latents"), "--epochs", "500", *SMALL], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("step 8/"):
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() in (128 + signal.SIGTERM, 128 + signal.SIGINT) and "status: stopped" in rest
+    assert {path.name for path in next(tmp_path.glob("checkpoints/*")).iterdir()} == {"best.pth", "last.pth", "metrics.jsonl"}
+
+
 def test_a_resumed_run_must_be_the_same_run(world):
     last = run_folder(world, "student") / "last.pth"
     flags = ["--cache", "latents", "--val_cache", "held_out", "--epochs", "4", *SMALL, "--resume", last]
     assert "--lr 0.0002, not 0.001" in error_of(world, "train", *flags, "--lr", "1e-3")
     assert "other training clips" in error_of(world, "train", "--target", "pixels", "--cache", "clips", *SMALL, "--resume", last)
     assert "another --val_cache" in error_of(world, "train", "--cache", "latents", "--epochs", "4", *SMALL, "--resume", last)
-    assert "no optimiser state" in error_of(world, "train", *flags[:-1], run_folder(world, "student") / "best.pth")
+    assert "holds no optimizer" in error_of(world, "train", *flags[:-1], run_folder(world, "student") / "best.pth")
 
 
 @pytest.mark.parametrize("flags", [["--target_norm", "standardise", "--loss", "l1"], ["--target_norm", "layer_norm"]])
@@ -198,6 +211,24 @@ def test_a_broken_video_in_decoded_training_is_skipped_and_listed(world, tmp_pat
     assert "skipped, 1 so far" in said and "1 of the 19 listed videos are not in" in said
     listed = [json.loads(line)["reason"] for line in next(tmp_path.glob("checkpoints/*/failures.jsonl")).read_text().splitlines()]
     assert len(listed) == 1 and "7.webm" in listed[0]
+
+
+def test_failures_of_training_and_held_out_videos_are_told_apart(world, tmp_path):
+    """Record 0 of both lists is broken after the caches were made without clips."""
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    (tmp_path / "videos").mkdir()
+    for path in (world / "data" / "videos").iterdir():
+        if path.name != "7.webm":
+            (tmp_path / "videos" / path.name).write_bytes(path.read_bytes())
+    for name, ids in (("train", [i for i in range(18) if i != 7]), ("validation", range(18, 26))):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"id": str(i)} for i in ids]))
+    for split in ("train", "validation"):
+        said = run(tmp_path, "cache_latents", "--data", ".", "--split", split, "--teacher", teacher, "--clips", "off", "--out", split)
+        assert "clips: left out" in said
+        (tmp_path / "videos" / ("0.webm" if split == "train" else "18.webm")).write_bytes(b"junk")
+    run(tmp_path, "train", "--cache", "train", "--val_cache", "validation", "--data", ".", "--epochs", "3", *SMALL)
+    listed = [json.loads(line) for line in next(tmp_path.glob("checkpoints/*/failures.jsonl")).read_text().splitlines()]
+    assert sorted((entry["part"], entry["record"]) for entry in listed) == [("held-out", 0), ("training", 0)]
 
 
 def test_eval_compares_checkpoints_on_the_same_clips(world):
@@ -243,7 +274,13 @@ def test_wrong_inputs_end_in_one_line(world, tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "train.json").write_text('{"Moving something": "0"}')
     cases = [
-        ("train", ["--epoch", "3"], "did you mean --epochs"), ("train", [], "give --cache"), ("train", ["--batch_size", "0"], "at least 1"),
+        ("train", ["--epoch", "3"], "did you mean --epochs"), ("train", [], "give --cache"), ("train", ["--batch_size", "0"], "at least 1"), ("train", ["--lr=-1"], "at least 0"), ("train", ["--seed", "9" * 20], "below 2^63"),
+        ("train", ["--cache", "latents", "--betas", "0.9,1.5", *SMALL], "below 1"), ("train", ["--cache", "latents", "--val_cache", "latents"], "training videos themselves"),
+        ("train", ["--cache", "latents", "--resume", "checkpoints", *SMALL], "is a folder"), ("train", ["--cache", "latents", "--split", "validation"], "have split train"),
+        ("cache_latents", ["--clips_from", "clips", "--teacher", teacher, "--resolution", "48", "--out", "o"], "leave --resolution out"),
+        ("cache_latents", ["--data", "data", "--teacher", "none", "--clips", "off", "--out", "o"], "leave --clips off out"),
+        ("probe_time_arrow", ["--checkpoint", best, "--data", "data", "--val_split", "train"], "are in both"), ("probe_time_arrow", ["--checkpoint", best, "--data", "data", "--out", "data"], "is a folder"),
+        ("eval_distill", ["--checkpoint", best, "--cache", "held_out", "--device", "mps"], "it takes auto"),
         ("train", ["--cache", "latents", "--teacher", teacher], "leave --teacher out"), ("probe_time_arrow", ["--checkpoint", best, "--data", "data", "--out", "/proc/x/y.json"], "/proc/x"), ("train", ["--cache", "nowhere"], "is no cache"),
         ("train", ["--cache", "latents", "--batch_size", "18"], "fewer than a batch"), ("train", ["--cache", "latents", "--resolution", "64"], "have resolution 48"),
         ("train", ["--data", "data", "--split", "test", "--target", "pixels"], "test split"), ("train", ["--cache", "clips"], "no cached latents"),
