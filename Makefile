@@ -30,7 +30,7 @@ $(TEST_REQUIREMENTS): $(REQUIREMENTS) requirements-test.txt
 	touch $@
 
 $(EXTENSION): $(REQUIREMENTS) setup.py $(wildcard csrc/*)
-	$(PY) setup.py -q build_ext --inplace
+	$(PY) setup.py -q build_ext
 	touch $@
 
 clean:

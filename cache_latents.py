@@ -73,7 +73,8 @@ if clips == "off" and teacher.lower() == "none":
     raise InputError("--teacher none keeps nothing but clips; leave --clips off out")
 shared = {"data", "split", "frames", "resolution", "patch", "sampling", "stride", "crop", "interpolation", "limit"} & config.given
 if clips_from and (shared or clips == "on"):
-    raise InputError(f"--clips_from takes clips, ids and view from {clips_from}; leave {', '.join(f'--{name}' for name in sorted(shared)) or '--clips on'} out")
+    names = ", ".join(f"--{name}" for name in sorted(shared)) or "--clips on"
+    raise InputError(f"--clips_from takes clips, ids and view from {clips_from}; leave {names} out")
 
 # ---- the teacher, the view, the rows
 encoder = None if teacher.lower() == "none" else model.load_teacher(teacher, device)
@@ -85,10 +86,12 @@ else:
     size = resolution or (shape.size if shape else 224)
     view = View(frames or (shape.frames if shape else 16), size, size, sampling, stride, crop, interpolation)
     patch, tubelet = patch or (shape.patch if shape else 16), shape.tubelet if shape else 2
-for name, mine, theirs in (("frames", view.frames, shape.frames), ("resolution", view.size, shape.size), ("patch", patch, shape.patch)) if shape else ():
-    if mine != theirs:
-        raise InputError(f"the teacher {teacher} takes {name} {theirs}, but the clips have {mine}; change "
-                         f"--{name}" + (" or --clips_from" if source else ""))
+if shape:
+    takes, have = {"frames": shape.frames, "resolution": shape.size, "patch": shape.patch}, {"frames": view.frames, "resolution": view.size, "patch": patch}
+    for name in takes:
+        if takes[name] != have[name]:
+            raise InputError(f"the teacher {teacher} takes {name} {takes[name]}, but the clips have {have[name]}; change "
+                             f"{'--clips_from' if source else f'--{name}'}")
 tokens, patch_dim = int(torch.tensor(grid_of(view, patch, tubelet)).prod()), 3 * tubelet * patch * patch
 
 if source:

@@ -76,7 +76,8 @@ def parse(text, kind, name):
     if origin in (list, tuple):
         values = origin(parse(part.strip(), options[0], name) for part in text.split(",") if part.strip())
         if not values or (origin is tuple and len(options) != len(values)):
-            raise InputError(f"{name} is {text!r}; it takes {f'{len(options)} values' if origin is tuple else 'at least one value'}, separated by commas")
+            count = f"{len(options)} values" if origin is tuple else "at least one value"
+            raise InputError(f"{name} is {text!r}; it takes {count}, separated by commas")
         return values
     if kind is bool:
         if text.lower() not in ("true", "1", "yes", "on", "false", "0", "no", "off"):

@@ -1,6 +1,6 @@
 """The one door to csrc/: every op beside its plain reference, and the drawing of masks.
 
-Where the extension `salt_ops` is built (`python setup.py build_ext --inplace`) and the tensors are on a device it was built for,
+Where the extension `salt_ops` is built (`python setup.py build_ext`) and the tensors are on a device it was built for,
 it does the work; elsewhere the reference does, with the same results. SALT_OPS=reference in the environment forces the reference.
 """
 import functools
@@ -27,7 +27,7 @@ except ImportError as error:
 def extension_line():
     """One line for a script's start: what the extension was built for, or that the reference runs in its place."""
     if MISSING:
-        return f"salt_ops is not in use ({MISSING}): running on the plain PyTorch reference; build it with `python setup.py build_ext --inplace`"
+        return f"salt_ops is not in use ({MISSING}): running on the plain PyTorch reference; build it with `python setup.py build_ext`"
     return f"salt_ops: built for {', '.join(EXTENSION['devices'])}; SIMD {EXTENSION['simd']}"
 
 

@@ -70,7 +70,8 @@ if checkpoint and after:
 prepare_file(out)
 videos = {split: load_split(data, split, splits_dir, print) for split in (train_split, val_split)}
 if both := {row.id for row in videos[train_split]} & {row.id for row in videos[val_split]}:
-    raise InputError(f"{len(both)} videos, {min(both)} among them, are in both --train_split {train_split} and --val_split {val_split}; a probe is tested on videos it was not fitted on")
+    raise InputError(f"{len(both)} videos, {min(both)} among them, are in both --train_split {train_split} and --val_split {val_split}; "
+                     "a probe is tested on videos it was not fitted on")
 
 
 def alive(pid):

@@ -1,4 +1,4 @@
-"""Builds the extension `salt_ops`:  python setup.py build_ext --inplace"""
+"""Builds the extension `salt_ops`:  python setup.py build_ext"""
 import glob
 import sys
 
@@ -14,5 +14,6 @@ setup(
         "salt_ops", sorted(glob.glob("csrc/*.cpp")),
         depends=sorted(glob.glob("csrc/*.h")),  # or an edited header would not rebuild
         extra_compile_args=["-O3", "-g0", "-ffp-contract=off", *openmp])],
+    options={"build_ext": {"inplace": True}},  # the extension lies beside the scripts that import it
     cmdclass={"build_ext": BuildExtension},
 )

@@ -74,7 +74,8 @@ device = "auto"                # auto, cpu, cuda or cuda:1
 deterministic = False          # on a GPU: the same bits every run, slower
 # -----------------------------------------------------------------------------------------------------------------------
 settings = config.apply(globals(), least=dict.fromkeys((
-    "seed", "eval_seed", "warmup", "grad_clip", "lr", "lr_end", "eps", "weight_decay", "weight_decay_end", "vicreg_variance", "vicreg_covariance"), 0) | dict.fromkeys((
+    "seed", "eval_seed", "warmup", "grad_clip", "lr", "lr_end", "eps", "weight_decay", "weight_decay_end", "vicreg_variance",
+    "vicreg_covariance"), 0) | dict.fromkeys((
     "frames", "resolution", "patch", "depth", "predictor_depth", "predictor_dim", "predictor_heads", "batch_size", "epochs", "max_steps",
     "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "threads"), 1))
 
@@ -407,7 +408,8 @@ while step < total_steps and not stopping:
         seconds = time.perf_counter() - clock
         speed, left = (step - logged_step) / seconds, (total_steps - step) * seconds / (step - logged_step)
         entry = {"step": step, "epoch": step / epoch_length, "loss": values[:, 0].mean().item(),
-                 "r2": 1 - (values[:, 1].sum() / values[:, 2].sum()).item(), "lr": rate, "weight_decay": decay, "grad_norm": values[:, 3].mean().item(),
+                 "r2": 1 - (values[:, 1].sum() / values[:, 2].sum()).item(), "lr": rate, "weight_decay": decay,
+                 "grad_norm": values[:, 3].mean().item(),
                  "clipped": (values[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0,
                  "clips_per_s": speed * batch_size, "data_wait": waited / seconds}
         metrics.write(json.dumps(entry) + "\n")

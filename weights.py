@@ -72,7 +72,8 @@ def load_checkpoint(path):
     saved = load_pickle(path)
     if saved.get("salt_vla") != CHECKPOINT_VERSION:
         found = saved.get("salt_vla")
-        raise InputError(f"{path} is not a checkpoint of train.py" if found is None else f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_VERSION}")
+        raise InputError(f"{path} is not a checkpoint of train.py" if found is None else
+                         f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_VERSION}")
     if missing := [name for name in CHECKPOINT_PARTS if name not in saved]:
         raise InputError(f"{path} lacks {', '.join(missing)}; it is no whole checkpoint of train.py")
     return saved
@@ -148,7 +149,8 @@ def read_transformers(folder):
     fields = {"dim": config.get("hidden_size", 768), "depth": depth, "heads": config.get("num_attention_heads", 12),
               "mlp_dim": config.get("intermediate_size", 3072),
               "frames": config.get("num_frames", 16), "size": square(config.get("image_size", 224)), "patch": square(config.get("patch_size", 16)),
-              "tubelet": config.get("tubelet_size", 2), "eps": config.get("layer_norm_eps", 1e-12), "qkv_bias": biases is not None, "final_norm": final_norm}
+              "tubelet": config.get("tubelet_size", 2), "eps": config.get("layer_norm_eps", 1e-12), "qkv_bias": biases is not None,
+              "final_norm": final_norm}
     fields |= {mine: pixels[theirs] for mine, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in pixels}
     return fields, ours, weights
 
@@ -212,7 +214,8 @@ def write_transformers(c, weights, folder):
                 state[f"encoder.layer.{number}.{new}{rest[len(old):]}"] = tensor
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({
-        "architectures": ["VideoMAEModel"], "model_type": "videomae", "hidden_size": c.dim, "num_hidden_layers": c.depth, "num_attention_heads": c.heads,
-        "intermediate_size": c.mlp_dim, "num_frames": c.frames, "image_size": c.size, "patch_size": c.patch, "tubelet_size": c.tubelet, "num_channels": 3,
-        "layer_norm_eps": c.eps, "qkv_bias": c.qkv_bias, "use_mean_pooling": not c.final_norm, "hidden_act": "gelu"}, indent=1))
+        "architectures": ["VideoMAEModel"], "model_type": "videomae", "hidden_size": c.dim, "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads, "intermediate_size": c.mlp_dim, "num_frames": c.frames, "image_size": c.size, "patch_size": c.patch,
+        "tubelet_size": c.tubelet, "num_channels": 3, "layer_norm_eps": c.eps, "qkv_bias": c.qkv_bias, "use_mean_pooling": not c.final_norm,
+        "hidden_act": "gelu"}, indent=1))
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": c.mean, "image_std": c.std}))

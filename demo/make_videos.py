@@ -32,8 +32,8 @@ config.apply(globals(), least={"train": 1, "validation": 1, "threads": 1, "seed"
 WIDTH, HEIGHT, FPS, SUBSTEPS = 320, 240, 12, 10
 GRAVITY = 500.0                # pixels / s^2
 FLOOR = 205.0                  # y of the floor, pixels from the top
-COLOURS = {"red": (205, 50, 45), "green": (60, 160, 70), "blue": (50, 90, 200), "yellow": (225, 195, 50), "orange": (230, 130, 40), "purple": (130, 60, 160),
-           "white": (225, 225, 220), "black": (45, 45, 50)}
+COLOURS = {"red": (205, 50, 45), "green": (60, 160, 70), "blue": (50, 90, 200), "yellow": (225, 195, 50), "orange": (230, 130, 40),
+           "purple": (130, 60, 160), "white": (225, 225, 220), "black": (45, 45, 50)}
 TEMPLATES = ["Dropping [something] onto [something]", "Pushing [something] from left to right", "Pushing [something] from right to left",
              "[Something] colliding with [something]", "Throwing [something] against [something]", "Letting [something] slide along [something]"]
 
@@ -54,8 +54,9 @@ def make_bodies(random, template):
     velocity = np.stack([random.uniform(-220, 220, count), random.uniform(-200, 60, count)], 1)
     if template in (3, 5):
         velocity[0] = (random.choice([-1, 1]) * random.uniform(200, 380), 0)
-    return {"ball": ball, "half": half, "radius": radius, "position": np.stack([x, y], 1), "velocity": velocity, "mass": size ** 2, "angle": np.zeros(count),
-            "bounce": random.uniform(0.45, 0.85, count), "friction": np.where(ball, random.uniform(0.02, 0.08, count), random.uniform(0.2, 0.5, count)),
+    return {"ball": ball, "half": half, "radius": radius, "position": np.stack([x, y], 1), "velocity": velocity, "mass": size ** 2,
+            "angle": np.zeros(count), "bounce": random.uniform(0.45, 0.85, count),
+            "friction": np.where(ball, random.uniform(0.02, 0.08, count), random.uniform(0.2, 0.5, count)),
             "colour": [str(name) for name in random.choice(list(COLOURS), count, replace=False)]}
 
 
@@ -150,7 +151,8 @@ def render(random, bodies, positions, angles, pusher):
     floor = to_view(np.array([0.0, FLOOR]))[1]
     wall_colour, floor_colour = random.uniform(90, 210, 3), random.uniform(60, 180, 3)
     paper, boards = (pattern(random, xx, yy) for _ in range(2))
-    ground = np.where(yy[..., None] > floor, floor_colour + boards, wall_colour + paper) + smooth_noise(random, int(random.integers(4, 14)), random.uniform(4, 16))[..., None]
+    ground = np.where(yy[..., None] > floor, floor_colour + boards, wall_colour + paper)
+    ground = ground + smooth_noise(random, int(random.integers(4, 14)), random.uniform(4, 16))[..., None]
     light = 1 + random.uniform(-0.25, 0.25) * (xx / WIDTH - 0.5) + random.uniform(-0.25, 0.25) * (yy / HEIGHT - 0.5)
     light = (light * random.uniform(0.8, 1.15))[..., None].astype(np.float32)
     ground = (ground * light).astype(np.float32)
@@ -165,7 +167,8 @@ def render(random, bodies, positions, angles, pusher):
             half, radius = (pusher["half"], pusher["radius"]) if last else (bodies["half"][i], bodies["radius"][i])
             half, radius, (cx, cy) = half * zoom, radius * zoom, to_view(positions[f, i])
             reach = half + radius + 2
-            x0, x1, y0, y1 = (int(np.clip(value, 0, limit)) for value, limit in ((cx - reach[0], WIDTH), (cx + reach[0] + 1, WIDTH), (cy - reach[1], HEIGHT), (cy + reach[1] + 1, HEIGHT)))
+            x0, x1 = np.clip((cx - reach[0], cx + reach[0] + 1), 0, WIDTH).astype(int)
+            y0, y1 = np.clip((cy - reach[1], cy + reach[1] + 1), 0, HEIGHT).astype(int)
             if x0 >= x1 or y0 >= y1:
                 continue
             dx, dy = xx[y0:y1, x0:x1] - cx, yy[y0:y1, x0:x1] - cy
@@ -191,7 +194,8 @@ def make_video(seed, number, path):
     start = int(random.choice(starts))
     things = [f"{colour} {'ball' if ball else 'box'}" for colour, ball in zip(bodies["colour"], bodies["ball"])]
     row = {"id": str(number), "template": TEMPLATES[template]}
-    row["placeholders"] = things[:1] + (["the floor"] if template in (0, 5) else ["a wall"] if template == 4 else things[1:2] if template == 3 else [])
+    second = {0: ["the floor"], 3: things[1:2], 4: ["a wall"], 5: ["the floor"]}
+    row["placeholders"] = things[:1] + second.get(template, [])
     row["label"] = row["template"].lower()
     for thing in row["placeholders"]:
         row["label"] = row["label"].replace("[something]", thing, 1)
@@ -215,6 +219,7 @@ with ThreadPoolExecutor(threads) as pool:
     rows = list(tqdm(jobs, total=train + validation, desc="videos", unit="video", dynamic_ncols=True))
 for name, part in (("train", rows[:train]), ("validation", rows[train:])):
     (folder / f"{name}.json").write_text(json.dumps(part, indent=1))
-(folder / "labels.json").write_text(json.dumps({template.replace("[", "").replace("]", ""): str(i) for i, template in enumerate(TEMPLATES)}, indent=1))
+labels = {template.replace("[", "").replace("]", ""): str(i) for i, template in enumerate(TEMPLATES)}
+(folder / "labels.json").write_text(json.dumps(labels, indent=1))
 print(f"{folder}: {train} training and {validation} held-out videos, "
       f"{sum(file.stat().st_size for file in (folder / 'videos').iterdir()) / 1e6:.0f} MB")

@@ -55,14 +55,16 @@ def run_of(name):
     return next((folder / "checkpoints").glob(f"{name}_*"))
 
 
-small = {"size": "tiny", "depth": 6, "predictor_dim": 128, "predictor_depth": 4, "predictor_heads": 4, "batch_size": batch_size, "max_steps": steps, "lr": 2e-3,
-         "weight_decay_end": 0.05, "grad_clip": 1.0, "eval_every": max(1, steps // 5), "seed": seed, "checkpoints": folder / "checkpoints", "run_logs": folder / "run_logs"}
+small = {"size": "tiny", "depth": 6, "predictor_dim": 128, "predictor_depth": 4, "predictor_heads": 4, "batch_size": batch_size,
+         "max_steps": steps, "lr": 2e-3, "weight_decay_end": 0.05, "grad_clip": 1.0, "eval_every": max(1, steps // 5), "seed": seed,
+         "checkpoints": folder / "checkpoints", "run_logs": folder / "run_logs"}
 generator = hashlib.sha256((root / "demo" / "make_videos.py").read_bytes()).hexdigest()[:8]
 videos = Path(out) / f"videos_{train_videos}_{val_videos}_{seed}_{generator}"  # kept between runs, while their generator is the same
 stage("videos", "demo/make_videos.py", out=videos, train=train_videos, validation=val_videos, seed=seed)
 stage("clips of the training videos", "cache_latents.py", data=videos, split="train", teacher="none", resolution=96, out=folder / "clips")
 stage("clips of the held-out videos", "cache_latents.py", data=videos, split="validation", teacher="none", resolution=96, out=folder / "clips_val")
-stage("stage 1: the teacher, from pixels", "train.py", target="pixels", masks="ratio", cache=folder / "clips", val_cache=folder / "clips_val", run_name="teacher", **small)
+stage("stage 1: the teacher, from pixels", "train.py", target="pixels", masks="ratio", cache=folder / "clips", val_cache=folder / "clips_val",
+      run_name="teacher", **small)
 teacher = run_of("teacher") / "best.pth"
 stage("the teacher's latents", "cache_latents.py", teacher=teacher, clips_from=folder / "clips", out=folder / "latents")
 stage("its held-out latents", "cache_latents.py", teacher=teacher, clips_from=folder / "clips_val", out=folder / "latents_val")
@@ -70,8 +72,11 @@ stage("stage 2: the student, from latents", "train.py", cache=folder / "latents"
 student = run_of("student") / "best.pth"
 stage("evaluation", "eval_distill.py", checkpoint=student.with_name("last.pth"), cache=folder / "latents_val", out=folder / "eval.json")
 probing = {"data": videos, "train_videos": train_videos, "val_videos": val_videos, "seed": seed}
-stage("time-arrow probe of the student", "probe_time_arrow.py", checkpoint=student, out=folder / "probe_student.json", untrained_seeds=1 if short else 3, **probing)
-stage("time-arrow probe of the teacher", "probe_time_arrow.py", checkpoint=teacher, out=folder / "probe_teacher.json", untrained_seeds=0, pixels=False, **probing)
+stage("time-arrow probe of the student", "probe_time_arrow.py", checkpoint=student, out=folder / "probe_student.json",
+      untrained_seeds=1 if short else 3, **probing)
+stage("time-arrow probe of the teacher", "probe_time_arrow.py", checkpoint=teacher, out=folder / "probe_teacher.json", untrained_seeds=0,
+      pixels=False, **probing)
 taken["all"] = round(time.time() - began, 1)
-(folder / "run.json").write_text(json.dumps({"short": short, "steps": steps, "train_videos": train_videos, "val_videos": val_videos, "seconds": taken}))
+ran = {"short": short, "steps": steps, "train_videos": train_videos, "val_videos": val_videos, "seconds": taken}
+(folder / "run.json").write_text(json.dumps(ran))
 stage("report", "demo/report.py", out=out)

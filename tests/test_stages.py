@@ -340,6 +340,13 @@ def test_a_closed_terminal_does_not_end_a_run(world, tmp_path):
     assert lines[-2:] == ["status: finished", "Process exiting."] and list(tmp_path.glob("checkpoints/*/last.pth"))
 
 
+def test_training_from_a_cache_with_clips_needs_no_av(world, tmp_path):
+    code = "import runpy, sys; sys.modules['av'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = ["--cache", str(world / "latents"), "--val_cache", str(world / "held_out"), "--max_steps", "2", *SMALL]
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "train.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "status: finished" in done.stdout, done.stderr
+
+
 REFUSE = """import _multiprocessing, runpy, sys
 def refused(*arguments, **others): raise OSError(38, "semaphores and shared memory are refused here")
 _multiprocessing.SemLock = type("SemLock", (), {"SEM_VALUE_MAX": 1, "__new__": refused})
