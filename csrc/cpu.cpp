@@ -7,11 +7,10 @@ namespace salt {
 
 void draw_masks_cpu(const MaskSpec& spec, uint64_t seed, uint32_t epoch, const int64_t* sample_ids, int64_t begin, int64_t end,
                     int64_t* context, int64_t* target) {
-  const size_t n = static_cast<size_t>(spec.T) * spec.H * spec.W;
-  std::vector<uint8_t> state(n);
-  std::vector<int32_t> pool(n);
+  std::vector<uint64_t> bits(2 * static_cast<size_t>(mask_words(spec)));
+  std::vector<int32_t> pool(static_cast<size_t>(spec.T) * spec.H * spec.W);
   for (int64_t i = begin; i < end; ++i)
-    draw_masks(spec, seed, epoch, static_cast<uint64_t>(sample_ids[i]), state.data(), pool.data(), context + i * spec.context,
+    draw_masks(spec, seed, epoch, static_cast<uint64_t>(sample_ids[i]), bits.data(), pool.data(), context + i * spec.context,
                target + i * spec.target);
 }
 
