@@ -347,10 +347,12 @@ def failed(part, i, error):
             file.write(json.dumps({"part": part, "record": i, "reason": str(error)}) + "\n")
 
 
-def order():
-    for epoch in itertools.count(step // epoch_length):
-        start = step % epoch_length if epoch == step // epoch_length else 0
+def order(first_step):
+    """Clip numbers from a step on, epoch after epoch; it is read ahead of the loop, so it may not look at `step`."""
+    first_epoch, start = divmod(first_step, epoch_length)
+    for epoch in itertools.count(first_epoch):
         yield from shuffled(n, seed, epoch)[start * batch_size:epoch_length * batch_size]
+        start = 0
 
 
 def held_out_r2():
@@ -369,7 +371,7 @@ cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(mat
 pending, clock, waited, logged_step = [], time.perf_counter(), 0.0, step  # pending: [loss, squared, spread, gradient norm] since the last line
 if held_out and not history:
     held_out_r2()
-stream = batches(read, itertools.islice(order(), (total_steps - step) * batch_size), batch_size, threads,
+stream = batches(read, itertools.islice(order(step), (total_steps - step) * batch_size), batch_size, threads,
                  failed=functools.partial(failed, "training"), substitutes=n)
 stopping = False
 while step < total_steps and not stopping:
