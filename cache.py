@@ -44,6 +44,7 @@ class Ids:
         return len(self.ends)
 
     def fields(self, row):
+        """(video id, view number) of a record."""
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a list of {len(self)} ids")
         row %= len(self)
@@ -58,21 +59,8 @@ class Ids:
         return (self[row] for row in range(len(self)))
 
 
-class Views:
-    """The view number of each record."""
-
-    def __init__(self, ids):
-        self.ids = ids
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, row):
-        return self.ids.fields(row)[1]
-
-
 class Cache:
-    """An open cache: len(), .ids, .views, .metadata, .view, .stats, .latents(row), .patches(row), .verify(). Threads may share it."""
+    """An open cache: len(), .ids, .metadata, .view, .stats, .latents(row), .patches(row), .verify(). Threads may share it."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -98,21 +86,20 @@ class Cache:
                     raise InputError(f"{self.clips.folder}, whose clips {self.folder} uses, is not the cache it was made from")
             self.has_latents = self.latent_shape is not None
             self.has_patches = self.clips is not self or (len(m["shards"]) > 0 and "patches" in m["shards"][0])
-            for name, shape, dtype in self.files():
-                check_npy(self.folder / name, shape, dtype, m["shards"][int(name[8:13])][name[:7]]["bytes"])
+            for name, shape, dtype, entry in self.files():
+                check_npy(self.folder / name, shape, dtype, entry["bytes"])
         except (KeyError, TypeError) as error:
             raise InputError(f"{self.folder / 'metadata.json'} is damaged ({error!r}); make the cache again") from None
         self.ids = Ids(self.folder / "ids.txt")
-        self.views = Views(self.ids)
         if len(self.ids) != m["count"]:
             raise InputError(f"{self.folder / 'ids.txt'} has {len(self.ids)} lines, metadata.json says {m['count']}; make the cache again")
 
     def files(self):
-        """(name, shape, dtype) of every shard file."""
+        """(name, shape, dtype, entry of the shard table) of every shard file."""
         for number, shard in enumerate(self.metadata["shards"]):
             for kind, shape, dtype in (("latents", self.latent_shape, np.float16), ("patches", self.patch_shape, np.uint8)):
                 if kind in shard:
-                    yield shard_name(kind, number), (shard["rows"], *shape), np.dtype(dtype)
+                    yield shard_name(kind, number), (shard["rows"], *shape), np.dtype(dtype), shard[kind]
 
     def __len__(self):
         return self.metadata["count"]
@@ -172,8 +159,8 @@ class Cache:
             problems.append("ids.txt does not have the checksum in metadata.json")
         if self.has_latents and sha256(self.folder / "stats.npz") != self.metadata["stats_sha256"]:
             problems.append("stats.npz does not have the checksum in metadata.json")
-        for name, _, _ in progress(list(self.files())):
-            if sha256(self.folder / name) != self.metadata["shards"][int(name[8:13])][name[:7]]["sha256"]:
+        for name, _, _, entry in progress(list(self.files())):
+            if sha256(self.folder / name) != entry["sha256"]:
                 problems.append(f"{name} does not have the checksum in metadata.json")
         return problems + (self.clips.verify(progress) if self.clips is not self else [])
 

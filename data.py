@@ -386,7 +386,8 @@ def cache_reader(cache, rows=None):
         raise InputError(f"the cache {cache.folder} holds no clips (--clips off), so the videos are needed: give --data")
 
     def read(i):
-        name, view = cache.ids[i], dataclasses.replace(cache.view, view=cache.views[i])
+        name, number = cache.ids.fields(i)
+        view = dataclasses.replace(cache.view, view=number)
         if cache.has_patches:
             patches = cache.patches(i)
         elif paths.get(name) is None:

@@ -51,7 +51,7 @@ def copy(made, tmp_path):
 def test_records_come_back(made):
     opened, rows = open_cache(made), [row for row in range(1100) if row not in FAILING]
     assert len(opened) == len(rows) == len(opened.ids) and opened.metadata["failures"] == 4
-    assert list(opened.ids) == [f"v{row}" for row in rows] and opened.views[5] == 0 and opened.ids[-1] == "v1098"
+    assert list(opened.ids) == [f"v{row}" for row in rows] and opened.ids.fields(5) == ("v6", 0) and opened.ids[-1] == "v1098"
     for record in (0, 3, 509, 510, 1021, 1095):
         assert np.array_equal(opened.latents(record), latents_of(rows[record]).astype(np.float16))
         assert np.array_equal(opened.patches(record), patches_of(rows[record]))
