@@ -3,7 +3,6 @@
 Where the extension `salt_ops` is built (`python setup.py build_ext`) and the tensors are on a device it was built for,
 it does the work; elsewhere the reference does, with the same results. SALT_OPS=reference in the environment forces the reference.
 """
-import functools
 import math
 import os
 from typing import NamedTuple
@@ -18,17 +17,21 @@ try:
     if os.environ.get("SALT_OPS") == "reference":
         raise ImportError("SALT_OPS=reference is set")
     import salt_ops
-    EXTENSION = salt_ops.build_info()  # {"devices": [...], "architectures": [...], "simd": "avx512" | "avx2" | "baseline"}
+    EXTENSION = salt_ops.build_info()  # {"devices": ["cpu", "cuda"], "architectures": "8.0;...", "simd": "avx512" | "avx2" | "baseline"}
     MISSING = None
 except ImportError as error:
-    EXTENSION, MISSING = {"devices": [], "architectures": [], "simd": "none"}, str(error)
+    EXTENSION, MISSING = {"devices": [], "architectures": "", "simd": "none"}, str(error)
 
 
 def extension_line():
     """One line for a script's start: what the extension was built for, or that the reference runs in its place."""
     if MISSING:
         return f"salt_ops is not in use ({MISSING}): running on the plain PyTorch reference; build it with `python setup.py build_ext`"
-    return f"salt_ops: built for {', '.join(EXTENSION['devices'])}; SIMD {EXTENSION['simd']}"
+    built = ", ".join(EXTENSION["devices"]) + (f" ({EXTENSION['architectures']})" if EXTENSION["architectures"] else "")
+    advice = ""
+    if torch.cuda.is_available() and "cuda" not in EXTENSION["devices"]:
+        advice = "; on the GPU the plain PyTorch reference runs: install the CUDA toolkit (nvcc) and run `python setup.py build_ext` again"
+    return f"salt_ops: built for {built}; SIMD {EXTENSION['simd']}{advice}"
 
 
 def has_kernel(x):
@@ -106,9 +109,24 @@ def mask_counts(family, grid):
     return tuple(max(8, count * n // 1568 // 8 * 8) for count in FAMILIES[family].counts)
 
 
-@functools.cache
-def mask_spec(family, grid, counts):
-    """What a draw needs, as the kernel takes it: whole numbers only, so that every compiler and device agrees.
+_size_tables = {}
+
+
+@torch.compiler.assume_constant_result  # a compiled caller holds the table; it does not trace into numpy
+def size_table(area, h, w, device):
+    """Block sizes (h, w) of `area` of the frame, one for each of ASPECT_RATIOS aspect ratios: int32 [S, 2] on `device`.
+
+    As V-JEPA rounds: h = round(sqrt(area * ratio)), w = round(sqrt(area / ratio)).
+    """
+    if (area, h, w, device) not in _size_tables:
+        tokens, ratio = int(h * w * area), 0.75 + 0.75 * (np.arange(ASPECT_RATIOS) + 0.5) / ASPECT_RATIOS
+        sizes = np.stack([np.rint(np.sqrt(tokens * ratio)), np.rint(np.sqrt(tokens / ratio))], axis=1)
+        _size_tables[area, h, w, device] = torch.from_numpy(np.clip(sizes, 1, (h, w)).astype(np.int32)).to(device)
+    return _size_tables[area, h, w, device]
+
+
+def mask_spec(family, grid, counts, device="cpu"):
+    """What a draw on `device` needs, as the kernel takes it: whole numbers only, so that every compiler and device agrees.
 
     Raises InputError on an unknown family, a grid that is not three positive numbers or counts that do not fit it.
     """
@@ -117,20 +135,16 @@ def mask_spec(family, grid, counts):
     if len(grid) != 3 or min(grid) < 1:
         raise InputError(f"a mask grid is (time, height, width), each at least 1, not {grid}")
     blocks, area, _, redraws = FAMILIES[family]
-    t, h, w = grid
     counts = mask_counts(family, grid) if counts is None else tuple(counts)
-    if len(counts) != 2 or min(counts) < 1 or sum(counts) > t * h * w:
-        raise InputError(f"{family} masks of {counts} (context, target) tokens do not fit the {t * h * w} tokens of grid {grid}")
-    low, high, sizes = (1, 1, 1), (1, 1, 1), np.zeros((0, 2), np.int32)
+    if len(counts) != 2 or min(counts) < 1 or sum(counts) > math.prod(grid):
+        raise InputError(f"{family} masks of {counts} (context, target) tokens do not fit the {math.prod(grid)} tokens of grid {grid}")
+    low, high = (1, 1, 1), (1, 1, 1)
     if area is None:
         share = ((0.10, 0.50), (0.15, 0.70), (0.15, 0.70))
         low = tuple(max(1, round(s[0] * g)) for s, g in zip(share, grid))
         high = tuple(max(1, round(s[1] * g)) for s, g in zip(share, grid))
-    else:  # as V-JEPA rounds: h = round(sqrt(area * ratio)), w = round(sqrt(area / ratio))
-        tokens, ratio = int(h * w * area), 0.75 + 0.75 * (np.arange(ASPECT_RATIOS) + 0.5) / ASPECT_RATIOS
-        sizes = np.stack([np.rint(np.sqrt(tokens * ratio)), np.rint(np.sqrt(tokens / ratio))], axis=1)
-        sizes = np.clip(sizes, 1, (h, w)).astype(np.int32)
-    return {"grid": grid, "counts": counts, "blocks": blocks, "redraws": redraws, "sizes": torch.from_numpy(sizes), "low": low, "high": high,
+    sizes = torch.zeros((0, 2), dtype=torch.int32, device=device) if area is None else size_table(area, *grid[1:], device)
+    return {"grid": grid, "counts": counts, "blocks": blocks, "redraws": redraws, "sizes": sizes, "low": low, "high": high,
             "stream": STREAMS[family]}
 
 
@@ -145,12 +159,14 @@ def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None)
     counts      (context, target) tokens a clip; by default the family's share of the grid
     Returns Masks(context int64 [B, Kc], target int64 [B, Kt]). Raises InputError on arguments out of range.
     """
-    spec = mask_spec(family, tuple(map(int, grid)), None if counts is None else tuple(map(int, counts)))
     if not (0 <= epoch < 2**32 and 0 <= seed < 2**63):
         raise InputError(f"masks need 0 <= epoch < 2^32 and 0 <= seed < 2^63, not epoch {epoch} and seed {seed}")
-    if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1 or (sample_ids < 0).any():
-        raise InputError("sample_ids must be int64 [B], each at least 0")
+    if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
+        raise InputError(f"sample_ids must be int64 [B], not {sample_ids.dtype} {list(sample_ids.shape)}")
     ids = sample_ids if has_kernel(sample_ids) else sample_ids.cpu()  # where the device has no kernel the host draws
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and (ids < 0).any():  # compiled, or on a GPU, the kernel looks
+        raise InputError("sample_ids must be at least 0")
+    spec = mask_spec(family, tuple(map(int, grid)), None if counts is None else tuple(map(int, counts)), str(ids.device))
     drawn = torch.ops.salt_ops.sample_masks(ids, epoch, seed, **spec) if has_kernel(ids) else sample_masks_reference(ids, epoch, seed, spec)
     return Masks(*(index.to(sample_ids.device) for index in drawn))
 
@@ -194,18 +210,18 @@ def draw_one_mask(epoch, seed, sample_id, grid, counts, blocks, redraws, sizes, 
 
 # ---------------------------------------------------------------------------------------------------------------- gather
 
-def check_rows(x, index):
+def check_rows(x, index, name):
     if x.dim() != 3 or index.dim() != 2 or index.shape[0] != x.shape[0] or index.dtype != torch.int64:
-        raise InputError(f"masked_gather takes x [B, N, D] and int64 index [B, K], not {list(x.shape)} and {index.dtype} {list(index.shape)}")
+        raise InputError(f"{name} takes [B, N, D] and int64 index [B, K], not {list(x.shape)} and {index.dtype} {list(index.shape)}")
 
 
 def masked_gather(x, index):
     """Rows of each clip: out[b, k] = x[b, index[b, k]].
 
     x [B, N, D] of any dtype, index int64 [B, K] with unique rows a clip -> [B, K, D] in x's dtype. The gradient is a scatter
-    into zeros. Raises IndexError on an index outside [0, N) and InputError on other shapes.
+    into zeros. Raises IndexError on an index outside [0, N) (a device assert on a GPU) and InputError on other shapes.
     """
-    check_rows(x, index)
+    check_rows(x, index, "masked_gather")
     if has_kernel(x):
         return torch.ops.salt_ops.masked_gather(x, index)
     return masked_gather_reference(x, index)
@@ -217,53 +233,112 @@ def masked_gather_reference(x, index):
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
+# ---------------------------------------------------------------------------------------------------------------- patches
+
+def patch_normalise(patches, mean, std, index=None, dtype=torch.float32):
+    """Patches as an encoder takes them, (x / 255 - mean) / std, of the rows asked for.
+
+    patches    uint8 [B, N, D], a row being (channel, dt, dy, dx)
+    mean, std  a number a channel, of pixels in [0, 1]; D is a multiple of their count (1 to 4)
+    index      int64 [B, K], or None for all N rows
+    dtype      float32 or bfloat16
+    Returns [B, K, D] of dtype: x * (1 / (255 std)) + (-mean / std), product and sum each rounded in float32, the same bits everywhere.
+    """
+    if index is not None:
+        check_rows(patches, index, "patch_normalise")
+    if patches.dtype != torch.uint8 or patches.dim() != 3 or patches.shape[2] % len(mean) or len(mean) != len(std):
+        raise InputError(f"patch_normalise takes uint8 patches [B, N, D], mean and std of a number for each channel; not {patches.dtype} "
+                         f"{list(patches.shape)}, {len(mean)} and {len(std)} numbers")
+    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+    if has_kernel(patches):
+        return torch.ops.salt_ops.patch_normalise(patches, index, scale, shift, dtype)
+    return patch_normalise_reference(patches, scale, shift, index, dtype)
+
+
+def patch_normalise_reference(patches, scale, shift, index=None, dtype=torch.float32):
+    x = (patches if index is None else masked_gather_reference(patches, index)).float()
+    a_channel = lambda values: torch.tensor(values, dtype=torch.float32, device=x.device).repeat_interleave(x.shape[2] // len(values))
+    return (x * a_channel(scale) + a_channel(shift)).to(dtype)
+
+
 # ------------------------------------------------------------------------------------------------------------------ loss
 
 KINDS = ("mse", "l1", "smooth_l1")
 NORMALISATIONS = ("none", "layer_norm", "standardise")
+PREDICTIONS = (torch.float32, torch.bfloat16, torch.float64)
+TARGETS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8)
 
 
 def normalise_target(y, normalise="none", index=None, mean=None, rstd=None):
-    """Latents [B, K, D] in the space the loss works in, float32 (float64 stays).
+    """Targets [B, K, D] in the space the loss works in, float32 (float64 stays; uint8 is pixels, divided by 255 first).
 
     none         as they are
     layer_norm   each token to mean 0 and variance 1 over D, eps 1e-6, no affine
     standardise  (y - mean) * rstd with the per-position mean and 1 / standard deviation [N, D], taken at index [B, K] or at all N
     """
-    y = y if y.dtype == torch.float64 else y.float()
+    y = y.float() / 255 if y.dtype == torch.uint8 else y if y.dtype == torch.float64 else y.float()
     if normalise == "none":
         return y
     if normalise == "layer_norm":
         return F.layer_norm(y, y.shape[-1:], eps=1e-6)
-    if normalise == "standardise":
-        if mean is None or rstd is None:
-            raise InputError("standardise needs the per-position mean and rstd [N, D]")
-        at = slice(None) if index is None else index
-        return (y - mean[at]) * rstd[at]
-    raise InputError(f"unknown target normalisation {normalise!r}; there are {', '.join(NORMALISATIONS)}")
+    at = slice(None) if index is None else index
+    return (y - mean[at]) * rstd[at]
+
+
+def check_loss(prediction, target, index, kind, normalise, mean, rstd):
+    if kind not in KINDS:
+        raise InputError(f"unknown loss {kind!r}; there are {', '.join(KINDS)}")
+    if normalise not in NORMALISATIONS:
+        raise InputError(f"unknown target normalisation {normalise!r}; there are {', '.join(NORMALISATIONS)}")
+    fits = prediction.dim() == target.dim() == 3 and prediction.shape[0] == target.shape[0] and prediction.shape[2] == target.shape[2]
+    if not fits or (target.shape[1] if index is None else index.shape[-1]) != prediction.shape[1]:
+        raise InputError(f"masked_mse takes prediction [B, K, D] and target [B, N, D] with index [B, K], or [B, K, D] without; not "
+                         f"{list(prediction.shape)}, {list(target.shape)} and {'no index' if index is None else list(index.shape)}")
+    if index is not None:
+        check_rows(target, index, "masked_mse")
+    if prediction.dtype not in PREDICTIONS or target.dtype not in TARGETS:
+        raise InputError(f"masked_mse takes predictions in float32, bfloat16 or float64 and targets in these, float16 or uint8; not "
+                         f"{prediction.dtype} and {target.dtype}")
+    if normalise == "standardise" and not (mean is not None and rstd is not None and mean.shape == rstd.shape == target.shape[1:]):
+        raise InputError(f"standardise needs the per-position mean and rstd, {list(target.shape[1:])} each; not "
+                         f"{' and '.join('none' if x is None else str(list(x.shape)) for x in (mean, rstd))}")
 
 
 def masked_mse(prediction, target, index=None, kind="mse", normalise="none", mean=None, rstd=None, per_token=False):
     """Mean error of predictions against the target rows they ask for.
 
     prediction  [B, K, D] float32, bfloat16 or float64
-    target      [B, N, D] with index int64 [B, K], or [B, K, D] without; float16, bfloat16, float32 or float64
+    target      [B, N, D] with index int64 [B, K], or [B, K, D] without; float16, bfloat16, float32, float64, or uint8 (pixels, v / 255)
     kind        'mse', 'l1' or 'smooth_l1' (beta 1); normalise: see normalise_target
-    Returns the mean over all B * K * D elements as a float32 scalar (float64 for float64); with per_token also the mean over D
-    of each token, [B, K], without gradient. The target gets no gradient. Sums are in float32 at least, in an order that does
-    not depend on the thread count.
+    Returns the mean over all B * K * D elements as a float32 scalar (float64 for float64 predictions); with per_token also the mean
+    over D of each token, [B, K], without gradient. The target gets no gradient, and there is no second derivative. Sums are in
+    float32 at least, in an order that does not depend on the thread count. Raises InputError on shapes and dtypes that do not fit,
+    IndexError on an index outside [0, N) (a device assert on a GPU).
     """
-    if kind not in KINDS:
-        raise InputError(f"unknown loss {kind!r}; there are {', '.join(KINDS)}")
-    if prediction.dim() != 3 or target.dim() != 3 or (index is None and target.shape != prediction.shape):
-        raise InputError(f"masked_mse takes prediction [B, K, D] and target [B, N, D] with index, or [B, K, D]; not "
-                         f"{list(prediction.shape)} and {list(target.shape)}")
-    if has_kernel(prediction) and kind == "mse" and normalise == "none":
+    check_loss(prediction, target, index, kind, normalise, mean, rstd)
+    if has_kernel(prediction):
         need_gradient = torch.is_grad_enabled() and prediction.requires_grad  # a kernel cannot see it
-        loss, tokens, _ = torch.ops.salt_ops.masked_mse(prediction, target.detach(), index, need_gradient)
+        loss, tokens, _ = torch.ops.salt_ops.masked_mse(prediction, target.detach(), index, kind, normalise, mean, rstd, 1.0, need_gradient)
     else:
         loss, tokens = masked_mse_reference(prediction, target.detach(), index, kind, normalise, mean, rstd)
     return (loss, tokens.detach()) if per_token else loss
+
+
+@torch.no_grad()
+def masked_mse_with_grad(prediction, target, index=None, kind="mse", normalise="none", mean=None, rstd=None, weight=1.0):
+    """masked_mse and, in the same pass, weight * d loss / d prediction, for loops that call prediction.backward(gradient).
+
+    Returns (loss, gradient [B, K, D] in the prediction's dtype); the loss is not weighted. Neither is part of a graph.
+    """
+    check_loss(prediction, target, index, kind, normalise, mean, rstd)
+    if has_kernel(prediction):
+        loss, _, gradient = torch.ops.salt_ops.masked_mse(prediction, target, index, kind, normalise, mean, rstd, weight, True)
+        return loss, gradient
+    with torch.enable_grad():
+        leaf = prediction.detach().requires_grad_()
+        loss, _ = masked_mse_reference(leaf, target.detach(), index, kind, normalise, mean, rstd)
+        gradient, = torch.autograd.grad(loss * weight, leaf)
+    return loss.detach(), gradient
 
 
 def masked_mse_reference(prediction, target, index=None, kind="mse", normalise="none", mean=None, rstd=None):
@@ -285,8 +360,12 @@ if EXTENSION["devices"]:
     def _(x, index, n):
         return x.new_empty(x.shape[0], n, x.shape[2])
 
+    @torch.library.register_fake("salt_ops::patch_normalise")
+    def _(patches, index, scale, shift, dtype):
+        return patches.new_empty(patches.shape[0], (patches if index is None else index).shape[1], patches.shape[2], dtype=dtype)
+
     @torch.library.register_fake("salt_ops::masked_mse")
-    def _(prediction, target, index, need_gradient):
+    def _(prediction, target, index, kind, normalise, mean, rstd, weight, need_gradient):
         wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
         return (prediction.new_empty((), dtype=wide), prediction.new_empty(prediction.shape[:2], dtype=wide),
                 prediction.new_empty(prediction.shape if need_gradient else (0,)))
@@ -309,12 +388,16 @@ if EXTENSION["devices"]:
     torch.library.register_autograd("salt_ops::masked_scatter", scatter_backward, setup_context=save_index)
 
     def save_gradient(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # or zeros as large as the predictions are made for the outputs that get no gradient
+        ctx.mark_non_differentiable(output[1], output[2])
         ctx.save_for_backward(output[2])
 
-    def scale_gradient(ctx, loss_scale, _tokens, _gradient):
+    @torch.autograd.function.once_differentiable
+    def scale_gradient(ctx, scale, _tokens, _gradient):
+        if scale is None:
+            return (None,) * 9
         gradient, = ctx.saved_tensors  # written by the forward pass, and never changed in place
-        if loss_scale.device.type == "cpu" and loss_scale.item() == 1:
-            return gradient, None, None, None
-        return (gradient * loss_scale).to(gradient.dtype), None, None, None
+        one = type(scale) is torch.Tensor and scale.device.type == "cpu" and scale.item() == 1  # a compiler's trace has no values, a GPU's cost a wait
+        return (gradient if one else gradient * scale,) + (None,) * 8  # times a 0-dim scale: read where it lies, in the gradient's dtype
 
     torch.library.register_autograd("salt_ops::masked_mse", scale_gradient, setup_context=save_gradient)

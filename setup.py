@@ -1,19 +1,80 @@
-"""Builds the extension `salt_ops`:  python setup.py build_ext"""
+"""Builds the extension `salt_ops`:  python setup.py build_ext
+
+The CPU kernels always; the CUDA kernels too where this torch has CUDA and nvcc is found (CUDA_HOME, or on PATH; SALT_CUDA=0 leaves them
+out). For the architectures in TORCH_CUDA_ARCH_LIST, else for all below that this nvcc knows, and PTX of the newest for GPUs to come.
+"""
 import glob
+import os
+import re
+import shutil
+import subprocess
 import sys
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-# GCC's OpenMP calls resolve to the runtime that torch has loaded; linking another one would give two thread pools.
-openmp = ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"] if sys.platform == "linux" else []
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # Ampere, its GeForce, Ada, Hopper, Blackwell, its GeForce
 
-setup(
-    name="salt_ops",
-    ext_modules=[CppExtension(
-        "salt_ops", sorted(glob.glob("csrc/*.cpp")),
-        depends=sorted(glob.glob("csrc/*.h")),  # or an edited header would not rebuild
-        extra_compile_args=["-O3", "-g0", "-ffp-contract=off", *openmp])],
-    options={"build_ext": {"inplace": True}},  # the extension lies beside the scripts that import it
-    cmdclass={"build_ext": BuildExtension},
-)
+
+def cuda_home():
+    """The CUDA toolkit's folder, or None: CUDA_HOME, or what nvcc says of itself, since the nvcc on PATH may be a wrapper or a link."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return home if os.path.isfile(os.path.join(home, "bin", "nvcc")) else None
+    nvcc = shutil.which("nvcc") or next(iter(sorted(glob.glob("/usr/local/cuda*/bin/nvcc"))), None)
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", said.stderr + said.stdout, re.MULTILINE)
+    return os.path.realpath(top[1].strip() if top else os.path.join(os.path.dirname(os.path.realpath(nvcc)), ".."))
+
+
+home = cuda_home() if torch.version.cuda and os.environ.get("SALT_CUDA", "1") != "0" else None
+if home:
+    os.environ["CUDA_HOME"] = home  # torch looks here when it is imported
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+
+def architecture_flags():
+    """(nvcc flags, what they stand for); no flags where TORCH_CUDA_ARCH_LIST is set, which torch turns into its own."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked:
+        return [], asked
+    listed = subprocess.run([os.path.join(home, "bin", "nvcc"), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = [arch for arch in ARCHITECTURES if f"compute_{arch}\n" in listed + "\n"]
+    if not known:
+        raise RuntimeError(f"{home}/bin/nvcc knows none of the architectures {ARCHITECTURES}")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known] + [f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+    return flags, ";".join(f"{arch / 10:.1f}" for arch in known) + "+PTX"
+
+
+def build(cuda):
+    # GCC's OpenMP calls resolve to the runtime that torch has loaded; linking another one would give two thread pools.
+    openmp = ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"] if sys.platform == "linux" else []
+    host, sources, flags = ["-O3", "-g0", "-ffp-contract=off", *openmp], sorted(glob.glob("csrc/*.cpp")), {}
+    if cuda:
+        gencode, architectures = architecture_flags()
+        host += ["-DSALT_CUDA", f'-DSALT_ARCHITECTURES="{architectures}"']
+        sources += sorted(glob.glob("csrc/*.cu"))
+        flags = {"nvcc": ["-O3", *gencode]}
+    setup(
+        name="salt_ops",
+        ext_modules=[(CUDAExtension if cuda else CppExtension)("salt_ops", sources, extra_compile_args={"cxx": host, **flags})],
+        # force: ninja alone decides what to compile again, by flags and headers too; inplace: the extension lies beside the scripts.
+        options={"build_ext": {"inplace": True, "force": True}},
+        cmdclass={"build_ext": BuildExtension},
+    )
+
+
+if home:
+    try:
+        build(cuda=True)
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())
+        print(f"setup.py: the CUDA kernels did not build with {home} ({reason[:300]}); building for the CPU alone. The compiler's own "
+              "message is above; SALT_CUDA=0 skips this.", file=sys.stderr)
+        build(cuda=False)
+else:
+    if torch.version.cuda and os.environ.get("SALT_CUDA", "1") != "0":
+        print("setup.py: this torch has CUDA, but no nvcc was found (CUDA_HOME, PATH): building for the CPU alone", file=sys.stderr)
+    build(cuda=False)

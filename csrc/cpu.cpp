@@ -1,41 +1,142 @@
-#include "cpu.h"
+// The CPU kernels. AVX-512 and AVX2 versions of each hot function are compiled beside the plain one and chosen at run time; all three
+// give the same bits: sums run in LANES lanes whatever the width, and nothing is contracted (-ffp-contract=off).
+#include "kernels.h"
 
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "pointwise.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SALT_X86 1
+#include <immintrin.h>
+#define SALT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi,bmi2,popcnt,prefer-vector-width=512")))
+#define SALT_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt")))
+#endif
+#if defined(__GNUC__)
+#define SALT_INLINE __attribute__((always_inline))  // into a version of its caller, whose instruction set it then takes
+#else
+#define SALT_INLINE
+#endif
+
 namespace salt {
+namespace {
 
-void draw_masks_cpu(const MaskSpec& spec, uint64_t seed, uint32_t epoch, const int64_t* sample_ids, int64_t begin, int64_t end,
-                    int64_t* context, int64_t* target) {
-  std::vector<uint64_t> bits(2 * static_cast<size_t>(mask_words(spec)));
-  std::vector<int32_t> pool(static_cast<size_t>(spec.T) * spec.H * spec.W);
+enum class Simd { baseline, avx2, avx512 };
+
+Simd detect() {
+#ifdef SALT_X86
+  const char* asked = std::getenv("SALT_SIMD");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+  if (avx512 && avx2 && (!asked || !std::strcmp(asked, "avx512"))) return Simd::avx512;
+  if (avx2 && (!asked || std::strcmp(asked, "baseline"))) return Simd::avx2;
+#endif
+  return Simd::baseline;
+}
+const Simd SIMD = detect();
+
+// ------------------------------------------------------------------------------------------------------------------ masks
+
+#ifdef SALT_X86
+struct Avx512 : Serial {
+  SALT_AVX512 int32_t list(const uint64_t* bits, int32_t words, int64_t* out) const {
+    const __m512i base = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    int64_t* next = out;
+    for (int32_t i = 0; i < words; ++i)
+      for (int32_t part = 0; part < 64; part += 8) {
+        const __mmask8 mask = static_cast<__mmask8>(bits[i] >> part);
+        _mm512_mask_compressstoreu_epi64(next, mask, _mm512_add_epi64(base, _mm512_set1_epi64(64 * i + part)));
+        next += __builtin_popcount(mask);
+      }
+    return static_cast<int32_t>(next - out);
+  }
+  SALT_AVX512 int32_t list(const uint64_t* bits, int32_t words, int32_t* out) const {
+    const __m512i base = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    int32_t* next = out;
+    for (int32_t i = 0; i < words; ++i)
+      for (int32_t part = 0; part < 64; part += 16) {
+        const __mmask16 mask = static_cast<__mmask16>(bits[i] >> part);
+        _mm512_mask_compressstoreu_epi32(next, mask, _mm512_add_epi32(base, _mm512_set1_epi32(64 * i + part)));
+        next += __builtin_popcount(mask);
+      }
+    return static_cast<int32_t>(next - out);
+  }
+};
+
+// Runs body(team), compiled for what the processor has.
+template <class Body> SALT_AVX512 void run_avx512(const Body& body) { body(Avx512{}); }
+template <class Body> SALT_AVX2 void run_avx2(const Body& body) { body(Serial{}); }
+template <class Body>
+void run(const Body& body) {
+  if (SIMD == Simd::avx512) return run_avx512(body);
+  if (SIMD == Simd::avx2) return run_avx2(body);
+  body(Serial{});
+}
+#else
+template <class Body> void run(const Body& body) { body(Serial{}); }
+#endif
+
+template <class Team>
+inline SALT_INLINE void draw_clips(const Draw& draw, int64_t begin, int64_t end, uint64_t* scratch) {
   for (int64_t i = begin; i < end; ++i)
-    draw_masks(spec, seed, epoch, static_cast<uint64_t>(sample_ids[i]), bits.data(), pool.data(), context + i * spec.context,
-               target + i * spec.target);
+    draw_masks(Team{}, draw.spec, draw.seed, draw.epoch, static_cast<uint64_t>(draw.sample_ids[i]), scratch, draw.context + i * draw.spec.context,
+               draw.target + i * draw.spec.target);
 }
 
-void gather_cpu(const char* x, const int64_t* index, int64_t N, int64_t K, int64_t row_bytes, int64_t begin, int64_t end, char* out) {
-  for (int64_t r = begin; r < end; ++r)
-    std::memcpy(out + r * row_bytes, x + (r / K * N + index[r]) * row_bytes, static_cast<size_t>(row_bytes));
+}  // namespace
+
+void draw_cpu(const Draw& draw, int64_t begin, int64_t end) {
+  std::vector<uint64_t> scratch(static_cast<size_t>(mask_scratch<Serial>(draw.spec) + 7) / 8);
+  run([&](auto team) SALT_INLINE { draw_clips<decltype(team)>(draw, begin, end, scratch.data()); });
 }
 
-void scatter_cpu(const char* x, const int64_t* index, int64_t N, int64_t K, int64_t row_bytes, int64_t begin, int64_t end, char* out) {
+// ------------------------------------------------------------------------------------------------------------------- rows
+
+void gather_cpu(const Rows& rows, int64_t begin, int64_t end) {
+  const int64_t bytes = rows.row_bytes;
+  if (bytes == 0) return;
   for (int64_t r = begin; r < end; ++r)
-    std::memcpy(out + (r / K * N + index[r]) * row_bytes, x + r * row_bytes, static_cast<size_t>(row_bytes));
+    std::memcpy(rows.out + r * bytes, rows.x + (r / rows.K * rows.N + rows.index[r]) * bytes, static_cast<size_t>(bytes));
+}
+
+void scatter_cpu(const Rows& rows, int64_t begin, int64_t end) {
+  const int64_t bytes = rows.row_bytes, N = rows.N, K = rows.K;
+  if (bytes == 0) return;
+  std::vector<const char*> source;  // of the output rows of one clip that are asked for here, or null for zeros
+  for (int64_t r = begin; r < end;) {
+    const int64_t b = r / N, first = r - b * N, last = end < (b + 1) * N ? end - b * N : N;
+    source.assign(static_cast<size_t>(last - first), nullptr);
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t n = rows.index[b * K + k];
+      if (n >= first && n < last) source[static_cast<size_t>(n - first)] = rows.x + (b * K + k) * bytes;
+    }
+    for (const char* from : source) {
+      char* to = rows.out + r++ * bytes;
+      from ? std::memcpy(to, from, static_cast<size_t>(bytes)) : std::memset(to, 0, static_cast<size_t>(bytes));
+    }
+  }
 }
 
 namespace {
 
+// ---------------------------------------------------------------------------------------------------------------- numbers
+
+struct pixel { uint8_t value; };
 struct half { uint16_t bits; };
 struct bfloat { uint16_t bits; };
 
-inline uint32_t bits_of(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
-inline float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+SALT_INLINE inline uint32_t bits_of(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
+SALT_INLINE inline float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
 
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bfloat x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-inline float load(half x) {
+SALT_INLINE inline float load(float x) { return x; }
+SALT_INLINE inline double load(double x) { return x; }
+SALT_INLINE inline float load(pixel x) { return static_cast<float>(x.value) / 255.0f; }
+SALT_INLINE inline float load(bfloat x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+SALT_INLINE inline float load(half x) {
   // Shift exponent and mantissa into place and let one multiplication by 2^112 rebias the exponent: right for normal and
   // subnormal numbers alike. Infinity and nan get the largest exponent put back.
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
@@ -43,107 +144,139 @@ inline float load(half x) {
   return float_of(bits_of(float_of(magnitude) * 5.192296858534828e33f) | sign | special);
 }
 
-inline void store(float& out, float x) { out = x; }
-inline void store(double& out, double x) { out = x; }
-inline void store(bfloat& out, float x) {  // round to nearest even; a nan stays one
+SALT_INLINE inline void store(float& out, float x) { out = x; }
+SALT_INLINE inline void store(double& out, double x) { out = x; }
+SALT_INLINE inline void store(bfloat& out, float x) {  // round to nearest even; a nan stays one
   const uint32_t u = bits_of(x);
   out.bits = x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-// Sixteen partial sums in a fixed order: the compiler may vectorise it, and the result does not depend on how wide.
-template <typename P, typename Y, typename A>
-inline __attribute__((always_inline)) double mse_row(const P* p, const Y* y, P* gradient, int64_t D, A scale) {
-  constexpr int LANES = 16;
+// ---------------------------------------------------------------------------------------------------------------- patches
+
+template <typename Out>
+inline SALT_INLINE void patch_rows(const Patches& a, int64_t begin, int64_t end) {
+  const int64_t span = a.D / a.channels;
+  for (int64_t r = begin; r < end; ++r) {
+    const uint8_t* row = a.patches + (a.index ? r / a.K * a.N + a.index[r] : r) * a.D;
+    Out* out = static_cast<Out*>(a.out) + r * a.D;
+    for (int c = 0; c < a.channels; ++c) {
+      const float scale = a.scale[c], shift = a.shift[c];
+      for (int64_t d = c * span; d < (c + 1) * span; ++d) store(out[d], static_cast<float>(row[d]) * scale + shift);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------- loss
+
+constexpr int AHEAD = 3;  // rows whose memory is asked for before they are worked on
+constexpr int LANES = 32;  // partial sums in a fixed order: the compiler may vectorise them, and the result does not depend on how wide
+
+template <typename A, typename Term>
+inline SALT_INLINE A lane_sum(int64_t D, const Term& term) {
   A sums[LANES] = {};
   int64_t d = 0;
   for (; d + LANES <= D; d += LANES)
-    for (int l = 0; l < LANES; ++l) {
-      const A difference = static_cast<A>(load(p[d + l])) - static_cast<A>(load(y[d + l]));
-      sums[l] += difference * difference;
-      if (gradient) store(gradient[d + l], scale * difference);
+    for (int l = 0; l < LANES; ++l) sums[l] += term(d + l);
+  for (int l = 0; d < D; ++d, ++l) sums[l] += term(d);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+  return sums[0];
+}
+
+#ifdef SALT_X86
+SALT_AVX512 void convert_avx512(const half* from, int64_t D, float* to) {
+  int64_t d = 0;
+  for (; d + 16 <= D; d += 16) _mm512_storeu_ps(to + d, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + d))));
+  for (; d < D; ++d) to[d] = load(from[d]);
+}
+#endif
+
+// The target row in the space of the loss, in `buffer`.
+template <class Team, typename A>
+inline SALT_INLINE void target_row(const Loss& a, int64_t row, int64_t position, A* buffer) {
+  const int64_t D = a.D;
+  const auto convert = [&](auto* from) SALT_INLINE { for (int64_t d = 0; d < D; ++d) buffer[d] = static_cast<A>(load(from[d])); };
+  switch (a.target_type) {
+    case Type::u8: convert(static_cast<const pixel*>(a.target) + row * D); break;
+    case Type::f16:
+#ifdef SALT_X86
+      if constexpr (std::is_same_v<Team, Avx512> && std::is_same_v<A, float>) convert_avx512(static_cast<const half*>(a.target) + row * D, D, buffer);
+      else
+#endif
+      convert(static_cast<const half*>(a.target) + row * D);
+      break;
+    case Type::bf16: convert(static_cast<const bfloat*>(a.target) + row * D); break;
+    case Type::f32: convert(static_cast<const float*>(a.target) + row * D); break;
+    case Type::f64: convert(static_cast<const double*>(a.target) + row * D); break;
+  }
+  if (a.normalise == Normalise::layer_norm) {
+    const A mean = lane_sum<A>(D, [&](int64_t d) SALT_INLINE { return buffer[d]; }) / static_cast<A>(D);
+    const A variance = lane_sum<A>(D, [&](int64_t d) SALT_INLINE { return (buffer[d] - mean) * (buffer[d] - mean); }) / static_cast<A>(D);
+    const A rstd = 1 / std::sqrt(variance + static_cast<A>(LAYER_NORM_EPS));
+    for (int64_t d = 0; d < D; ++d) buffer[d] = (buffer[d] - mean) * rstd;
+  } else if (a.normalise == Normalise::standardise) {
+    const A *mean = static_cast<const A*>(a.mean) + position * D, *rstd = static_cast<const A*>(a.rstd) + position * D;
+    for (int64_t d = 0; d < D; ++d) buffer[d] = (buffer[d] - mean[d]) * rstd[d];
+  }
+}
+
+inline SALT_INLINE int64_t size_of(Type type) { return type == Type::u8 ? 1 : type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
+template <int write>
+inline SALT_INLINE void prefetch(const void* array, int64_t row, int64_t row_bytes) {
+#if defined(__GNUC__)
+  const char* from = static_cast<const char*>(array) + row * row_bytes;
+  for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(from + i, write);
+#endif
+}
+
+template <class Team, Kind kind, typename P, typename A>
+inline SALT_INLINE void loss_rows(const Loss& a, int64_t begin, int64_t end, A* y) {
+  const int64_t D = a.D;
+  const A scale = static_cast<A>(a.scale);
+  const int64_t target_bytes = D * size_of(a.target_type), prediction_bytes = D * static_cast<int64_t>(sizeof(P));
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t position = a.index ? a.index[r] : r % a.K;
+    if (const int64_t ahead = r + AHEAD; ahead < end) {  // the processor's own prefetcher stops at the end of a row
+      prefetch<0>(a.target, ahead / a.K * a.N + (a.index ? a.index[ahead] : ahead % a.K), target_bytes);
+      prefetch<0>(a.prediction, ahead, prediction_bytes);
+      if (a.gradient) prefetch<1>(a.gradient, ahead, prediction_bytes);
     }
-  for (int l = 0; d < D; ++d, ++l) {
-    const A difference = static_cast<A>(load(p[d])) - static_cast<A>(load(y[d]));
-    sums[l] += difference * difference;
-    if (gradient) store(gradient[d], scale * difference);
+    target_row<Team>(a, r / a.K * a.N + position, position, y);
+    const P* p = static_cast<const P*>(a.prediction) + r * D;
+    P* gradient = static_cast<P*>(a.gradient) + (a.gradient ? r * D : 0);
+    const A sum = a.gradient ? lane_sum<A>(D, [&](int64_t d) SALT_INLINE {
+      const A difference = static_cast<A>(load(p[d])) - y[d];
+      store(gradient[d], scale * slope_of(kind, difference));
+      return error_of(kind, difference);
+    }) : lane_sum<A>(D, [&](int64_t d) SALT_INLINE { return error_of(kind, static_cast<A>(load(p[d])) - y[d]); });
+    static_cast<A*>(a.per_token)[r] = sum / static_cast<A>(D);
   }
-  double sum = 0;
-  for (A s : sums) sum += static_cast<double>(s);
-  return D > 0 ? sum / static_cast<double>(D) : 0;
-}
-
-struct Rows {
-  const int64_t* index;
-  int64_t N, K, D, begin, end;
-  double scale;
-  double* per_token;
-};
-
-template <typename P, typename Y, typename A>
-inline __attribute__((always_inline)) void mse_rows(const Rows& rows, const P* prediction, const Y* target, P* gradient) {
-  for (int64_t r = rows.begin; r < rows.end; ++r) {
-    const Y* y = target + (rows.index ? r / rows.K * rows.N + rows.index[r] : r) * rows.D;
-    P* g = gradient ? gradient + r * rows.D : nullptr;
-    rows.per_token[r] = mse_row<P, Y, A>(prediction + r * rows.D, y, g, rows.D, static_cast<A>(rows.scale));
-  }
-}
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SALT_X86 1
-template <typename P, typename Y, typename A>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void mse_avx512(const Rows& rows, const P* p, const Y* y, P* g) {
-  mse_rows<P, Y, A>(rows, p, y, g);
-}
-template <typename P, typename Y, typename A>
-__attribute__((target("avx2"))) void mse_avx2(const Rows& rows, const P* p, const Y* y, P* g) {
-  mse_rows<P, Y, A>(rows, p, y, g);
-}
-#endif
-
-enum class Simd { baseline, avx2, avx512 };
-
-Simd detect() {
-#ifdef SALT_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return Simd::avx512;
-  if (__builtin_cpu_supports("avx2")) return Simd::avx2;
-#endif
-  return Simd::baseline;
-}
-const Simd SIMD = detect();
-
-template <typename P, typename Y, typename A>
-void mse_dispatch(const Rows& rows, const void* p, const void* y, void* g) {
-  const P* prediction = static_cast<const P*>(p);
-  const Y* target = static_cast<const Y*>(y);
-  P* gradient = static_cast<P*>(g);
-#ifdef SALT_X86
-  if (SIMD == Simd::avx512) return mse_avx512<P, Y, A>(rows, prediction, target, gradient);
-  if (SIMD == Simd::avx2) return mse_avx2<P, Y, A>(rows, prediction, target, gradient);
-#endif
-  mse_rows<P, Y, A>(rows, prediction, target, gradient);
 }
 
 template <typename P, typename A>
-void mse_target(const Rows& rows, const void* p, const void* y, Type target_type, void* g) {
-  switch (target_type) {
-    case Type::f16: return mse_dispatch<P, half, A>(rows, p, y, g);
-    case Type::bf16: return mse_dispatch<P, bfloat, A>(rows, p, y, g);
-    case Type::f32: return mse_dispatch<P, float, A>(rows, p, y, g);
-    case Type::f64: return mse_dispatch<P, double, A>(rows, p, y, g);
+void loss_kinds(const Loss& a, int64_t begin, int64_t end) {
+  std::vector<A> row(static_cast<size_t>(a.D));
+  switch (a.kind) {
+    case Kind::mse: return run([&](auto team) SALT_INLINE { loss_rows<decltype(team), Kind::mse, P, A>(a, begin, end, row.data()); });
+    case Kind::l1: return run([&](auto team) SALT_INLINE { loss_rows<decltype(team), Kind::l1, P, A>(a, begin, end, row.data()); });
+    case Kind::smooth_l1: return run([&](auto team) SALT_INLINE { loss_rows<decltype(team), Kind::smooth_l1, P, A>(a, begin, end, row.data()); });
   }
 }
 
 }  // namespace
 
-void mse_cpu(const void* prediction, Type prediction_type, const void* target, Type target_type, const int64_t* index, int64_t N,
-             int64_t K, int64_t D, double scale, int64_t begin, int64_t end, double* per_token, void* gradient) {
-  const Rows rows{index, N, K, D, begin, end, scale, per_token};
-  switch (prediction_type) {
-    case Type::bf16: return mse_target<bfloat, float>(rows, prediction, target, target_type, gradient);
-    case Type::f32: return mse_target<float, float>(rows, prediction, target, target_type, gradient);
-    case Type::f64: return mse_target<double, double>(rows, prediction, target, target_type, gradient);
-    case Type::f16: return;  // refused by the caller
+void patches_cpu(const Patches& a, int64_t begin, int64_t end) {
+  if (a.out_type == Type::f32) return run([&](auto) SALT_INLINE { patch_rows<float>(a, begin, end); });
+  run([&](auto) SALT_INLINE { patch_rows<bfloat>(a, begin, end); });
+}
+
+void loss_cpu(const Loss& a, int64_t begin, int64_t end) {
+  switch (a.prediction_type) {
+    case Type::bf16: return loss_kinds<bfloat, float>(a, begin, end);
+    case Type::f32: return loss_kinds<float, float>(a, begin, end);
+    case Type::f64: return loss_kinds<double, double>(a, begin, end);
+    case Type::u8: case Type::f16: return;  // refused by the caller
   }
 }
 

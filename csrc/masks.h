@@ -5,8 +5,11 @@
 //   out  context[spec.context], target[spec.target]: sorted token numbers n = (t * H + y) * W + x, disjoint
 //
 // The union and its complement are bitmaps of N bits: blocks are set a row at a time, counting is popcount, and listing visits the
-// set bits alone, so that no branch depends on a random bit. Bytes: 8 * (context + target) written a clip; N / 4 + 4 N of scratch.
-// The limit is integer arithmetic: (tokens dropped) / 4 Philox blocks and about three visits to each token.
+// set bits alone. Bytes: 8 * (context + target) written a clip; N / 4 + 4 N of scratch. The limit is integer arithmetic: (tokens
+// dropped) / 4 Philox blocks and about three visits to each token.
+//
+// A clip is drawn by a team: one thread on the host (Serial, below), one warp on the device (masks.cu). All of a team's lanes run the
+// same path; `team.lane` and `team.size` share out the loops over words, rows and tokens, and only a lottery's draws are one after another.
 #pragma once
 #include "philox.h"
 
@@ -23,112 +26,180 @@ struct MaskSpec {
   uint32_t stream;                 // the family's Philox stream
 };
 
-SALT_HD int32_t mask_words(const MaskSpec& spec) { return (spec.T * spec.H * spec.W + 63) / 64; }  // uint64 words of one bitmap
+SALT_HD int32_t tokens(const MaskSpec& spec) { return spec.T * spec.H * spec.W; }
+SALT_HD int32_t mask_words(const MaskSpec& spec) { return (tokens(spec) + 63) / 64; }  // uint64 words of one bitmap
 
-SALT_HD int32_t lowest_bit(uint64_t x) {
-#if defined(__CUDA_ARCH__)
-  return __ffsll(static_cast<long long>(x)) - 1;
-#else
-  return __builtin_ctzll(x);
-#endif
+// Scratch of one team, in bytes: two bitmaps (and a word that reading past the first plane may touch), numbers, and a pool of tokens.
+template <class Team>
+SALT_HD int64_t mask_scratch(const MaskSpec& spec) {
+  return 8 * (2 * static_cast<int64_t>(mask_words(spec)) + 1) + 16 * Team::blocks + 4 * ((static_cast<int64_t>(tokens(spec)) + 1) / 2 * 2);
 }
 
-SALT_HD int32_t count_bits(const uint64_t* bits, int32_t words) {
-  int32_t count = 0;
-  for (int32_t i = 0; i < words; ++i) {
-#if defined(__CUDA_ARCH__)
-    count += __popcll(bits[i]);
-#else
-    count += __builtin_popcountll(bits[i]);
-#endif
+// One thread that does it all.
+struct Serial {
+  static constexpr int32_t lane = 0, size = 1, blocks = 16;  // blocks: Philox blocks made at a time
+  SALT_HD void sync() const {}
+  SALT_HD void check(bool) const {}  // the caller has
+  SALT_HD int32_t sum(int32_t x) const { return x; }
+  SALT_HD void set(uint64_t* word, uint64_t mask) const { *word |= mask; }
+  SALT_HD void clear(uint64_t* word, uint64_t mask) const { *word &= ~mask; }
+#if !defined(__CUDA_ARCH__)
+  static SALT_HD int32_t count(uint64_t x) { return __builtin_popcountll(x); }
+
+  // Write the numbers of the set bits, in order; returns how many. Integer is the output's type.
+  template <typename Integer>
+  SALT_HD int32_t list(const uint64_t* bits, int32_t words, Integer* out) const {
+    int32_t found = 0;
+    for (int32_t i = 0; i < words; ++i)
+      for (uint64_t rest = bits[i]; rest; rest &= rest - 1) out[found++] = static_cast<Integer>(64 * i + __builtin_ctzll(rest));
+    return found;
   }
-  return count;
-}
+#endif
+};
+
+// The numbers of one Philox stream in order, made `Team::blocks` blocks at a time: number q of a batch lies at (q % 4) * blocks + q / 4.
+template <class Team>
+struct Numbers {
+  static constexpr int32_t SIZE = 4 * Team::blocks;
+  const Philox philox;
+  uint32_t* const buffer;  // [SIZE]
+  uint32_t next_block = 0;
+  int32_t used = SIZE;
+
+  SALT_HD Numbers(const Philox& philox, uint32_t* buffer) : philox(philox), buffer(buffer) {}
+
+  SALT_HD int32_t available(const Team& team) {  // in the batch at hand, at least 1
+    if (used == SIZE) {
+      team.sync();
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#pragma GCC ivdep
+#endif
+      for (int32_t i = team.lane; i < Team::blocks; i += Team::size) philox.block(next_block + static_cast<uint32_t>(i), buffer + i, Team::blocks);
+      next_block += Team::blocks, used = 0;
+      team.sync();
+    }
+    return SIZE - used;
+  }
+
+  // Number q of the batch, as a whole number in [0, n): the high half of number * n. A value's probability is off 1/n by less than 2^-32.
+  SALT_HD int32_t peek(int32_t q, int32_t n) const {
+    return static_cast<int32_t>((static_cast<uint64_t>(buffer[(q & 3) * Team::blocks + (q >> 2)]) * static_cast<uint32_t>(n)) >> 32);
+  }
+
+  SALT_HD int32_t below(const Team& team, int32_t n) {
+    available(team);
+    return peek(used++, n);
+  }
+};
 
 // Set `length` bits from `start` on.
-SALT_HD void set_bits(uint64_t* bits, int32_t start, int32_t length) {
+template <class Team>
+SALT_HD void set_bits(const Team& team, uint64_t* bits, int32_t start, int32_t length) {
   while (length > 0) {
     const int32_t offset = start & 63, here = length < 64 - offset ? length : 64 - offset;
-    bits[start >> 6] |= (here == 64 ? ~uint64_t{0} : (uint64_t{1} << here) - 1) << offset;
+    team.set(bits + (start >> 6), (here == 64 ? ~uint64_t{0} : (uint64_t{1} << here) - 1) << offset);
     start += here, length -= here;
   }
 }
 
-// Write the numbers of the set bits, in order; returns how many. Integer is the output's type.
-template <typename Integer>
-SALT_HD int32_t list_bits(const uint64_t* bits, int32_t words, Integer* out) {
-  int32_t size = 0;
-  for (int32_t i = 0; i < words; ++i)
-    for (uint64_t rest = bits[i]; rest; rest &= rest - 1) out[size++] = static_cast<Integer>(64 * i + lowest_bit(rest));
-  return size;
+// 64 bits from bit `start` on; the word after the last one asked for must be readable.
+SALT_HD uint64_t bits_at(const uint64_t* bits, int32_t start) {
+  const int32_t word = start >> 6, offset = start & 63;
+  return offset ? bits[word] >> offset | bits[word + 1] << (64 - offset) : bits[word];
 }
 
 // Move `count` tokens, drawn uniformly without replacement from the set `from`, to the set `to` (dropped where `to` is null).
-SALT_HD void move_tokens(Philox& random, uint64_t* from, uint64_t* to, int32_t* pool, int32_t words, int32_t count) {
+template <class Team>
+SALT_HD void move_tokens(const Team& team, Numbers<Team>& random, uint64_t* from, uint64_t* to, int32_t* pool, int32_t words, int32_t count) {
   if (count <= 0) return;
-  const int32_t size = list_bits(from, words, pool);
-  for (int32_t i = 0; i < count; ++i) {  // partial Fisher-Yates shuffle
-    const int32_t j = i + static_cast<int32_t>(random.below(static_cast<uint32_t>(size - i)));
-    const int32_t token = pool[j];
-    pool[j] = pool[i];
-    from[token >> 6] &= ~(uint64_t{1} << (token & 63));
-    if (to) to[token >> 6] |= uint64_t{1} << (token & 63);
+  const int32_t size = team.list(from, words, pool);
+  team.sync();
+  for (int32_t done = 0; done < count;) {  // partial Fisher-Yates shuffle: the tokens drawn come to stand first
+    const int32_t here = random.available(team), take = here < count - done ? here : count - done;
+    if (team.lane == 0)
+      for (int32_t i = done; i < done + take; ++i) {
+        const int32_t j = i + random.peek(random.used + i - done, size - i), token = pool[j];
+        pool[j] = pool[i];
+        pool[i] = token;
+      }
+    random.used += take, done += take;
   }
+  team.sync();
+  for (int32_t i = team.lane; i < count; i += Team::size) {
+    const uint64_t mask = uint64_t{1} << (pool[i] & 63);
+    team.clear(from + (pool[i] >> 6), mask);
+    if (to) team.set(to + (pool[i] >> 6), mask);
+  }
+  team.sync();
 }
 
-// bits: 2 * mask_words(spec) words of scratch; pool: N of scratch.
-SALT_HD void draw_masks(const MaskSpec& spec, uint64_t seed, uint32_t epoch, uint64_t sample_id, uint64_t* bits, int32_t* pool,
+// scratch: mask_scratch<Team>(spec) bytes, 8-aligned.
+template <class Team>
+SALT_HD void draw_masks(const Team& team, const MaskSpec& spec, uint64_t seed, uint32_t epoch, uint64_t sample_id, uint64_t* scratch,
                         int64_t* context, int64_t* target) {
-  Philox random(seed, epoch, sample_id, spec.stream);
-  const int32_t plane = spec.H * spec.W, n = spec.T * plane, words = mask_words(spec);
-  uint64_t *in_union = bits, *rest = bits + words;
-  const bool spans_time = spec.n_sizes > 0;  // then the union is drawn on one plane and repeated over time
-  const int32_t drawn = spans_time ? plane : n, drawn_words = (drawn + 63) / 64, repeat = spans_time ? spec.T : 1;
+  const int32_t plane = spec.H * spec.W, n = tokens(spec), words = mask_words(spec);
+  uint64_t *in_union = scratch, *rest = scratch + words;
+  uint32_t* buffer = reinterpret_cast<uint32_t*>(rest + words + 1);
+  int32_t* pool = reinterpret_cast<int32_t*>(buffer + Numbers<Team>::SIZE);
+  Numbers<Team> random(Philox(seed, epoch, sample_id, spec.stream), buffer);
+
+  const bool spans_time = spec.n_sizes > 0;  // then the union is drawn on one plane, in `rest`, and repeated over time
+  uint64_t* drawn = spans_time ? rest : in_union;
+  const int32_t drawn_words = spans_time ? (plane + 63) / 64 : words;
   int32_t size[3] = {1, 0, 0};
   if (spans_time) {
-    const uint32_t row = random.below(static_cast<uint32_t>(spec.n_sizes));
+    const int32_t row = random.below(team, spec.n_sizes);
     size[1] = spec.sizes[2 * row], size[2] = spec.sizes[2 * row + 1];
+    team.check(size[1] >= 1 && size[1] <= spec.H && size[2] >= 1 && size[2] <= spec.W);
   }
   int32_t covered = 0;
   for (int32_t attempt = 0; attempt <= spec.redraws; ++attempt) {
-    for (int32_t i = 0; i < words; ++i) in_union[i] = 0;
-    const int32_t blocks = spec.min_blocks + static_cast<int32_t>(random.below(static_cast<uint32_t>(spec.max_blocks - spec.min_blocks + 1)));
+    for (int32_t i = team.lane; i < drawn_words + (spans_time ? 1 : 0); i += Team::size) drawn[i] = 0;
+    team.sync();
+    const int32_t blocks = spec.min_blocks + random.below(team, spec.max_blocks - spec.min_blocks + 1);
     for (int32_t b = 0; b < blocks; ++b) {
       if (!spans_time)
-        for (int a = 0; a < 3; ++a) size[a] = spec.low[a] + static_cast<int32_t>(random.below(static_cast<uint32_t>(spec.high[a] - spec.low[a] + 1)));
-      const int32_t t0 = spans_time ? 0 : static_cast<int32_t>(random.below(static_cast<uint32_t>(spec.T - size[0] + 1)));
-      const int32_t y0 = static_cast<int32_t>(random.below(static_cast<uint32_t>(spec.H - size[1] + 1)));
-      const int32_t x0 = static_cast<int32_t>(random.below(static_cast<uint32_t>(spec.W - size[2] + 1)));
+        for (int a = 0; a < 3; ++a) size[a] = spec.low[a] + random.below(team, spec.high[a] - spec.low[a] + 1);
+      const int32_t t0 = spans_time ? 0 : random.below(team, spec.T - size[0] + 1);
+      const int32_t y0 = random.below(team, spec.H - size[1] + 1);
+      const int32_t x0 = random.below(team, spec.W - size[2] + 1);
       for (int32_t t = t0; t < t0 + size[0]; ++t)
-        for (int32_t y = y0; y < y0 + size[1]; ++y) set_bits(in_union, (t * spec.H + y) * spec.W + x0, size[2]);
+        for (int32_t y = y0 + team.lane; y < y0 + size[1]; y += Team::size) set_bits(team, drawn, (t * spec.H + y) * spec.W + x0, size[2]);
     }
-    covered = count_bits(in_union, drawn_words) * repeat;
+    team.sync();
+    covered = 0;
+    for (int32_t i = team.lane; i < drawn_words; i += Team::size) covered += Team::count(drawn[i]);
+    covered = team.sum(covered) * (spans_time ? spec.T : 1);
     if (covered >= spec.target && n - covered >= spec.context) break;
   }
-  if (spans_time) {  // rest holds the plane while it is copied
-    for (int32_t i = 0; i < drawn_words; ++i) rest[i] = in_union[i];
-    for (int32_t t = 1; t < spec.T; ++t)
-      for (int32_t i = 0; i < drawn_words; ++i) {
-        const int32_t at = t * plane + 64 * i, word = at >> 6, offset = at & 63;
-        in_union[word] |= rest[i] << offset;
-        if (offset && word + 1 < words) in_union[word + 1] |= rest[i] >> (64 - offset);
-      }
+  if (spans_time)
+    for (int32_t i = team.lane; i < words; i += Team::size) {  // word i holds the plane's bits from (64 i) mod plane on, and around
+      uint64_t word = 0;
+      for (int32_t filled = 0, at = 64 * i % plane; filled < 64; filled += plane - at, at = 0)
+        word |= (bits_at(rest, at) & (plane - at < 64 ? (uint64_t{1} << (plane - at)) - 1 : ~uint64_t{0})) << filled;
+      in_union[i] = word;
+    }
+  team.sync();
+  const uint64_t last = n & 63 ? (uint64_t{1} << (n & 63)) - 1 : ~uint64_t{0};
+  for (int32_t i = team.lane; i < words; i += Team::size) {
+    const uint64_t valid = i + 1 < words ? ~uint64_t{0} : last;
+    rest[i] = ~in_union[i] & valid;
+    in_union[i] &= valid;
   }
-  for (int32_t i = 0; i < words; ++i) rest[i] = ~in_union[i];
-  if (n & 63) rest[words - 1] &= (uint64_t{1} << (n & 63)) - 1;
+  team.sync();
 
   const int32_t short_of_context = spec.context - (n - covered), short_of_target = spec.target - covered;
   if (short_of_context > 0) {  // at most one side can be short, since context + target <= n
-    move_tokens(random, in_union, rest, pool, words, short_of_context);
+    move_tokens(team, random, in_union, rest, pool, words, short_of_context);
     covered -= short_of_context;
   } else if (short_of_target > 0) {
-    move_tokens(random, rest, in_union, pool, words, short_of_target);
+    move_tokens(team, random, rest, in_union, pool, words, short_of_target);
     covered += short_of_target;
   }
-  move_tokens(random, rest, nullptr, pool, words, n - covered - spec.context);
-  move_tokens(random, in_union, nullptr, pool, words, covered - spec.target);
-  list_bits(rest, words, context);
-  list_bits(in_union, words, target);
+  move_tokens(team, random, rest, nullptr, pool, words, n - covered - spec.context);
+  move_tokens(team, random, in_union, nullptr, pool, words, covered - spec.target);
+  team.list(rest, words, context);
+  team.list(in_union, words, target);
 }
 
 }  // namespace salt

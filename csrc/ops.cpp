@@ -1,12 +1,18 @@
-// The torch side of salt_ops: operator definitions, argument checks, threads. The kernels are in cpu.cpp (and, for GPUs, beside
-// it); autograd and fake kernels are registered in ops.py. Registered operators run without the GIL.
+// The torch side of salt_ops: operator definitions, argument checks, allocation, threads and streams. The kernels are in cpu.cpp and
+// *.cu; autograd and fake kernels are registered in ops.py. Registered operators run without the GIL.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "cpu.h"
+#include "kernels.h"
+
+#ifdef SALT_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 namespace {
 
@@ -14,60 +20,91 @@ using at::Tensor;
 using std::optional;
 
 constexpr int64_t BYTES_A_TASK = 1 << 16;  // less than this is not worth a thread
+constexpr int64_t CLIPS_A_TASK = 4;        // of masks, likewise
 
-salt::Type type_of(const Tensor& x, const char* name) {
+// `items` items on the CPU's threads, or one launch on the current stream of x's device.
+template <typename Host, typename Device>
+void compute(const Tensor& x, int64_t items, int64_t item_bytes, const Host& host, const Device& device) {
+  if (items == 0) return;
+#ifdef SALT_CUDA
+  if (x.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    C10_CUDA_CHECK(static_cast<cudaError_t>(device(c10::cuda::getCurrentCUDAStream().stream())));
+    return;
+  }
+#endif
+  at::parallel_for(0, items, std::max<int64_t>(1, BYTES_A_TASK / std::max<int64_t>(1, item_bytes)), host);
+}
+
+salt::Type type_of(const Tensor& x, const char* name, at::ArrayRef<at::ScalarType> allowed, const char* listed) {
+  TORCH_CHECK(std::find(allowed.begin(), allowed.end(), x.scalar_type()) != allowed.end(), name, " is ", x.scalar_type(), "; it must be ", listed);
   switch (x.scalar_type()) {
+    case at::kByte: return salt::Type::u8;
     case at::kHalf: return salt::Type::f16;
     case at::kBFloat16: return salt::Type::bf16;
     case at::kFloat: return salt::Type::f32;
-    case at::kDouble: return salt::Type::f64;
-    default: TORCH_CHECK(false, name, " is ", x.scalar_type(), "; it must be float16, bfloat16, float32 or float64");
+    default: return salt::Type::f64;
   }
 }
 
-// index [B, K] int64 with 0 <= index < N; returns it contiguous.
-Tensor checked_index(const Tensor& index, int64_t B, int64_t N) {
-  TORCH_CHECK(index.scalar_type() == at::kLong, "index is ", index.scalar_type(), "; it must be int64");
-  TORCH_CHECK(index.dim() == 2 && index.size(0) == B, "index has shape ", index.sizes(), "; it must be [", B, ", K]");
-  const Tensor rows = index.contiguous();
-  const int64_t* data = rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < rows.numel(); ++i)
-    TORCH_CHECK_INDEX(data[i] >= 0 && data[i] < N, "index[", i / rows.size(1), ", ", i % rows.size(1), "] is ", data[i], "; it must be in [0, ", N, ")");
-  return rows;
+void check_device(const Tensor& x, const Tensor& like, const char* name) {
+  TORCH_CHECK(x.device() == like.device(), name, " is on ", x.device(), ", the first argument on ", like.device());
 }
 
-int64_t grain(int64_t row_bytes) { return std::max<int64_t>(1, BYTES_A_TASK / std::max<int64_t>(1, row_bytes)); }
+// index [B, K] int64, 0 <= index < N, on the device of `like`; returns it contiguous. On a GPU the kernels assert the range.
+Tensor checked_index(const Tensor& index, const Tensor& like, int64_t B, int64_t N) {
+  TORCH_CHECK(index.scalar_type() == at::kLong, "index is ", index.scalar_type(), "; it must be int64");
+  TORCH_CHECK(index.dim() == 2 && index.size(0) == B, "index has shape ", index.sizes(), "; it must be [", B, ", K]");
+  check_device(index, like, "index");
+  const Tensor rows = index.contiguous();
+  if (rows.is_cpu()) {
+    const int64_t* data = rows.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < rows.numel(); ++i)
+      TORCH_CHECK_INDEX(data[i] >= 0 && data[i] < N, "index[", i / rows.size(1), ", ", i % rows.size(1), "] is ", data[i], "; it must be in [0, ", N, ")");
+  }
+  return rows;
+}
 
 std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch, int64_t seed, at::IntArrayRef grid, at::IntArrayRef counts,
                                         at::IntArrayRef blocks, int64_t redraws, const Tensor& sizes, at::IntArrayRef low,
                                         at::IntArrayRef high, int64_t stream) {
   TORCH_CHECK(sample_ids.scalar_type() == at::kLong && sample_ids.dim() == 1, "sample_ids must be int64 [B]");
   TORCH_CHECK(sizes.scalar_type() == at::kInt && sizes.dim() == 2 && sizes.size(1) == 2, "sizes must be int32 [S, 2]");
+  check_device(sizes, sample_ids, "sizes");
+  TORCH_CHECK(epoch >= 0 && epoch <= 0xFFFFFFFFll && seed >= 0, "epoch must be in [0, 2^32) and seed in [0, 2^63)");
   TORCH_CHECK(grid.size() == 3 && counts.size() == 2 && blocks.size() == 2 && low.size() == 3 && high.size() == 3, "grid, low and high have three entries, counts and blocks two");
-  const int64_t n = grid[0] * grid[1] * grid[2];
-  TORCH_CHECK(grid[0] > 0 && grid[1] > 0 && grid[2] > 0 && n < (int64_t{1} << 26), "grid must be positive and hold fewer than 2^26 tokens");
-  TORCH_CHECK(counts[0] > 0 && counts[1] > 0 && counts[0] + counts[1] <= n, "counts (", counts[0], ", ", counts[1], ") do not fit ", n, " tokens");
-  TORCH_CHECK(blocks[0] >= 0 && blocks[0] <= blocks[1] && redraws >= 0 && stream >= 0 && stream < 16, "blocks, redraws or stream out of range");
+  int64_t n = 1;
+  for (const int64_t side : grid) {
+    TORCH_CHECK(side > 0 && side < (1 << 26) && n * side < (1 << 26), "grid must be positive and hold fewer than 2^26 tokens");
+    n *= side;
+  }
+  TORCH_CHECK(counts[0] > 0 && counts[1] > 0 && counts[0] <= n && counts[1] <= n - counts[0], "counts (", counts[0], ", ", counts[1], ") do not fit ", n, " tokens");
+  TORCH_CHECK(blocks[0] >= 0 && blocks[0] <= blocks[1] && blocks[1] < (1 << 20) && redraws >= 0 && redraws < (1 << 20) && stream >= 0 && stream < 16, "blocks, redraws or stream out of range");
   const Tensor ids = sample_ids.contiguous(), table = sizes.contiguous();
-  for (int64_t i = 0; i < table.size(0); ++i)
-    TORCH_CHECK(table.const_data_ptr<int32_t>()[2 * i] >= 1 && table.const_data_ptr<int32_t>()[2 * i] <= grid[1] &&
-                table.const_data_ptr<int32_t>()[2 * i + 1] >= 1 && table.const_data_ptr<int32_t>()[2 * i + 1] <= grid[2], "sizes[", i, "] does not fit the grid");
+  if (ids.is_cpu()) {  // a GPU's kernel asserts these
+    const int64_t* id = ids.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < ids.numel(); ++i) TORCH_CHECK(id[i] >= 0, "sample_ids[", i, "] is ", id[i], "; it must be at least 0");
+    const int32_t* size = table.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < 2 * table.size(0); ++i) TORCH_CHECK(size[i] >= 1 && size[i] <= grid[1 + i % 2], "sizes[", i / 2, "] does not fit the grid");
+  }
   for (int a = 0; a < 3; ++a)
     TORCH_CHECK(table.size(0) > 0 || (low[a] >= 1 && low[a] <= high[a] && high[a] <= grid[a]), "low and high must satisfy 1 <= low <= high <= grid");
 
-  salt::MaskSpec spec{};
+  salt::Draw draw{};
+  salt::MaskSpec& spec = draw.spec;
   spec.T = grid[0], spec.H = grid[1], spec.W = grid[2];
   spec.context = counts[0], spec.target = counts[1];
   spec.min_blocks = blocks[0], spec.max_blocks = blocks[1];
   spec.redraws = redraws, spec.n_sizes = table.size(0), spec.sizes = table.const_data_ptr<int32_t>();
   for (int a = 0; a < 3; ++a) spec.low[a] = low[a], spec.high[a] = high[a];
   spec.stream = stream;
-  const int64_t B = ids.numel();
-  Tensor context = at::empty({B, counts[0]}, ids.options()), target = at::empty({B, counts[1]}, ids.options());
-  const int64_t* id = ids.const_data_ptr<int64_t>();
-  int64_t *c = context.mutable_data_ptr<int64_t>(), *t = target.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, B, 4, [&](int64_t begin, int64_t end) {
-    salt::draw_masks_cpu(spec, static_cast<uint64_t>(seed), static_cast<uint32_t>(epoch), id, begin, end, c, t);
+  draw.B = ids.numel(), draw.sample_ids = ids.const_data_ptr<int64_t>(), draw.seed = seed, draw.epoch = epoch;
+  Tensor context = at::empty({draw.B, counts[0]}, ids.options()), target = at::empty({draw.B, counts[1]}, ids.options());
+  draw.context = context.mutable_data_ptr<int64_t>(), draw.target = target.mutable_data_ptr<int64_t>();
+  compute(ids, draw.B, BYTES_A_TASK / CLIPS_A_TASK, [&](int64_t begin, int64_t end) { salt::draw_cpu(draw, begin, end); }, [&](auto stream) {
+    const int64_t bytes = salt::draw_scratch_cuda(spec) * draw.B;  // freed to this stream's pool, so it outlives the kernel
+    const Tensor scratch = at::empty({(bytes + 7) / 8}, ids.options());
+    return salt::draw_cuda(draw, scratch.mutable_data_ptr(), stream);
   });
   return {context, target};
 }
@@ -75,57 +112,111 @@ std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch,
 Tensor masked_gather(const Tensor& x, const Tensor& index) {
   TORCH_CHECK(x.dim() == 3, "x has shape ", x.sizes(), "; it must be [B, N, D]");
   const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
-  const Tensor source = x.contiguous(), rows = checked_index(index, B, N);
-  const int64_t K = rows.size(1), row_bytes = D * x.element_size();
-  Tensor out = at::empty({B, K, D}, x.options());
-  const char* from = static_cast<const char*>(source.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t* at_row = rows.const_data_ptr<int64_t>();
-  at::parallel_for(0, B * K, grain(row_bytes), [&](int64_t begin, int64_t end) { salt::gather_cpu(from, at_row, N, K, row_bytes, begin, end, to); });
+  const Tensor source = x.contiguous(), rows = checked_index(index, x, B, N);
+  Tensor out = at::empty({B, rows.size(1), D}, x.options());
+  const salt::Rows a{static_cast<const char*>(source.const_data_ptr()), rows.const_data_ptr<int64_t>(), B, N, rows.size(1),
+                     D * static_cast<int64_t>(x.element_size()), static_cast<char*>(out.mutable_data_ptr())};
+  compute(x, D > 0 ? B * a.K : 0, a.row_bytes, [&](int64_t begin, int64_t end) { salt::gather_cpu(a, begin, end); },
+          [&](auto stream) { return salt::gather_cuda(a, stream); });
   return out;
 }
 
-Tensor masked_scatter(const Tensor& rows_in, const Tensor& index, int64_t N) {
-  TORCH_CHECK(rows_in.dim() == 3, "x has shape ", rows_in.sizes(), "; it must be [B, K, D]");
-  const int64_t B = rows_in.size(0), K = rows_in.size(1), D = rows_in.size(2);
-  const Tensor source = rows_in.contiguous(), rows = checked_index(index, B, N);
+Tensor masked_scatter(const Tensor& x, const Tensor& index, int64_t N) {
+  TORCH_CHECK(x.dim() == 3 && N >= 0, "x has shape ", x.sizes(), " and n is ", N, "; they must be [B, K, D] and at least 0");
+  const int64_t B = x.size(0), K = x.size(1), D = x.size(2);
+  const Tensor source = x.contiguous(), rows = checked_index(index, x, B, N);
   TORCH_CHECK(rows.size(1) == K, "index has ", rows.size(1), " columns and x ", K, " rows");
-  const int64_t row_bytes = D * rows_in.element_size();
-  Tensor out = at::zeros({B, N, D}, rows_in.options());
-  const char* from = static_cast<const char*>(source.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t* at_row = rows.const_data_ptr<int64_t>();
-  at::parallel_for(0, B * K, grain(row_bytes), [&](int64_t begin, int64_t end) { salt::scatter_cpu(from, at_row, N, K, row_bytes, begin, end, to); });
+  Tensor out = at::empty({B, N, D}, x.options());
+  const salt::Rows a{static_cast<const char*>(source.const_data_ptr()), rows.const_data_ptr<int64_t>(), B, N, K,
+                     D * static_cast<int64_t>(x.element_size()), static_cast<char*>(out.mutable_data_ptr())};
+  compute(x, D > 0 ? B * N : 0, a.row_bytes, [&](int64_t begin, int64_t end) { salt::scatter_cpu(a, begin, end); },
+          [&](auto stream) { return salt::scatter_cuda(a, stream); });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_mse(const Tensor& prediction, const Tensor& target, const optional<Tensor>& index, bool need_gradient) {
+Tensor patch_normalise(const Tensor& patches, const optional<Tensor>& index, at::ArrayRef<double> scale, at::ArrayRef<double> shift, at::ScalarType dtype) {
+  TORCH_CHECK(patches.dim() == 3, "patches have shape ", patches.sizes(), "; they must be [B, N, D]");
+  TORCH_CHECK(patches.scalar_type() == at::kByte, "patches are ", patches.scalar_type(), "; they must be uint8");
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "patch_normalise makes float32 or bfloat16, not ", dtype);
+  const int64_t B = patches.size(0), N = patches.size(1), D = patches.size(2), channels = scale.size();
+  TORCH_CHECK(channels >= 1 && channels <= salt::MAX_CHANNELS && shift.size() == scale.size() && D % channels == 0,
+              "scale and shift need one entry for each of 1 to ", salt::MAX_CHANNELS, " channels, which must divide the patch's ", D, " entries; they have ", scale.size(), " and ", shift.size());
+  const Tensor source = patches.contiguous();
+  Tensor rows;
+  if (index.has_value()) rows = checked_index(*index, patches, B, N);
+  salt::Patches a{source.const_data_ptr<uint8_t>(), rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr, B, N, rows.defined() ? rows.size(1) : N, D,
+                  static_cast<int>(channels), {}, {}, nullptr, dtype == at::kFloat ? salt::Type::f32 : salt::Type::bf16};
+  for (int64_t c = 0; c < channels; ++c) a.scale[c] = static_cast<float>(scale[c]), a.shift[c] = static_cast<float>(shift[c]);
+  Tensor out = at::empty({B, a.K, D}, patches.options().dtype(dtype));
+  a.out = out.mutable_data_ptr();
+  compute(patches, D > 0 ? B * a.K : 0, D * static_cast<int64_t>(out.element_size()), [&](int64_t begin, int64_t end) { salt::patches_cpu(a, begin, end); },
+          [&](auto stream) { return salt::patches_cuda(a, stream); });
+  return out;
+}
+
+template <typename Choice>
+Choice chosen(c10::string_view word, std::initializer_list<const char*> words, const char* what) {
+  int i = 0;
+  for (const char* known : words) {
+    if (word == known) return static_cast<Choice>(i);
+    ++i;
+  }
+  TORCH_CHECK(false, "unknown ", what, " '", word, "'");
+}
+
+// [N, D] of the type that sums are in, or undefined where the loss does not standardise.
+Tensor statistics(const optional<Tensor>& x, const Tensor& prediction, int64_t N, int64_t D, at::ScalarType type, const char* name) {
+  TORCH_CHECK(x.has_value() && x->defined(), "standardise needs mean and rstd");
+  TORCH_CHECK(x->dim() == 2 && x->size(0) == N && x->size(1) == D, name, " has shape ", x->sizes(), "; it must be [", N, ", ", D, "]");
+  check_device(*x, prediction, name);
+  return x->to(type).contiguous();
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_mse(const Tensor& prediction, const Tensor& target, const optional<Tensor>& index, c10::string_view kind,
+                                              c10::string_view normalise, const optional<Tensor>& mean, const optional<Tensor>& rstd, double weight,
+                                              bool need_gradient) {
   TORCH_CHECK(prediction.dim() == 3 && target.dim() == 3, "prediction and target must have three dimensions, not ", prediction.sizes(), " and ", target.sizes());
   const int64_t B = prediction.size(0), K = prediction.size(1), D = prediction.size(2), N = target.size(1);
   TORCH_CHECK(target.size(0) == B && target.size(2) == D && (index.has_value() || N == K), "target has shape ", target.sizes(), ", which does not fit prediction ", prediction.sizes());
-  const salt::Type prediction_type = type_of(prediction, "prediction"), target_type = type_of(target, "target");
-  TORCH_CHECK(prediction_type != salt::Type::f16, "prediction is float16; it must be bfloat16, float32 or float64");
+  check_device(target, prediction, "target");
+  salt::Loss a{};
+  a.prediction_type = type_of(prediction, "prediction", {at::kBFloat16, at::kFloat, at::kDouble}, "bfloat16, float32 or float64");
+  a.target_type = type_of(target, "target", {at::kByte, at::kHalf, at::kBFloat16, at::kFloat, at::kDouble}, "uint8, float16, bfloat16, float32 or float64");
+  a.kind = chosen<salt::Kind>(kind, {"mse", "l1", "smooth_l1"}, "loss");
+  a.normalise = chosen<salt::Normalise>(normalise, {"none", "layer_norm", "standardise"}, "target normalisation");
   const Tensor p = prediction.contiguous(), y = target.contiguous();
-  Tensor rows;
+  Tensor rows, m, r;
   if (index.has_value()) {
-    rows = checked_index(*index, B, N);
+    rows = checked_index(*index, prediction, B, N);
     TORCH_CHECK(rows.size(1) == K, "index has ", rows.size(1), " columns and prediction ", K, " rows");
   }
-  const bool wide = prediction_type == salt::Type::f64;
-  Tensor per_token = at::empty({B, K}, prediction.options().dtype(at::kDouble));
-  Tensor gradient = need_gradient ? at::empty({B, K, D}, prediction.options()) : at::empty({0}, prediction.options());
-  const int64_t count = B * K * D;
-  const double scale = count > 0 ? 2.0 / static_cast<double>(count) : 0;
-  double* errors = per_token.mutable_data_ptr<double>();
-  at::parallel_for(0, B * K, grain(D * p.element_size()), [&](int64_t begin, int64_t end) {
-    salt::mse_cpu(p.const_data_ptr(), prediction_type, y.const_data_ptr(), target_type, rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr,
-                  N, K, D, scale, begin, end, errors, need_gradient ? gradient.mutable_data_ptr() : nullptr);
-  });
-  double sum = 0;  // in token order, so that the thread count does not show
-  for (int64_t r = 0; r < B * K; ++r) sum += errors[r];
-  const auto out = prediction.options().dtype(wide ? at::kDouble : at::kFloat);
-  Tensor loss = at::full({}, count > 0 ? sum / static_cast<double>(B * K) : 0.0, out);
-  return {loss, wide ? per_token : per_token.to(at::kFloat), gradient};
+  const at::ScalarType sums = a.prediction_type == salt::Type::f64 ? at::kDouble : at::kFloat;
+  if (a.normalise == salt::Normalise::standardise) {
+    m = statistics(mean, prediction, N, D, sums, "mean"), r = statistics(rstd, prediction, N, D, sums, "rstd");
+    a.mean = m.const_data_ptr(), a.rstd = r.const_data_ptr();
+  }
+  const auto options = prediction.options().memory_format(c10::nullopt);
+  Tensor per_token = at::empty({B, K}, options.dtype(sums)), loss = at::empty({}, options.dtype(sums));
+  Tensor gradient = need_gradient ? at::empty({B, K, D}, options) : at::empty({0}, options);
+  a.prediction = p.const_data_ptr(), a.target = y.const_data_ptr(), a.index = rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr;
+  a.B = B, a.N = N, a.K = K, a.D = D;
+  a.scale = weight / static_cast<double>(B * K * D);
+  a.per_token = per_token.mutable_data_ptr(), a.gradient = need_gradient ? gradient.mutable_data_ptr() : nullptr;
+  compute(prediction, B * K, D * static_cast<int64_t>(p.element_size()), [&](int64_t begin, int64_t end) { salt::loss_cpu(a, begin, end); },
+          [&](auto stream) { return salt::loss_cuda(a, stream); });
+  if (prediction.is_cpu()) {
+    double sum = 0;  // in token order, so that the thread count does not show
+    if (sums == at::kDouble)
+      for (int64_t i = 0; i < B * K; ++i) sum += per_token.const_data_ptr<double>()[i];
+    else
+      for (int64_t i = 0; i < B * K; ++i) sum += per_token.const_data_ptr<float>()[i];
+    loss.fill_(sum / static_cast<double>(B * K));
+  } else {
+    compute(prediction, 1, 0, [](int64_t, int64_t) {}, [&](auto stream) {
+      return salt::mean_cuda(per_token.const_data_ptr(), B * K, sums == at::kDouble ? salt::Type::f64 : salt::Type::f32, loss.mutable_data_ptr(), stream);
+    });
+  }
+  return {loss, per_token, gradient};
 }
 
 }  // namespace
@@ -134,22 +225,39 @@ TORCH_LIBRARY(salt_ops, m) {
   m.def("sample_masks(Tensor sample_ids, int epoch, int seed, int[] grid, int[] counts, int[] blocks, int redraws, Tensor sizes, int[] low, int[] high, int stream) -> (Tensor, Tensor)");
   m.def("masked_gather(Tensor x, Tensor index) -> Tensor");
   m.def("masked_scatter(Tensor x, Tensor index, int n) -> Tensor");
-  m.def("masked_mse(Tensor prediction, Tensor target, Tensor? index, bool need_gradient) -> (Tensor, Tensor, Tensor)");
+  m.def("patch_normalise(Tensor patches, Tensor? index, float[] scale, float[] shift, ScalarType dtype) -> Tensor");
+  m.def("masked_mse(Tensor prediction, Tensor target, Tensor? index, str kind, str normalise, Tensor? mean, Tensor? rstd, float weight, bool need_gradient) -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(salt_ops, CPU, m) {
-  m.impl("sample_masks", &sample_masks);
-  m.impl("masked_gather", &masked_gather);
-  m.impl("masked_scatter", &masked_scatter);
-  m.impl("masked_mse", &masked_mse);
-}
+// Tensors of a device meet the same checks and allocations; only `compute` tells them apart.
+#define SALT_REGISTER(key)                          \
+  TORCH_LIBRARY_IMPL(salt_ops, key, m) {            \
+    m.impl("sample_masks", &sample_masks);          \
+    m.impl("masked_gather", &masked_gather);        \
+    m.impl("masked_scatter", &masked_scatter);      \
+    m.impl("patch_normalise", &patch_normalise);    \
+    m.impl("masked_mse", &masked_mse);              \
+  }
+SALT_REGISTER(CPU)
+#ifdef SALT_CUDA
+SALT_REGISTER(CUDA)
+#endif
+
+#ifndef SALT_ARCHITECTURES
+#define SALT_ARCHITECTURES ""
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The SALT-VLA kernels; importing this registers torch.ops.salt_ops.*";
   m.def("build_info", [] {
     pybind11::dict info;
-    info["devices"] = std::vector<std::string>{"cpu"};
-    info["architectures"] = std::vector<std::string>{};
+    info["devices"] = std::vector<std::string>{
+        "cpu",
+#ifdef SALT_CUDA
+        "cuda",
+#endif
+    };
+    info["architectures"] = SALT_ARCHITECTURES;
     info["simd"] = salt::simd_level();
     return info;
   });

@@ -1,0 +1,84 @@
+// The kernels, over raw pointers: no torch header, so that they compile fast and stand alone. ops.cpp checks the arguments (but for the
+// entries of `index` on a GPU, which the kernels assert) and allocates; a kernel only computes.
+//
+// *_cpu works on the items [begin, end) of its batch, and the caller splits the items over threads. *_cuda launches on `stream`.
+// Every array is contiguous; rows of D elements lie one after another; nothing need be aligned beyond its element.
+#pragma once
+#include <cstdint>
+#include "masks.h"
+
+struct CUstream_st;  // cudaStream_t is a pointer to it
+
+namespace salt {
+
+enum class Type { u8, f16, bf16, f32, f64 };
+enum class Kind { mse, l1, smooth_l1 };                    // in the order of ops.KINDS
+enum class Normalise { none, layer_norm, standardise };    // in the order of ops.NORMALISATIONS
+constexpr double LAYER_NORM_EPS = 1e-6;
+
+// Masks of B clips: context [B, spec.context], target [B, spec.target].
+struct Draw {
+  MaskSpec spec;
+  uint64_t seed;
+  uint32_t epoch;
+  const int64_t* sample_ids;
+  int64_t B;
+  int64_t *context, *target;
+};
+
+// Rows of x [B, N, row_bytes] at index [B, K], to out [B, K, row_bytes] (gather), or the other way, with zeros elsewhere (scatter).
+struct Rows {
+  const char* x;
+  const int64_t* index;
+  int64_t B, N, K, row_bytes;
+  char* out;
+};
+
+// out [B, K, D] = patches [B, N, D] * scale[channel] + shift[channel] at index [B, K], or all N rows (K = N) where it is null.
+// Channel c is the D / channels entries from c * D / channels on.
+constexpr int MAX_CHANNELS = 4;
+struct Patches {
+  const uint8_t* patches;
+  const int64_t* index;
+  int64_t B, N, K, D;
+  int channels;
+  float scale[MAX_CHANNELS], shift[MAX_CHANNELS];
+  void* out;
+  Type out_type;  // f32 or bf16
+};
+
+// With p = prediction [B, K, D] and y = the target rows [B, N, D] at index [B, K] (or all of [B, K, D], N = K, where index is null),
+// normalised: per_token [B, K] = mean over D of error(p - y), and, where gradient is not null, gradient = scale * error'(p - y) in
+// p's type. A = float, or double where the prediction is double: the type of sums, mean, rstd and per_token. A u8 target is a pixel, v / 255.
+struct Loss {
+  const void *prediction, *target;
+  Type prediction_type, target_type;
+  const int64_t* index;
+  int64_t B, N, K, D;
+  Kind kind;
+  Normalise normalise;
+  const void *mean, *rstd;  // A [N, D], of standardise
+  double scale;
+  void* per_token;  // A [B, K]
+  void* gradient;
+};
+
+void draw_cpu(const Draw& draw, int64_t begin, int64_t end);        // items: clips
+void gather_cpu(const Rows& rows, int64_t begin, int64_t end);      // items: rows of out
+void scatter_cpu(const Rows& rows, int64_t begin, int64_t end);     // items: rows of out
+void patches_cpu(const Patches& patches, int64_t begin, int64_t end);  // items: rows of out
+void loss_cpu(const Loss& loss, int64_t begin, int64_t end);        // items: rows of the prediction
+
+// What this processor lets the kernels use: "avx512", "avx2" or "baseline"; SALT_SIMD in the environment asks for less.
+const char* simd_level();
+
+// Each returns the launch's cudaError_t. `scratch`: draw_scratch_cuda(spec) bytes a clip where that is not 0.
+int64_t draw_scratch_cuda(const MaskSpec& spec);
+int draw_cuda(const Draw& draw, void* scratch, CUstream_st* stream);
+int gather_cuda(const Rows& rows, CUstream_st* stream);
+int scatter_cuda(const Rows& rows, CUstream_st* stream);
+int patches_cuda(const Patches& patches, CUstream_st* stream);
+int loss_cuda(const Loss& loss, CUstream_st* stream);
+int mean_cuda(const void* per_token, int64_t count, Type type, void* mean, CUstream_st* stream);  // of f32 or f64, in a fixed order
+
+}  // namespace salt
