@@ -157,15 +157,14 @@ def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None)
     family      'short' or 'long' (V-JEPA's: Bardes et al. 2024, arXiv 2404.08471) or 'ratio' (75 % in space-time blocks)
     grid        (time, height, width) in tokens
     counts      (context, target) tokens a clip; by default the family's share of the grid
-    Returns Masks(context int64 [B, Kc], target int64 [B, Kt]). Raises InputError on arguments out of range.
+    Returns Masks(context int64 [B, Kc], target int64 [B, Kt]). Raises InputError on arguments out of range, ValueError on a negative id
+    (a device assert on a GPU).
     """
     if not (0 <= epoch < 2**32 and 0 <= seed < 2**63):
         raise InputError(f"masks need 0 <= epoch < 2^32 and 0 <= seed < 2^63, not epoch {epoch} and seed {seed}")
     if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
         raise InputError(f"sample_ids must be int64 [B], not {sample_ids.dtype} {list(sample_ids.shape)}")
     ids = sample_ids if has_kernel(sample_ids) else sample_ids.cpu()  # where the device has no kernel the host draws
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and (ids < 0).any():  # compiled, or on a GPU, the kernel looks
-        raise InputError("sample_ids must be at least 0")
     spec = mask_spec(family, tuple(map(int, grid)), None if counts is None else tuple(map(int, counts)), str(ids.device))
     drawn = torch.ops.salt_ops.sample_masks(ids, epoch, seed, **spec) if has_kernel(ids) else sample_masks_reference(ids, epoch, seed, spec)
     return Masks(*(index.to(sample_ids.device) for index in drawn))
@@ -173,6 +172,8 @@ def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None)
 
 def sample_masks_reference(sample_ids, epoch, seed, spec):
     """csrc/masks.h, number for number, in Python; `spec` from mask_spec."""
+    if (sample_ids < 0).any():
+        raise InputError("sample_ids must be at least 0")
     drawn = [draw_one_mask(epoch, seed, sample_id, **spec) for sample_id in sample_ids.tolist()]
     shape = [(len(drawn), count) for count in spec["counts"]]
     return Masks(*(torch.from_numpy(np.array([pair[i] for pair in drawn], np.int64).reshape(shape[i])) for i in (0, 1)))

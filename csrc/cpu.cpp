@@ -12,6 +12,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SALT_X86 1
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics' undefined lanes
 #include <immintrin.h>
 #define SALT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi,bmi2,popcnt,prefer-vector-width=512")))
 #define SALT_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt")))
@@ -96,11 +97,16 @@ void draw_cpu(const Draw& draw, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------------------------- rows
 
+namespace {
+// The row of `source` that output row r = (b, k) reads, of N rows a clip.
+inline SALT_INLINE int64_t source_row(const int64_t* index, int64_t r, int64_t N, int64_t K) { return index ? r / K * N + index[r] : r; }
+}  // namespace
+
 void gather_cpu(const Rows& rows, int64_t begin, int64_t end) {
   const int64_t bytes = rows.row_bytes;
   if (bytes == 0) return;
   for (int64_t r = begin; r < end; ++r)
-    std::memcpy(rows.out + r * bytes, rows.x + (r / rows.K * rows.N + rows.index[r]) * bytes, static_cast<size_t>(bytes));
+    std::memcpy(rows.out + r * bytes, rows.x + source_row(rows.index, r, rows.N, rows.K) * bytes, static_cast<size_t>(bytes));
 }
 
 void scatter_cpu(const Rows& rows, int64_t begin, int64_t end) {
@@ -151,14 +157,25 @@ SALT_INLINE inline void store(bfloat& out, float x) {  // round to nearest even;
   out.bits = x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
+// Ask for a row that comes up soon: the processor's own prefetcher stops at the end of the row at hand, and the next lies elsewhere.
+constexpr int AHEAD = 6;  // rows
+template <int write>
+inline SALT_INLINE void prefetch(const void* array, int64_t row, int64_t row_bytes) {
+#if defined(__GNUC__)
+  const char* from = static_cast<const char*>(array) + row * row_bytes;
+  for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(from + i, write, 2);
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------------- patches
 
 template <typename Out>
 inline SALT_INLINE void patch_rows(const Patches& a, int64_t begin, int64_t end) {
   const int64_t span = a.D / a.channels;
   for (int64_t r = begin; r < end; ++r) {
-    const uint8_t* row = a.patches + (a.index ? r / a.K * a.N + a.index[r] : r) * a.D;
-    Out* out = static_cast<Out*>(a.out) + r * a.D;
+    if (r + AHEAD < end) prefetch<0>(a.patches, source_row(a.index, r + AHEAD, a.N, a.K), a.D);
+    const uint8_t* __restrict__ row = a.patches + source_row(a.index, r, a.N, a.K) * a.D;
+    Out* __restrict__ out = static_cast<Out*>(a.out) + r * a.D;
     for (int c = 0; c < a.channels; ++c) {
       const float scale = a.scale[c], shift = a.shift[c];
       for (int64_t d = c * span; d < (c + 1) * span; ++d) store(out[d], static_cast<float>(row[d]) * scale + shift);
@@ -168,7 +185,6 @@ inline SALT_INLINE void patch_rows(const Patches& a, int64_t begin, int64_t end)
 
 // ------------------------------------------------------------------------------------------------------------------- loss
 
-constexpr int AHEAD = 3;  // rows whose memory is asked for before they are worked on
 constexpr int LANES = 32;  // partial sums in a fixed order: the compiler may vectorise them, and the result does not depend on how wide
 
 template <typename A, typename Term>
@@ -222,27 +238,19 @@ inline SALT_INLINE void target_row(const Loss& a, int64_t row, int64_t position,
 
 inline SALT_INLINE int64_t size_of(Type type) { return type == Type::u8 ? 1 : type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
-template <int write>
-inline SALT_INLINE void prefetch(const void* array, int64_t row, int64_t row_bytes) {
-#if defined(__GNUC__)
-  const char* from = static_cast<const char*>(array) + row * row_bytes;
-  for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(from + i, write);
-#endif
-}
-
 template <class Team, Kind kind, typename P, typename A>
 inline SALT_INLINE void loss_rows(const Loss& a, int64_t begin, int64_t end, A* y) {
   const int64_t D = a.D;
-  const A scale = static_cast<A>(a.scale);
+  const A scale = static_cast<A>(a.scale * slope_factor(kind));
   const int64_t target_bytes = D * size_of(a.target_type), prediction_bytes = D * static_cast<int64_t>(sizeof(P));
   for (int64_t r = begin; r < end; ++r) {
     const int64_t position = a.index ? a.index[r] : r % a.K;
-    if (const int64_t ahead = r + AHEAD; ahead < end) {  // the processor's own prefetcher stops at the end of a row
-      prefetch<0>(a.target, ahead / a.K * a.N + (a.index ? a.index[ahead] : ahead % a.K), target_bytes);
+    if (const int64_t ahead = r + AHEAD; ahead < end) {
+      prefetch<0>(a.target, source_row(a.index, ahead, a.N, a.K), target_bytes);
       prefetch<0>(a.prediction, ahead, prediction_bytes);
       if (a.gradient) prefetch<1>(a.gradient, ahead, prediction_bytes);
     }
-    target_row<Team>(a, r / a.K * a.N + position, position, y);
+    target_row<Team>(a, source_row(a.index, r, a.N, a.K), position, y);
     const P* p = static_cast<const P*>(a.prediction) + r * D;
     P* gradient = static_cast<P*>(a.gradient) + (a.gradient ? r * D : 0);
     const A sum = a.gradient ? lane_sum<A>(D, [&](int64_t d) SALT_INLINE {

@@ -30,7 +30,7 @@ template <typename P, typename Y, typename A, int VEC>
 __global__ void __launch_bounds__(WARP* WARPS) loss_kernel(Loss a) {
   constexpr int UNROLL = VEC > 4 ? 2 : 4;  // 2 to 3 KB of loads in flight a warp, and 24 warps or more a multiprocessor for the usual types
   const int lane = threadIdx.x % WARP;
-  const A scale = static_cast<A>(a.scale), count = static_cast<A>(a.D);
+  const A scale = static_cast<A>(a.scale * slope_factor(a.kind)), count = static_cast<A>(a.D);
   for (int64_t r = warp_number(); r < a.B * a.K; r += warps_in_grid()) {
     const int64_t position = position_of(a.index, r, a.N, a.K);
     const P* prediction = static_cast<const P*>(a.prediction) + r * a.D;

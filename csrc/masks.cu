@@ -17,7 +17,6 @@ struct Warp {
     return x;
   }
   __device__ __forceinline__ void set(uint64_t* word, uint64_t mask) const { atomicOr(reinterpret_cast<unsigned long long*>(word), static_cast<unsigned long long>(mask)); }
-  __device__ __forceinline__ void clear(uint64_t* word, uint64_t mask) const { atomicAnd(reinterpret_cast<unsigned long long*>(word), static_cast<unsigned long long>(~mask)); }
   __device__ __forceinline__ static int32_t count(uint64_t x) { return __popcll(x); }
 
   template <typename Integer>

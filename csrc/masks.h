@@ -5,7 +5,7 @@
 //   out  context[spec.context], target[spec.target]: sorted token numbers n = (t * H + y) * W + x, disjoint
 //
 // The union and its complement are bitmaps of N bits: blocks are set a row at a time, counting is popcount, and listing visits the
-// set bits alone. Bytes: 8 * (context + target) written a clip; N / 4 + 4 N of scratch. The limit is integer arithmetic: (tokens
+// set bits alone. Bytes: 8 * (context + target) written a clip; 3 N / 8 + 4 N of scratch. The limit is integer arithmetic: (tokens
 // dropped) / 4 Philox blocks and about three visits to each token.
 //
 // A clip is drawn by a team: one thread on the host (Serial, below), one warp on the device (masks.cu). All of a team's lanes run the
@@ -29,10 +29,10 @@ struct MaskSpec {
 SALT_HD int32_t tokens(const MaskSpec& spec) { return spec.T * spec.H * spec.W; }
 SALT_HD int32_t mask_words(const MaskSpec& spec) { return (tokens(spec) + 63) / 64; }  // uint64 words of one bitmap
 
-// Scratch of one team, in bytes: two bitmaps (and a word that reading past the first plane may touch), numbers, and a pool of tokens.
+// Scratch of one team, in bytes: three bitmaps (and a word that reading past a plane may touch), numbers, and a pool of tokens.
 template <class Team>
 SALT_HD int64_t mask_scratch(const MaskSpec& spec) {
-  return 8 * (2 * static_cast<int64_t>(mask_words(spec)) + 1) + 16 * Team::blocks + 4 * ((static_cast<int64_t>(tokens(spec)) + 1) / 2 * 2);
+  return 8 * (3 * static_cast<int64_t>(mask_words(spec)) + 1) + 16 * Team::blocks + 4 * ((static_cast<int64_t>(tokens(spec)) + 1) / 2 * 2);
 }
 
 // One thread that does it all.
@@ -42,7 +42,6 @@ struct Serial {
   SALT_HD void check(bool) const {}  // the caller has
   SALT_HD int32_t sum(int32_t x) const { return x; }
   SALT_HD void set(uint64_t* word, uint64_t mask) const { *word |= mask; }
-  SALT_HD void clear(uint64_t* word, uint64_t mask) const { *word &= ~mask; }
 #if !defined(__CUDA_ARCH__)
   static SALT_HD int32_t count(uint64_t x) { return __builtin_popcountll(x); }
 
@@ -92,13 +91,14 @@ struct Numbers {
   }
 };
 
-// Set `length` bits from `start` on.
+// Set `length` bits from `start` on. The word after the last one must exist; no bit of it changes.
 template <class Team>
 SALT_HD void set_bits(const Team& team, uint64_t* bits, int32_t start, int32_t length) {
-  while (length > 0) {
-    const int32_t offset = start & 63, here = length < 64 - offset ? length : 64 - offset;
-    team.set(bits + (start >> 6), (here == 64 ? ~uint64_t{0} : (uint64_t{1} << here) - 1) << offset);
-    start += here, length -= here;
+  for (; length > 0; start += 64, length -= 64) {
+    const int32_t word = start >> 6, offset = start & 63;
+    const uint64_t mask = length < 64 ? (uint64_t{1} << length) - 1 : ~uint64_t{0}, beyond = mask >> 1 >> (63 - offset);
+    team.set(bits + word, mask << offset);
+    if (Team::size == 1 || beyond) team.set(bits + word + 1, beyond);
   }
 }
 
@@ -110,9 +110,10 @@ SALT_HD uint64_t bits_at(const uint64_t* bits, int32_t start) {
 
 // Move `count` tokens, drawn uniformly without replacement from the set `from`, to the set `to` (dropped where `to` is null).
 template <class Team>
-SALT_HD void move_tokens(const Team& team, Numbers<Team>& random, uint64_t* from, uint64_t* to, int32_t* pool, int32_t words, int32_t count) {
+SALT_HD void move_tokens(const Team& team, Numbers<Team>& random, uint64_t* from, uint64_t* to, uint64_t* moved, int32_t* pool, int32_t words, int32_t count) {
   if (count <= 0) return;
   const int32_t size = team.list(from, words, pool);
+  for (int32_t i = team.lane; i < words; i += Team::size) moved[i] = 0;
   team.sync();
   for (int32_t done = 0; done < count;) {  // partial Fisher-Yates shuffle: the tokens drawn come to stand first
     const int32_t here = random.available(team), take = here < count - done ? here : count - done;
@@ -125,10 +126,11 @@ SALT_HD void move_tokens(const Team& team, Numbers<Team>& random, uint64_t* from
     random.used += take, done += take;
   }
   team.sync();
-  for (int32_t i = team.lane; i < count; i += Team::size) {
-    const uint64_t mask = uint64_t{1} << (pool[i] & 63);
-    team.clear(from + (pool[i] >> 6), mask);
-    if (to) team.set(to + (pool[i] >> 6), mask);
+  for (int32_t i = team.lane; i < count; i += Team::size) team.set(moved + (pool[i] >> 6), uint64_t{1} << (pool[i] & 63));
+  team.sync();
+  for (int32_t i = team.lane; i < words; i += Team::size) {
+    from[i] &= ~moved[i];
+    if (to) to[i] |= moved[i];
   }
   team.sync();
 }
@@ -138,8 +140,8 @@ template <class Team>
 SALT_HD void draw_masks(const Team& team, const MaskSpec& spec, uint64_t seed, uint32_t epoch, uint64_t sample_id, uint64_t* scratch,
                         int64_t* context, int64_t* target) {
   const int32_t plane = spec.H * spec.W, n = tokens(spec), words = mask_words(spec);
-  uint64_t *in_union = scratch, *rest = scratch + words;
-  uint32_t* buffer = reinterpret_cast<uint32_t*>(rest + words + 1);
+  uint64_t *in_union = scratch, *rest = scratch + words, *moved = rest + words;
+  uint32_t* buffer = reinterpret_cast<uint32_t*>(moved + words + 1);
   int32_t* pool = reinterpret_cast<int32_t*>(buffer + Numbers<Team>::SIZE);
   Numbers<Team> random(Philox(seed, epoch, sample_id, spec.stream), buffer);
 
@@ -190,14 +192,14 @@ SALT_HD void draw_masks(const Team& team, const MaskSpec& spec, uint64_t seed, u
 
   const int32_t short_of_context = spec.context - (n - covered), short_of_target = spec.target - covered;
   if (short_of_context > 0) {  // at most one side can be short, since context + target <= n
-    move_tokens(team, random, in_union, rest, pool, words, short_of_context);
+    move_tokens(team, random, in_union, rest, moved, pool, words, short_of_context);
     covered -= short_of_context;
   } else if (short_of_target > 0) {
-    move_tokens(team, random, rest, in_union, pool, words, short_of_target);
+    move_tokens(team, random, rest, in_union, moved, pool, words, short_of_target);
     covered += short_of_target;
   }
-  move_tokens(team, random, rest, nullptr, pool, words, n - covered - spec.context);
-  move_tokens(team, random, in_union, nullptr, pool, words, covered - spec.target);
+  move_tokens(team, random, rest, nullptr, moved, pool, words, n - covered - spec.context);
+  move_tokens(team, random, in_union, nullptr, moved, pool, words, covered - spec.target);
   team.list(rest, words, context);
   team.list(in_union, words, target);
 }

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch,
   const Tensor ids = sample_ids.contiguous(), table = sizes.contiguous();
   if (ids.is_cpu()) {  // a GPU's kernel asserts these
     const int64_t* id = ids.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < ids.numel(); ++i) TORCH_CHECK(id[i] >= 0, "sample_ids[", i, "] is ", id[i], "; it must be at least 0");
+    for (int64_t i = 0; i < ids.numel(); ++i) TORCH_CHECK_VALUE(id[i] >= 0, "sample_ids[", i, "] is ", id[i], "; it must be at least 0");
     const int32_t* size = table.const_data_ptr<int32_t>();
     for (int64_t i = 0; i < 2 * table.size(0); ++i) TORCH_CHECK(size[i] >= 1 && size[i] <= grid[1 + i % 2], "sizes[", i / 2, "] does not fit the grid");
   }

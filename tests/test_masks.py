@@ -142,7 +142,7 @@ def test_counts_on_other_grids():
     ((torch.tensor([-1]), 0, 0, "short"), "sample_ids"), ((torch.arange(2).int(), 0, 0, "short"), "sample_ids"),
     ((torch.arange(2), 0, 0, "short", (2, 2, 2), (5, 5)), "do not fit"), ((torch.arange(2), 0, 0, "short", (2, 2)), "grid")])
 def test_bad_arguments_are_one_clear_error(arguments, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         ops.sample_masks(*arguments)
 
 

@@ -1,0 +1,189 @@
+// The CPU kernels alone, for `make sanitize`: AddressSanitizer watches arrays of exactly the size promised, UndefinedBehaviorSanitizer the
+// arithmetic, and every result is compared with a plain loop. Random shapes, odd widths, no rows at all, every type, loss and normalisation.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../csrc/kernels.h"
+
+using namespace salt;
+
+namespace {
+
+std::mt19937_64 engine(1);
+int64_t whole(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
+
+// `count` elements of `size` bytes with nothing readable before or after them.
+struct Array {
+  std::unique_ptr<char[]> bytes;
+  explicit Array(int64_t count, int64_t size) : bytes(new char[static_cast<size_t>(count * size)]) {}
+  template <typename T> T* as() { return reinterpret_cast<T*>(bytes.get()); }
+};
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "sanitize: %s is wrong (SIMD %s)\n", what, simd_level());
+  std::exit(1);
+}
+
+int64_t size_of(Type type) { return type == Type::u8 ? 1 : type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
+// A value that every type holds exactly, written as `type`; u8 holds 255 times it.
+void put(Array& array, int64_t i, Type type, double value) {
+  float f = static_cast<float>(value);
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  switch (type) {
+    case Type::u8: array.as<uint8_t>()[i] = static_cast<uint8_t>(value * 255); break;
+    case Type::f16: array.as<uint16_t>()[i] = static_cast<uint16_t>(u == 0 ? 0 : (u >> 16 & 0x8000u) | (((u >> 23 & 255u) - 112) << 10) | (u >> 13 & 0x3ffu)); break;
+    case Type::bf16: array.as<uint16_t>()[i] = static_cast<uint16_t>(u >> 16); break;
+    case Type::f32: array.as<float>()[i] = f; break;
+    case Type::f64: array.as<double>()[i] = value; break;
+  }
+}
+
+double get(Array& array, int64_t i, Type type) {
+  if (type == Type::f32) return array.as<float>()[i];
+  if (type == Type::f64) return array.as<double>()[i];
+  const uint32_t u = static_cast<uint32_t>(array.as<uint16_t>()[i]) << 16;  // bf16
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+std::vector<int64_t> rows_of(int64_t B, int64_t N, int64_t K) {
+  std::vector<int64_t> index, all(static_cast<size_t>(N));
+  for (int64_t n = 0; n < N; ++n) all[static_cast<size_t>(n)] = n;
+  for (int64_t b = 0; b < B; ++b) {
+    std::shuffle(all.begin(), all.end(), engine);
+    index.insert(index.end(), all.begin(), all.begin() + K);
+  }
+  return index;
+}
+
+void check_rows() {
+  const int64_t B = whole(0, 3), N = whole(1, 40), K = whole(0, N), bytes = whole(0, 70);
+  const std::vector<int64_t> index = rows_of(B, N, K);
+  Array x(B * N, bytes), out(B * K, bytes), back(B * N, bytes);
+  for (int64_t i = 0; i < B * N * bytes; ++i) x.as<char>()[i] = static_cast<char>(whole(1, 100));
+  const Rows gather{x.as<char>(), index.data(), B, N, K, bytes, out.as<char>()};
+  const int64_t half = B * K / 2;
+  gather_cpu(gather, 0, half), gather_cpu(gather, half, B * K);
+  for (int64_t r = 0; r < B * K; ++r)
+    expect(!std::memcmp(out.as<char>() + r * bytes, x.as<char>() + (r / K * N + index[static_cast<size_t>(r)]) * bytes, static_cast<size_t>(bytes)), "gather");
+  const Rows scatter{out.as<char>(), index.data(), B, N, K, bytes, back.as<char>()};
+  const int64_t part = B * N / 3;
+  scatter_cpu(scatter, 0, part), scatter_cpu(scatter, part, B * N);
+  std::vector<char> wanted(static_cast<size_t>(B * N * bytes), 0);
+  for (int64_t r = 0; r < B * K; ++r)
+    std::copy_n(out.as<char>() + r * bytes, bytes, wanted.data() + (r / K * N + index[static_cast<size_t>(r)]) * bytes);
+  expect(std::equal(wanted.begin(), wanted.end(), back.as<char>()), "scatter");
+}
+
+void check_patches() {
+  const int channels = static_cast<int>(whole(1, MAX_CHANNELS));
+  const int64_t B = whole(0, 3), N = whole(1, 20), K = whole(0, N), D = channels * whole(0, 50);
+  const std::vector<int64_t> index = rows_of(B, N, K);
+  for (const Type type : {Type::f32, Type::bf16})
+    for (const bool indexed : {true, false}) {
+      const int64_t rows = indexed ? K : N;
+      Array x(B * N, D), out(B * rows, D * size_of(type));
+      for (int64_t i = 0; i < B * N * D; ++i) x.as<uint8_t>()[i] = static_cast<uint8_t>(whole(0, 255));
+      Patches a{x.as<uint8_t>(), indexed ? index.data() : nullptr, B, N, rows, D, channels, {0.5f, 2, 1, 4}, {1, -3, 0, 2}, out.as<char>(), type};
+      patches_cpu(a, 0, B * rows);
+      for (int64_t r = 0; r < B * rows; ++r)
+        for (int64_t d = 0; d < D; ++d) {
+          const int64_t c = d / (D / channels), row = indexed ? r / rows * N + index[static_cast<size_t>(r)] : r;
+          const double wanted = x.as<uint8_t>()[row * D + d] * static_cast<double>(a.scale[c]) + a.shift[c];
+          expect(std::abs(get(out, r * D + d, type) - wanted) <= (type == Type::bf16 ? 4 : 0), "patch_normalise");
+        }
+    }
+}
+
+void check_loss(Type pt, Type yt, Kind kind, Normalise normalise, bool indexed) {
+  const int64_t B = whole(0, 3), N = whole(1, 12), K = indexed ? whole(0, N) : N, D = whole(0, 3) ? whole(1, 100) : 0;
+  const std::vector<int64_t> index = rows_of(B, N, K);
+  const Type sums = pt == Type::f64 ? Type::f64 : Type::f32;
+  Array p(B * K * D, size_of(pt)), y(B * N * D, size_of(yt)), mean(N * D, size_of(sums)), rstd(N * D, size_of(sums)), tokens(B * K, size_of(sums)), gradient(B * K * D, size_of(pt));
+  std::vector<double> pv(static_cast<size_t>(B * K * D)), yv(static_cast<size_t>(B * N * D)), mv(static_cast<size_t>(N * D)), rv(static_cast<size_t>(N * D));
+  const auto fill = [](std::vector<double>& values, Array& array, Type type) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      values[i] = type == Type::u8 ? static_cast<double>(whole(0, 1)) : static_cast<double>(whole(-16, 16)) / 8;
+      put(array, static_cast<int64_t>(i), type, values[i]);
+    }
+  };
+  fill(pv, p, pt), fill(yv, y, yt), fill(mv, mean, sums), fill(rv, rstd, sums);
+  Loss a{};
+  a.prediction = p.as<char>(), a.target = y.as<char>(), a.prediction_type = pt, a.target_type = yt, a.index = indexed ? index.data() : nullptr;
+  a.B = B, a.N = N, a.K = K, a.D = D, a.kind = kind, a.normalise = normalise, a.mean = mean.as<char>(), a.rstd = rstd.as<char>(), a.scale = 0.75;
+  a.per_token = tokens.as<char>(), a.gradient = whole(0, 3) ? gradient.as<char>() : nullptr;
+  const int64_t part = B * K / 2;
+  loss_cpu(a, 0, part), loss_cpu(a, part, B * K);
+  for (int64_t r = 0; D > 0 && r < B * K; ++r) {
+    const int64_t n = indexed ? index[static_cast<size_t>(r)] : r % K, row = r / K * N + n;
+    double m = 0, v = 0, sum = 0;
+    for (int64_t d = 0; d < D; ++d) m += yv[static_cast<size_t>(row * D + d)] / static_cast<double>(D);
+    for (int64_t d = 0; d < D; ++d) v += std::pow(yv[static_cast<size_t>(row * D + d)] - m, 2) / static_cast<double>(D);
+    for (int64_t d = 0; d < D; ++d) {
+      double wanted = yv[static_cast<size_t>(row * D + d)];
+      if (normalise == Normalise::layer_norm) wanted = (wanted - m) / std::sqrt(v + LAYER_NORM_EPS);
+      if (normalise == Normalise::standardise) wanted = (wanted - mv[static_cast<size_t>(n * D + d)]) * rv[static_cast<size_t>(n * D + d)];
+      const double e = pv[static_cast<size_t>(r * D + d)] - wanted, size = std::abs(e);
+      sum += kind == Kind::mse ? e * e : kind == Kind::l1 ? size : size < 1 ? e * e / 2 : size - 0.5;
+      const double slope = kind == Kind::mse ? 2 * e : kind == Kind::l1 ? (e > 0) - (e < 0) : std::fmax(-1, std::fmin(1, e));
+      const bool unclear = kind == Kind::l1 && size < 1e-4;  // the sign of a rounding error
+      if (a.gradient && !unclear) expect(std::abs(get(gradient, r * D + d, pt) - 0.75 * slope) <= (pt == Type::bf16 ? 0.01 : 1e-4) * (1 + std::abs(slope)), "the gradient");
+    }
+    expect(std::abs(get(tokens, r, sums) - sum / static_cast<double>(D)) <= 1e-4 * (1 + sum), "the loss");
+  }
+}
+
+void check_masks() {
+  Draw draw{};
+  MaskSpec& spec = draw.spec;
+  spec.T = static_cast<int32_t>(whole(1, 9)), spec.H = static_cast<int32_t>(whole(1, 15)), spec.W = static_cast<int32_t>(whole(1, 15));
+  const int32_t n = tokens(spec);
+  if (n < 2) return;
+  spec.context = static_cast<int32_t>(whole(1, n - 1)), spec.target = static_cast<int32_t>(whole(1, n - spec.context));
+  spec.min_blocks = static_cast<int32_t>(whole(0, 4)), spec.max_blocks = spec.min_blocks + static_cast<int32_t>(whole(0, 4)), spec.redraws = static_cast<int32_t>(whole(0, 5));
+  std::vector<int32_t> sizes;
+  for (int64_t i = whole(0, 5); i > 0; --i) sizes.push_back(static_cast<int32_t>(whole(1, spec.H))), sizes.push_back(static_cast<int32_t>(whole(1, spec.W)));
+  spec.n_sizes = static_cast<int32_t>(sizes.size() / 2), spec.sizes = sizes.data();
+  const int32_t sides[3] = {spec.T, spec.H, spec.W};
+  for (int a = 0; a < 3; ++a) spec.low[a] = static_cast<int32_t>(whole(1, sides[a])), spec.high[a] = static_cast<int32_t>(whole(spec.low[a], sides[a]));
+  const int64_t B = whole(0, 4);
+  std::vector<int64_t> ids;
+  for (int64_t b = 0; b < B; ++b) ids.push_back(whole(0, INT64_MAX));
+  Array context(B * spec.context, 8), target(B * spec.target, 8);
+  draw.seed = engine(), draw.epoch = static_cast<uint32_t>(engine()), draw.sample_ids = ids.data(), draw.B = B;
+  draw.context = context.as<int64_t>(), draw.target = target.as<int64_t>();
+  draw_cpu(draw, 0, B);
+  for (int64_t b = 0; b < B; ++b) {
+    std::vector<int> seen(static_cast<size_t>(n), 0);
+    for (const auto& [list, count] : {std::pair{draw.context + b * spec.context, spec.context}, std::pair{draw.target + b * spec.target, spec.target}})
+      for (int32_t i = 0; i < count; ++i) {
+        expect(list[i] >= 0 && list[i] < n && (i == 0 || list[i] > list[i - 1]), "a mask's order");
+        expect(!seen[static_cast<size_t>(list[i])]++, "a mask's disjointness");
+      }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
+  for (int round = 0; round < rounds; ++round) {
+    for (int i = 0; i < 20; ++i) check_rows(), check_patches(), check_masks();
+    for (const Type p : {Type::bf16, Type::f32, Type::f64})
+      for (const Type y : {Type::u8, Type::f16, Type::bf16, Type::f32, Type::f64})
+        for (const Kind kind : {Kind::mse, Kind::l1, Kind::smooth_l1})
+          for (const Normalise normalise : {Normalise::none, Normalise::layer_norm, Normalise::standardise})
+            for (const bool indexed : {true, false}) check_loss(p, y, kind, normalise, indexed);
+  }
+  std::printf("sanitize: %d rounds clean, SIMD %s\n", rounds, simd_level());
+}
