@@ -1,4 +1,7 @@
 # make test, make demo: each sets up .venv and the extension where that has not been done, then does its job.
+# make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; make emulate: the CUDA kernels likewise, run on the
+# CPU. make cuda-check: builds the CUDA kernels with a CUDA torch of its own (no GPU needed, nvcc is). make gpu-check: on a machine with
+# a GPU, with the python3 on PATH.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -6,12 +9,53 @@ EXTENSION := $(VENV)/extension.stamp
 REQUIREMENTS := $(VENV)/requirements.stamp
 TEST_REQUIREMENTS := $(VENV)/requirements-test.stamp
 
-.PHONY: test demo demo-short setup clean
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV := .venv-cuda
+CUDA_BUILD := build/cuda-check
+
+.PHONY: test demo demo-short setup clean sanitize emulate cuda-check gpu-check
 
 setup: $(EXTENSION)
 
 test: setup $(TEST_REQUIREMENTS)
 	$(PY) -m pytest -q tests
+
+SANITIZE := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
+
+sanitize: build/sanitize
+	SALT_SIMD=avx512 build/sanitize 100
+	SALT_SIMD=avx2 build/sanitize 100
+	SALT_SIMD=baseline build/sanitize 100
+
+build/sanitize: tests/sanitize.cpp $(wildcard csrc/*.h) csrc/cpu.cpp
+	mkdir -p build
+	$(SANITIZE) -o $@ tests/sanitize.cpp csrc/cpu.cpp
+
+emulate: build/emulation/run
+	ASAN_OPTIONS=detect_stack_use_after_return=0 build/emulation/run 1
+
+build/emulation/run: $(wildcard tests/emulation/*) $(wildcard csrc/*) tests/sanitize.cpp Makefile
+	mkdir -p build/emulation
+	for kernels in masks rows loss; do sed -E -e 's/(\w+(<[^<>()]*>)?)<<<([^;]*)>>>\(/salt_launch((\1), \3)(/' -e 's/__shared__ /static /' \
+	  -e 's/extern static uint64_t shared_scratch\[\];/uint64_t* shared_scratch = emulation::shared.data();/' csrc/$$kernels.cu > build/emulation/$$kernels.cpp || exit 1; done
+	$(SANITIZE) -DSALT_EMULATE -Itests/emulation -Icsrc -o $@ tests/sanitize.cpp csrc/cpu.cpp build/emulation/*.cpp
+
+cuda-check: $(CUDA_VENV)/stamp
+	rm -rf $(CUDA_BUILD) && mkdir -p $(CUDA_BUILD)/tests
+	cp -r setup.py ops.py config.py csrc $(CUDA_BUILD)
+	cp tests/__init__.py tests/conftest.py tests/test_ops.py tests/test_masks.py tests/test_gpu.py $(CUDA_BUILD)/tests
+	cd $(CUDA_BUILD) && NVCC_APPEND_FLAGS="-Xptxas -v" ../../$(CUDA_VENV)/bin/python setup.py build_ext > build.log 2>&1 || (tail -40 build.log; false)
+	$(CUDA_VENV)/bin/python tests/ptxas_report.py $(CUDA_BUILD)/build.log
+	cd $(CUDA_BUILD) && ../../$(CUDA_VENV)/bin/python -c 'import ops; print(ops.extension_line()); assert "cuda" in ops.EXTENSION["devices"]'
+	cd $(CUDA_BUILD) && ../../$(CUDA_VENV)/bin/python -m pytest -q tests
+
+$(CUDA_VENV)/stamp:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install -q "$(CUDA_TORCH)" "numpy>=2.1,<3" "ninja>=1.11" "setuptools>=70,<90" "pytest>=8,<10" "hypothesis>=6,<7"
+	touch $@
+
+gpu-check:
+	tests/gpu_check.sh
 
 demo: setup
 	$(PY) demo/run.py
@@ -34,4 +78,4 @@ $(EXTENSION): $(REQUIREMENTS) setup.py $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build salt_ops*.so
+	rm -rf $(VENV) $(CUDA_VENV) build salt_ops*.so

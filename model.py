@@ -131,14 +131,16 @@ class Encoder(nn.Module):
         self.register_buffer("position", position_table(config.tokens, config.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.mlp_dim, config.eps, config.qkv_bias) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=config.eps) if config.final_norm else nn.Identity()
-        pixel = lambda values: torch.tensor(values).repeat_interleave(config.patch_dim // 3)
-        self.register_buffer("pixel_mean", pixel(config.mean), persistent=False)
-        self.register_buffer("pixel_std", pixel(config.std), persistent=False)
         self.apply(init_weights)
 
-    def normalise(self, patches):
-        """uint8 patches [..., P] -> float32, (x / 255 - mean) / std by colour channel."""
-        return (patches.float() / 255 - self.pixel_mean) / self.pixel_std
+    def normalise(self, patches, index=None):
+        """uint8 patches [B, N, P] at index int64 [B, K] (all N by default) -> (x / 255 - mean) / std by colour channel, [B, K, P].
+
+        float32, or bfloat16 where autocast would make it that for the embedding.
+        """
+        where = patches.device.type
+        half = torch.is_autocast_enabled(where) and torch.get_autocast_dtype(where) == torch.bfloat16
+        return ops.patch_normalise(patches, self.config.mean, self.config.std, index, torch.bfloat16 if half else torch.float32)
 
     def forward(self, patches, index=None):
         """Normalised float patches [B, K, P] at positions index int64 [B, K] (all N in order by default) -> [B, K, D]."""
@@ -189,17 +191,11 @@ class Predictor(nn.Module):
 
 # ------------------------------------------------------------------------------------------------- student and loss
 
-def standardise_patches(patches):
-    """Stage-1 targets: uint8 patches [B, K, P] -> float32, each patch to mean 0 and variance 1 (He et al. 2021, arXiv 2111.06377)."""
-    x = patches.float() / 255
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
-
-
 @dataclasses.dataclass
 class Space:
     """The space in which targets are compared: what normalise_target needs, and the per-position mean that R2 is measured from.
 
-    target     'latents' or 'pixels'
+    target     'latents', or 'pixels': each patch to mean 0 and variance 1 (He et al. 2021, arXiv 2111.06377)
     normalise  'none', 'layer_norm' or 'standardise'
     mean, rstd of the raw latents, float32 [N, D] (standardise); zero: the mean predictor [N, D] in the space itself
     """
@@ -212,11 +208,16 @@ class Space:
     def to(self, device):
         return Space(self.target, self.normalise, *(x if x is None else x.to(device) for x in (self.mean, self.rstd, self.zero)))
 
-    def all_targets(self, patches, latents):
-        """Targets of whole clips, float32 [B, N, D]."""
+    def raw_targets(self, patches, latents):
+        """(y [B, N, D], how): the targets as they are stored, and the arguments by which ops.masked_mse takes them into this space."""
         if self.target == "pixels":
-            return standardise_patches(patches)
-        return ops.normalise_target(latents, self.normalise, None, self.mean, self.rstd)
+            return patches, {"normalise": "layer_norm"}
+        return latents, {"normalise": self.normalise, "mean": self.mean, "rstd": self.rstd}
+
+    def all_targets(self, patches, latents):
+        """Targets of whole clips in this space, float32 [B, N, D]."""
+        y, how = self.raw_targets(patches, latents)
+        return ops.normalise_target(y, **how)
 
 
 class Salt(nn.Module):
@@ -230,7 +231,7 @@ class Salt(nn.Module):
         """patches uint8 [B, N, P], masks {family: Masks} -> {family: predictions [B, Kt, D]}."""
         predictions = {}
         for family, drawn in masks.items():
-            context = self.student.normalise(ops.masked_gather(patches, drawn.context))  # [B, Kc, P]
+            context = self.student.normalise(patches, drawn.context)  # [B, Kc, P]
             predictions[family] = self.predictor(self.student(context, drawn.context), drawn, family)
         return predictions
 
@@ -242,17 +243,14 @@ def salt_loss(predictions, patches, latents, masks, space, kind="mse"):
     summed over the same target tokens, both in the loss's space, so that R2 = 1 - squared / spread.
     """
     loss = squared = spread = 0
+    y, how = space.raw_targets(patches, latents)
     for family, prediction in predictions.items():
         target = masks[family].target
-        if space.target == "pixels":
-            y, index, how = standardise_patches(ops.masked_gather(patches, target)), None, {}
-        else:
-            y, index, how = latents, target, {"normalise": space.normalise, "mean": space.mean, "rstd": space.rstd}
-        error = ops.masked_mse(prediction, y, index, kind=kind, **how)
+        error = ops.masked_mse(prediction, y, target, kind, **how)
         with torch.no_grad():
-            plain = error if kind == "mse" else ops.masked_mse(prediction, y, index, **how)
+            plain = error if kind == "mse" else ops.masked_mse(prediction, y, target, **how)
             squared = squared + plain * prediction.numel()
-            spread = spread + ops.masked_mse(space.zero[target], y, index, **how) * prediction.numel()
+            spread = spread + ops.masked_mse(space.zero[target], y, target, **how) * prediction.numel()
         loss = loss + error / len(predictions)
     return loss, squared, spread
 
@@ -293,13 +291,14 @@ def clip_errors(salt, space, batch, families, seed, autocast):
     with autocast():
         predictions = salt(batch.patches, masks)
     salt.train(training)
-    y, found = space.all_targets(batch.patches, batch.latents), {}  # [B, N, D]
+    (y, how), found = space.raw_targets(batch.patches, batch.latents), {}
     for family, drawn in masks.items():
-        target = ops.masked_gather(y, drawn.target)
-        background = ops.masked_gather(y, drawn.context).mean(1, keepdim=True).expand_as(target)
-        guesses = {"squared": predictions[family].float(), "spread": space.zero[drawn.target], "background": background}
-        found[family] = {name: (guess - target).square().sum((1, 2)).double().cpu().numpy() for name, guess in guesses.items()}
-        found[family]["elements"] = np.full(len(target), target[0].numel(), np.float64)
+        context = ops.normalise_target(ops.masked_gather(y, drawn.context), index=drawn.context, **how)  # [B, Kc, D]
+        background = context.mean(1, keepdim=True).expand(-1, drawn.target.shape[1], -1)
+        guesses = {"squared": predictions[family], "spread": space.zero[drawn.target], "background": background}
+        errors = {name: ops.masked_mse(guess, y, drawn.target, per_token=True, **how)[1] for name, guess in guesses.items()}  # [B, Kt], means over D
+        found[family] = {name: (error.double().sum(1) * y.shape[2]).cpu().numpy() for name, error in errors.items()}
+        found[family]["elements"] = np.full(len(y), drawn.target.shape[1] * y.shape[2], np.float64)
     return found
 
 

@@ -16,14 +16,17 @@ __device__ __forceinline__ void expect(bool holds, const char* message) {
   }
 }
 
-constexpr int WARP = 32, WARPS = 8;  // lanes a warp, warps a block
+constexpr int WARP = 32, WARPS = 4;  // lanes a warp, warps a block
 constexpr unsigned ALL = 0xffffffffu;
 
-// Blocks for `items` items; kernels stride over what is beyond the grid.
-inline unsigned blocks_for(int64_t items, int64_t a_block) {
-  const int64_t blocks = (items + a_block - 1) / a_block;
-  return static_cast<unsigned>(blocks < (int64_t{1} << 30) ? blocks : int64_t{1} << 30);
+// A grid over `rows` rows, `a_block` of them a block, of B clips. Kernels stride over what is beyond it, by FOR_CLIPS and FOR_ROWS: no
+// division, which for 64-bit numbers is a call and makes the compiler spill.
+inline dim3 grid_of(int64_t B, int64_t rows, int64_t a_block) {
+  const int64_t x = (rows + a_block - 1) / a_block;
+  return dim3(static_cast<unsigned>(x < (int64_t{1} << 30) ? x : int64_t{1} << 30), static_cast<unsigned>(B < 65535 ? B : 65535));
 }
+#define FOR_CLIPS(b, B) for (int64_t b = blockIdx.y; b < (B); b += gridDim.y)
+#define FOR_ROWS(k, K) for (int64_t k = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP; k < (K); k += static_cast<int64_t>(gridDim.x) * WARPS)
 
 inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0; }
 
@@ -33,12 +36,9 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T value[N];
 };
 
-__device__ __forceinline__ int64_t warp_number() { return static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP; }
-__device__ __forceinline__ int64_t warps_in_grid() { return static_cast<int64_t>(gridDim.x) * WARPS; }
-
-// The row that output row r = (b, k) reads: row index[b, k] of clip b's N, or row r where there is no index.
-__device__ __forceinline__ int64_t position_of(const int64_t* index, int64_t r, int64_t N, int64_t K) {
-  const int64_t n = index ? index[r] : r % K;
+// Entry i of the index, or `position` where there is no index: a row of 0 <= n < N.
+__device__ __forceinline__ int64_t position_of(const int64_t* index, int64_t i, int64_t position, int64_t N) {
+  const int64_t n = index ? index[i] : position;
   expect(n >= 0 && n < N, "index is out of range");
   return n;
 }

@@ -11,7 +11,7 @@
 namespace salt {
 namespace {
 
-template <typename A> __device__ __forceinline__ A load(uint8_t x) { return static_cast<A>(x) / static_cast<A>(255); }
+template <typename A> __device__ __forceinline__ A load(uint8_t x) { return static_cast<A>(__fdiv_rn(static_cast<float>(x), 255.0f)); }
 template <typename A> __device__ __forceinline__ A load(__half x) { return static_cast<A>(__half2float(x)); }
 template <typename A> __device__ __forceinline__ A load(__nv_bfloat16 x) { return static_cast<A>(__bfloat162float(x)); }
 template <typename A> __device__ __forceinline__ A load(float x) { return static_cast<A>(x); }
@@ -27,26 +27,26 @@ __device__ __forceinline__ A warp_sum(A x) {
 }
 
 template <typename P, typename Y, typename A, int VEC>
-__global__ void __launch_bounds__(WARP* WARPS) loss_kernel(Loss a) {
-  constexpr int UNROLL = VEC > 4 ? 2 : 4;  // 2 to 3 KB of loads in flight a warp, and 24 warps or more a multiprocessor for the usual types
-  const int lane = threadIdx.x % WARP;
+__global__ void __launch_bounds__(WARP* WARPS, 4) loss_kernel(Loss a) {
+  constexpr int UNROLL = VEC > 4 ? 2 : 4;  // 2 to 3 KB of loads in flight a warp, with 20 warps or more a multiprocessor
+  const int lane = threadIdx.x % WARP, D = static_cast<int>(a.D);
   const A scale = static_cast<A>(a.scale * slope_factor(a.kind)), count = static_cast<A>(a.D);
-  for (int64_t r = warp_number(); r < a.B * a.K; r += warps_in_grid()) {
-    const int64_t position = position_of(a.index, r, a.N, a.K);
+  FOR_CLIPS(b, a.B) FOR_ROWS(k, a.K) {
+    const int64_t r = b * a.K + k, position = position_of(a.index, r, k, a.N);
     const P* prediction = static_cast<const P*>(a.prediction) + r * a.D;
-    const Y* target = static_cast<const Y*>(a.target) + (r / a.K * a.N + position) * a.D;
+    const Y* target = static_cast<const Y*>(a.target) + (b * a.N + position) * a.D;
     P* gradient = a.gradient ? static_cast<P*>(a.gradient) + r * a.D : nullptr;
 
     A center = 0, factor = 1;  // layer_norm: y becomes (y - center) * factor
     if (a.normalise == Normalise::layer_norm) {
       A sum = 0, squares = 0;
-      for (int64_t d = lane * VEC; d < a.D; d += WARP * VEC) {
+      for (int d = lane * VEC; d < D; d += WARP * VEC) {
         const Pack<Y, VEC> y = *reinterpret_cast<const Pack<Y, VEC>*>(target + d);
 #pragma unroll
         for (int v = 0; v < VEC; ++v) sum += load<A>(y.value[v]);
       }
       center = warp_sum(sum) / count;
-      for (int64_t d = lane * VEC; d < a.D; d += WARP * VEC) {
+      for (int d = lane * VEC; d < D; d += WARP * VEC) {
         const Pack<Y, VEC> y = *reinterpret_cast<const Pack<Y, VEC>*>(target + d);
 #pragma unroll
         for (int v = 0; v < VEC; ++v) {
@@ -59,19 +59,19 @@ __global__ void __launch_bounds__(WARP* WARPS) loss_kernel(Loss a) {
     const A *mean = static_cast<const A*>(a.mean) + position * a.D, *rstd = static_cast<const A*>(a.rstd) + position * a.D;
 
     A error = 0;
-    for (int64_t first = lane * VEC; first < a.D; first += WARP * VEC * UNROLL) {
+    for (int first = lane * VEC; first < D; first += WARP * VEC * UNROLL) {
       Pack<P, VEC> p[UNROLL];
       Pack<Y, VEC> y[UNROLL];
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u)
-        if (first + u * WARP * VEC < a.D) {
+        if (first + u * WARP * VEC < D) {
           p[u] = *reinterpret_cast<const Pack<P, VEC>*>(prediction + first + u * WARP * VEC);
           y[u] = *reinterpret_cast<const Pack<Y, VEC>*>(target + first + u * WARP * VEC);
         }
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
-        const int64_t d = first + u * WARP * VEC;
-        if (d >= a.D) break;
+        const int d = first + u * WARP * VEC;
+        if (d >= D) break;
         Pack<A, VEC> wanted;
 #pragma unroll
         for (int v = 0; v < VEC; ++v) wanted.value[v] = load<A>(y[u].value[v]);
@@ -101,11 +101,11 @@ __global__ void __launch_bounds__(WARP* WARPS) loss_kernel(Loss a) {
 template <typename P, typename Y, typename A>
 void launch(const Loss& a, CUstream_st* stream) {
   constexpr int VEC = 16 / sizeof(P);
-  const unsigned blocks = blocks_for(a.B * a.K, WARPS);
+  const dim3 grid = grid_of(a.B, a.K, WARPS);
   if (a.D % VEC == 0 && aligned(a.prediction, 16) && aligned(a.gradient, 16) && aligned(a.target, alignof(Pack<Y, VEC>)) && aligned(a.mean, 16) && aligned(a.rstd, 16))
-    loss_kernel<P, Y, A, VEC><<<blocks, WARP * WARPS, 0, stream>>>(a);
+    loss_kernel<P, Y, A, VEC><<<grid, WARP * WARPS, 0, stream>>>(a);
   else
-    loss_kernel<P, Y, A, 1><<<blocks, WARP * WARPS, 0, stream>>>(a);
+    loss_kernel<P, Y, A, 1><<<grid, WARP * WARPS, 0, stream>>>(a);
 }
 
 template <typename P, typename A>

@@ -53,7 +53,7 @@ int64_t draw_scratch_cuda(const MaskSpec& spec) {
 
 int draw_cuda(const Draw& draw, void* scratch, CUstream_st* stream) {
   const int64_t global = draw_scratch_cuda(draw.spec);
-  draw_kernel<<<blocks_for(draw.B, 1), WARP, global ? 0 : mask_scratch<Warp>(draw.spec), stream>>>(draw, static_cast<uint64_t*>(scratch), global / 8);
+  draw_kernel<<<static_cast<unsigned>(draw.B < (1 << 30) ? draw.B : 1 << 30), WARP, global ? 0 : mask_scratch<Warp>(draw.spec), stream>>>(draw, static_cast<uint64_t*>(scratch), global / 8);
   return cudaGetLastError();
 }
 

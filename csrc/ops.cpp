@@ -51,10 +51,16 @@ void check_device(const Tensor& x, const Tensor& like, const char* name) {
   TORCH_CHECK(x.device() == like.device(), name, " is on ", x.device(), ", the first argument on ", like.device());
 }
 
+// Kernels count a clip's rows and a row's bytes in 32 bits.
+void check_sizes(const Tensor& x) {
+  TORCH_CHECK(x.size(1) < (int64_t{1} << 31) && x.size(2) * static_cast<int64_t>(x.element_size()) < (int64_t{1} << 31), "a clip has fewer than 2^31 rows of less than 2 GB; not ", x.sizes());
+}
+
 // index [B, K] int64, 0 <= index < N, on the device of `like`; returns it contiguous. On a GPU the kernels assert the range.
 Tensor checked_index(const Tensor& index, const Tensor& like, int64_t B, int64_t N) {
   TORCH_CHECK(index.scalar_type() == at::kLong, "index is ", index.scalar_type(), "; it must be int64");
   TORCH_CHECK(index.dim() == 2 && index.size(0) == B, "index has shape ", index.sizes(), "; it must be [", B, ", K]");
+  TORCH_CHECK(index.size(1) < (int64_t{1} << 31), "index has shape ", index.sizes(), "; it must have fewer than 2^31 columns");
   check_device(index, like, "index");
   const Tensor rows = index.contiguous();
   if (rows.is_cpu()) {
@@ -111,6 +117,7 @@ std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch,
 
 Tensor masked_gather(const Tensor& x, const Tensor& index) {
   TORCH_CHECK(x.dim() == 3, "x has shape ", x.sizes(), "; it must be [B, N, D]");
+  check_sizes(x);
   const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
   const Tensor source = x.contiguous(), rows = checked_index(index, x, B, N);
   Tensor out = at::empty({B, rows.size(1), D}, x.options());
@@ -123,6 +130,7 @@ Tensor masked_gather(const Tensor& x, const Tensor& index) {
 
 Tensor masked_scatter(const Tensor& x, const Tensor& index, int64_t N) {
   TORCH_CHECK(x.dim() == 3 && N >= 0, "x has shape ", x.sizes(), " and n is ", N, "; they must be [B, K, D] and at least 0");
+  check_sizes(x);
   const int64_t B = x.size(0), K = x.size(1), D = x.size(2);
   const Tensor source = x.contiguous(), rows = checked_index(index, x, B, N);
   TORCH_CHECK(rows.size(1) == K, "index has ", rows.size(1), " columns and x ", K, " rows");
@@ -136,6 +144,7 @@ Tensor masked_scatter(const Tensor& x, const Tensor& index, int64_t N) {
 
 Tensor patch_normalise(const Tensor& patches, const optional<Tensor>& index, at::ArrayRef<double> scale, at::ArrayRef<double> shift, at::ScalarType dtype) {
   TORCH_CHECK(patches.dim() == 3, "patches have shape ", patches.sizes(), "; they must be [B, N, D]");
+  check_sizes(patches);
   TORCH_CHECK(patches.scalar_type() == at::kByte, "patches are ", patches.scalar_type(), "; they must be uint8");
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "patch_normalise makes float32 or bfloat16, not ", dtype);
   const int64_t B = patches.size(0), N = patches.size(1), D = patches.size(2), channels = scale.size();
@@ -179,6 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_mse(const Tensor& prediction, const Te
   const int64_t B = prediction.size(0), K = prediction.size(1), D = prediction.size(2), N = target.size(1);
   TORCH_CHECK(target.size(0) == B && target.size(2) == D && (index.has_value() || N == K), "target has shape ", target.sizes(), ", which does not fit prediction ", prediction.sizes());
   check_device(target, prediction, "target");
+  check_sizes(prediction), check_sizes(target);
   salt::Loss a{};
   a.prediction_type = type_of(prediction, "prediction", {at::kBFloat16, at::kFloat, at::kDouble}, "bfloat16, float32 or float64");
   a.target_type = type_of(target, "target", {at::kByte, at::kHalf, at::kBFloat16, at::kFloat, at::kDouble}, "uint8, float16, bfloat16, float32 or float64");

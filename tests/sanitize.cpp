@@ -1,5 +1,6 @@
-// The CPU kernels alone, for `make sanitize`: AddressSanitizer watches arrays of exactly the size promised, UndefinedBehaviorSanitizer the
-// arithmetic, and every result is compared with a plain loop. Random shapes, odd widths, no rows at all, every type, loss and normalisation.
+// The kernels alone, for `make sanitize`: AddressSanitizer watches arrays of exactly the size promised, UndefinedBehaviorSanitizer the
+// arithmetic, and every result is compared with a plain loop. Random shapes, odd widths, no rows at all, every type, loss and normalisation,
+// arrays an element off alignment. With SALT_EMULATE the CUDA kernels, which emulation/cuda_runtime.h runs on the CPU, else the CPU's.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -18,16 +19,39 @@ namespace {
 std::mt19937_64 engine(1);
 int64_t whole(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
 
-// `count` elements of `size` bytes with nothing readable before or after them.
+// `count` elements of `size` bytes with nothing readable after them, one element off alignment in half of all cases.
 struct Array {
+  int64_t before;
   std::unique_ptr<char[]> bytes;
-  explicit Array(int64_t count, int64_t size) : bytes(new char[static_cast<size_t>(count * size)]) {}
-  template <typename T> T* as() { return reinterpret_cast<T*>(bytes.get()); }
+  explicit Array(int64_t count, int64_t size) : before(whole(0, 1) * size), bytes(new char[static_cast<size_t>(before + count * size)]) {}
+  template <typename T> T* as() { return reinterpret_cast<T*>(bytes.get() + before); }
 };
+
+#ifdef SALT_EMULATE
+const char* kernels() { return "CUDA kernels, emulated"; }
+void gather(const Rows& a) { if (a.B * a.K * a.row_bytes > 0) gather_cuda(a, nullptr); }
+void scatter(const Rows& a) { if (a.B * a.N * a.row_bytes > 0) scatter_cuda(a, nullptr); }
+void patches(const Patches& a) { if (a.B * a.K * a.D > 0) patches_cuda(a, nullptr); }
+void loss(const Loss& a) { if (a.B * a.K > 0) loss_cuda(a, nullptr); }
+void draw(const Draw& a) {
+  std::vector<uint64_t> scratch(static_cast<size_t>(draw_scratch_cuda(a.spec) * a.B / 8));
+  draw_cuda(a, scratch.data(), nullptr);
+}
+#else
+// In two parts, as two threads would have them.
+template <typename Kernel, typename Work>
+void in_parts(Kernel kernel, const Work& work, int64_t items) { kernel(work, 0, items / 3), kernel(work, items / 3, items); }
+const char* kernels() { return simd_level(); }
+void gather(const Rows& a) { in_parts(gather_cpu, a, a.B * a.K); }
+void scatter(const Rows& a) { in_parts(scatter_cpu, a, a.B * a.N); }
+void patches(const Patches& a) { in_parts(patches_cpu, a, a.B * a.K); }
+void loss(const Loss& a) { in_parts(loss_cpu, a, a.B * a.K); }
+void draw(const Draw& a) { in_parts(draw_cpu, a, a.B); }
+#endif
 
 void expect(bool holds, const char* what) {
   if (holds) return;
-  std::fprintf(stderr, "sanitize: %s is wrong (SIMD %s)\n", what, simd_level());
+  std::fprintf(stderr, "sanitize: %s is wrong (%s)\n", what, kernels());
   std::exit(1);
 }
 
@@ -67,18 +91,14 @@ std::vector<int64_t> rows_of(int64_t B, int64_t N, int64_t K) {
 }
 
 void check_rows() {
-  const int64_t B = whole(0, 3), N = whole(1, 40), K = whole(0, N), bytes = whole(0, 70);
+  const int64_t B = whole(0, 3), N = whole(1, 150), K = whole(0, N), bytes = whole(0, 1) ? whole(0, 70) : 16 * whole(0, 200);
   const std::vector<int64_t> index = rows_of(B, N, K);
   Array x(B * N, bytes), out(B * K, bytes), back(B * N, bytes);
   for (int64_t i = 0; i < B * N * bytes; ++i) x.as<char>()[i] = static_cast<char>(whole(1, 100));
-  const Rows gather{x.as<char>(), index.data(), B, N, K, bytes, out.as<char>()};
-  const int64_t half = B * K / 2;
-  gather_cpu(gather, 0, half), gather_cpu(gather, half, B * K);
+  gather({x.as<char>(), index.data(), B, N, K, bytes, out.as<char>()});
   for (int64_t r = 0; r < B * K; ++r)
     expect(!std::memcmp(out.as<char>() + r * bytes, x.as<char>() + (r / K * N + index[static_cast<size_t>(r)]) * bytes, static_cast<size_t>(bytes)), "gather");
-  const Rows scatter{out.as<char>(), index.data(), B, N, K, bytes, back.as<char>()};
-  const int64_t part = B * N / 3;
-  scatter_cpu(scatter, 0, part), scatter_cpu(scatter, part, B * N);
+  scatter({out.as<char>(), index.data(), B, N, K, bytes, back.as<char>()});
   std::vector<char> wanted(static_cast<size_t>(B * N * bytes), 0);
   for (int64_t r = 0; r < B * K; ++r)
     std::copy_n(out.as<char>() + r * bytes, bytes, wanted.data() + (r / K * N + index[static_cast<size_t>(r)]) * bytes);
@@ -87,7 +107,7 @@ void check_rows() {
 
 void check_patches() {
   const int channels = static_cast<int>(whole(1, MAX_CHANNELS));
-  const int64_t B = whole(0, 3), N = whole(1, 20), K = whole(0, N), D = channels * whole(0, 50);
+  const int64_t B = whole(0, 3), N = whole(1, 20), K = whole(0, N), D = channels * (whole(0, 1) ? whole(0, 50) : 16 * whole(0, 20));
   const std::vector<int64_t> index = rows_of(B, N, K);
   for (const Type type : {Type::f32, Type::bf16})
     for (const bool indexed : {true, false}) {
@@ -95,7 +115,7 @@ void check_patches() {
       Array x(B * N, D), out(B * rows, D * size_of(type));
       for (int64_t i = 0; i < B * N * D; ++i) x.as<uint8_t>()[i] = static_cast<uint8_t>(whole(0, 255));
       Patches a{x.as<uint8_t>(), indexed ? index.data() : nullptr, B, N, rows, D, channels, {0.5f, 2, 1, 4}, {1, -3, 0, 2}, out.as<char>(), type};
-      patches_cpu(a, 0, B * rows);
+      patches(a);
       for (int64_t r = 0; r < B * rows; ++r)
         for (int64_t d = 0; d < D; ++d) {
           const int64_t c = d / (D / channels), row = indexed ? r / rows * N + index[static_cast<size_t>(r)] : r;
@@ -106,7 +126,7 @@ void check_patches() {
 }
 
 void check_loss(Type pt, Type yt, Kind kind, Normalise normalise, bool indexed) {
-  const int64_t B = whole(0, 3), N = whole(1, 12), K = indexed ? whole(0, N) : N, D = whole(0, 3) ? whole(1, 100) : 0;
+  const int64_t B = whole(0, 3), N = whole(1, 12), K = indexed ? whole(0, N) : N, D = whole(0, 1) ? whole(0, 100) : 8 * whole(1, 150);
   const std::vector<int64_t> index = rows_of(B, N, K);
   const Type sums = pt == Type::f64 ? Type::f64 : Type::f32;
   Array p(B * K * D, size_of(pt)), y(B * N * D, size_of(yt)), mean(N * D, size_of(sums)), rstd(N * D, size_of(sums)), tokens(B * K, size_of(sums)), gradient(B * K * D, size_of(pt));
@@ -122,8 +142,16 @@ void check_loss(Type pt, Type yt, Kind kind, Normalise normalise, bool indexed) 
   a.prediction = p.as<char>(), a.target = y.as<char>(), a.prediction_type = pt, a.target_type = yt, a.index = indexed ? index.data() : nullptr;
   a.B = B, a.N = N, a.K = K, a.D = D, a.kind = kind, a.normalise = normalise, a.mean = mean.as<char>(), a.rstd = rstd.as<char>(), a.scale = 0.75;
   a.per_token = tokens.as<char>(), a.gradient = whole(0, 3) ? gradient.as<char>() : nullptr;
-  const int64_t part = B * K / 2;
-  loss_cpu(a, 0, part), loss_cpu(a, part, B * K);
+  loss(a);
+#ifdef SALT_EMULATE
+  if (B * K > 0) {
+    Array mean_of(1, size_of(sums));
+    mean_cuda(tokens.as<char>(), B * K, sums, mean_of.as<char>(), nullptr);
+    double sum = 0;
+    for (int64_t r = 0; r < B * K; ++r) sum += get(tokens, r, sums);
+    if (D > 0) expect(std::abs(get(mean_of, 0, sums) - sum / static_cast<double>(B * K)) <= 1e-5 * (1 + sum), "the mean");
+  }
+#endif
   for (int64_t r = 0; D > 0 && r < B * K; ++r) {
     const int64_t n = indexed ? index[static_cast<size_t>(r)] : r % K, row = r / K * N + n;
     double m = 0, v = 0, sum = 0;
@@ -144,8 +172,8 @@ void check_loss(Type pt, Type yt, Kind kind, Normalise normalise, bool indexed) 
 }
 
 void check_masks() {
-  Draw draw{};
-  MaskSpec& spec = draw.spec;
+  Draw work{};
+  MaskSpec& spec = work.spec;
   spec.T = static_cast<int32_t>(whole(1, 9)), spec.H = static_cast<int32_t>(whole(1, 15)), spec.W = static_cast<int32_t>(whole(1, 15));
   const int32_t n = tokens(spec);
   if (n < 2) return;
@@ -160,12 +188,19 @@ void check_masks() {
   std::vector<int64_t> ids;
   for (int64_t b = 0; b < B; ++b) ids.push_back(whole(0, INT64_MAX));
   Array context(B * spec.context, 8), target(B * spec.target, 8);
-  draw.seed = engine(), draw.epoch = static_cast<uint32_t>(engine()), draw.sample_ids = ids.data(), draw.B = B;
-  draw.context = context.as<int64_t>(), draw.target = target.as<int64_t>();
-  draw_cpu(draw, 0, B);
+  work.seed = engine(), work.epoch = static_cast<uint32_t>(engine()), work.sample_ids = ids.data(), work.B = B;
+  work.context = context.as<int64_t>(), work.target = target.as<int64_t>();
+  if (B > 0) draw(work);
+#ifdef SALT_EMULATE
+  std::vector<int64_t> context_cpu(static_cast<size_t>(B * spec.context)), target_cpu(static_cast<size_t>(B * spec.target));
+  Draw same = work;
+  same.context = context_cpu.data(), same.target = target_cpu.data();
+  draw_cpu(same, 0, B);
+  expect(std::equal(context_cpu.begin(), context_cpu.end(), work.context) && std::equal(target_cpu.begin(), target_cpu.end(), work.target), "a mask, which is not the CPU's,");
+#endif
   for (int64_t b = 0; b < B; ++b) {
     std::vector<int> seen(static_cast<size_t>(n), 0);
-    for (const auto& [list, count] : {std::pair{draw.context + b * spec.context, spec.context}, std::pair{draw.target + b * spec.target, spec.target}})
+    for (const auto& [list, count] : {std::pair{work.context + b * spec.context, spec.context}, std::pair{work.target + b * spec.target, spec.target}})
       for (int32_t i = 0; i < count; ++i) {
         expect(list[i] >= 0 && list[i] < n && (i == 0 || list[i] > list[i - 1]), "a mask's order");
         expect(!seen[static_cast<size_t>(list[i])]++, "a mask's disjointness");
@@ -185,5 +220,5 @@ int main(int argc, char** argv) {
           for (const Normalise normalise : {Normalise::none, Normalise::layer_norm, Normalise::standardise})
             for (const bool indexed : {true, false}) check_loss(p, y, kind, normalise, indexed);
   }
-  std::printf("sanitize: %d rounds clean, SIMD %s\n", rounds, simd_level());
+  std::printf("sanitize: %d rounds clean, %s\n", rounds, kernels());
 }

@@ -1,7 +1,12 @@
-"""Gather and loss: the extension and the reference against plain PyTorch, values and gradients."""
+"""Gather, patches and loss: the extension and the reference against plain PyTorch, values and gradients."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ops
 from config import InputError
@@ -67,29 +72,56 @@ def test_shapes_that_do_not_fit_are_an_error():
         ops.masked_mse(torch.randn(2, 3, 4), torch.randn(2, 3, 4), kind="rmse")
 
 
-@pytest.mark.parametrize("prediction_dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("target_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("indexed", [True, False])
-@pytest.mark.parametrize("width", [768, 37])
-def test_mse_matches_plain_pytorch(prediction_dtype, target_dtype, indexed, width):
-    torch.manual_seed(0)
-    prediction = torch.randn(3, 20, width).to(prediction_dtype).requires_grad_()
-    target = torch.randn(3, 31 if indexed else 20, width).to(target_dtype)
-    index = rows(3, 31, 20) if indexed else None
-    loss, tokens = ops.masked_mse(prediction, target, index, per_token=True)
-    (loss * 3).backward()
+def textbook(prediction, target, index, kind="mse", normalise="none", mean=None, rstd=None):
+    """(loss, per-token error) in float64, written out from the definitions; `target` uint8 is pixels."""
+    y = (target.float() / 255 if target.dtype == torch.uint8 else target).double()
+    position = torch.arange(target.shape[1]).expand(len(target), -1) if index is None else index
+    y = torch.stack([y[b, position[b]] for b in range(len(y))]) if len(y) else y[:, :prediction.shape[1]]
+    if normalise == "layer_norm":
+        y = y - y.mean(-1, keepdim=True)
+        y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    if normalise == "standardise":
+        y = (y - mean.double()[position]) * rstd.double()[position]
+    d = prediction.double() - y
+    error = d ** 2 if kind == "mse" else d.abs() if kind == "l1" else torch.where(d.abs() < 1, d ** 2 / 2, d.abs() - 0.5)
+    return error.mean(), error.mean(-1)
 
-    truth = prediction.detach().double().requires_grad_()
-    picked = target.double() if index is None else torch.stack([target[b, index[b]] for b in range(3)]).double()
-    expected = F.mse_loss(truth, picked)
-    (expected * 3).backward()
-    assert loss.dtype == (torch.float64 if prediction_dtype == torch.float64 else torch.float32)
-    tolerance = 1e-12 if prediction_dtype == torch.float64 else 1e-6
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=tolerance, atol=0)
-    torch.testing.assert_close(tokens.double(), (truth.detach() - picked).square().mean(-1), rtol=10 * tolerance, atol=0)
-    assert not tokens.requires_grad
-    coarse = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[prediction_dtype]
-    torch.testing.assert_close(prediction.grad.double(), truth.grad, rtol=coarse, atol=1e-9)
+
+@pytest.mark.parametrize("prediction_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("normalise", ops.NORMALISATIONS)
+def test_loss_and_gradient_match_their_definition(prediction_dtype, target_dtype, indexed, kind, normalise):
+    torch.manual_seed(0)
+    for width in (96, 37):
+        prediction = torch.randn(3, 20, width).to(prediction_dtype).requires_grad_()
+        target = (torch.randn(3, 31 if indexed else 20, width) * 60).abs().clamp(0, 255).to(target_dtype)
+        target = target if target_dtype == torch.uint8 else target / 60
+        index, mean, rstd = rows(3, 31, 20) if indexed else None, torch.randn(target.shape[1], width), torch.rand(target.shape[1], width) + 0.5
+        loss, tokens = ops.masked_mse(prediction, target, index, kind, normalise, mean, rstd, per_token=True)
+        (loss * 3).backward()
+        truth = prediction.detach().double().requires_grad_()
+        expected, expected_tokens = textbook(truth, target, index, kind, normalise, mean, rstd)
+        (expected * 3).backward()
+        assert loss.dtype == tokens.dtype == (torch.float64 if prediction_dtype == torch.float64 else torch.float32) and not tokens.requires_grad
+        close = 1e-9 if prediction_dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=close, atol=0)
+        torch.testing.assert_close(tokens.double(), expected_tokens.detach(), rtol=10 * close, atol=1e-7)
+        coarse = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2**-7}[prediction_dtype]
+        torch.testing.assert_close(prediction.grad.double(), truth.grad, rtol=coarse, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("dtype", ops.PREDICTIONS)
+def test_the_weighted_gradient_comes_with_the_loss(kind, dtype):
+    prediction, target, index = torch.randn(2, 5, 24).to(dtype), torch.randn(2, 9, 24).half(), rows(2, 9, 5)
+    loss, gradient = ops.masked_mse_with_grad(prediction, target, index, kind, "layer_norm", weight=0.25)
+    leaf = prediction.clone().requires_grad_()
+    expected = ops.masked_mse(leaf, target, index, kind, "layer_norm")
+    (expected * 0.25).backward()
+    assert torch.equal(loss, expected.detach()) and gradient.dtype == dtype
+    torch.testing.assert_close(gradient, leaf.grad, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=0)
 
 
 @needs_extension
@@ -149,10 +181,174 @@ def test_no_gradient_is_made_where_none_is_wanted():
     assert not loss.requires_grad
 
 
+def test_patches_are_normalised_and_gathered():
+    patches, index = torch.randint(0, 256, (3, 11, 3 * 14), dtype=torch.uint8), rows(3, 11, 6)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    a_channel = lambda values: torch.tensor(values, dtype=torch.float64).repeat_interleave(14)
+    expected = (patches.double() / 255 - a_channel(mean)) / a_channel(std)
+    whole, some = ops.patch_normalise(patches, mean, std), ops.patch_normalise(patches, mean, std, index)
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(some, torch.stack([whole[b, index[b]] for b in range(3)]))
+    assert torch.equal(ops.patch_normalise(patches, mean, std, index, torch.bfloat16), some.bfloat16())
+    plain = ops.patch_normalise_reference(patches, [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)], index)
+    assert torch.equal(some, plain)
+    grey = ops.patch_normalise(patches, (0.5,), (0.25,))
+    torch.testing.assert_close(grey.double(), (patches.double() / 255 - 0.5) / 0.25, rtol=1e-6, atol=1e-6)
+
+
+def test_patches_that_do_not_fit_are_an_error():
+    patches = torch.zeros(2, 5, 12, dtype=torch.uint8)
+    for bad in (lambda: ops.patch_normalise(patches.float(), (0,), (1,)), lambda: ops.patch_normalise(patches, (0,) * 3, (1,) * 2),
+                lambda: ops.patch_normalise(patches[..., :11], (0,) * 3, (1,) * 3), lambda: ops.patch_normalise(patches, (0,), (1,), rows(3, 5, 2))):
+        with pytest.raises(InputError, match="patch_normalise takes"):
+            bad()
+    with pytest.raises(IndexError):
+        ops.patch_normalise(patches, (0,), (1,), torch.tensor([[0], [5]]))
+
+
+@needs_extension
+@pytest.mark.parametrize("call", [
+    lambda op: op.masked_gather(torch.randn(2, 6, 4), torch.zeros(2, 3)), lambda op: op.masked_gather(torch.randn(2, 6), rows(2, 6, 3)),
+    lambda op: op.masked_scatter(torch.randn(2, 4, 4), rows(2, 6, 3), 6), lambda op: op.masked_scatter(torch.randn(2, 3, 4), rows(2, 6, 3), 2),
+    lambda op: op.masked_mse(torch.randn(2, 3, 4).half(), torch.randn(2, 3, 4), None, "mse", "none", None, None, 1.0, True),
+    lambda op: op.masked_mse(torch.randn(2, 3, 4), torch.randn(2, 3, 5), None, "mse", "none", None, None, 1.0, True),
+    lambda op: op.masked_mse(torch.randn(2, 3, 4), torch.randn(2, 3, 4), None, "mse", "standardise", torch.zeros(3, 5), torch.zeros(3, 4), 1.0, True),
+    lambda op: op.masked_mse(torch.randn(2, 3, 4), torch.randn(2, 3, 4), None, "rmse", "none", None, None, 1.0, True),
+    lambda op: op.patch_normalise(torch.zeros(2, 3, 4), None, [1.0], [0.0], torch.float32),
+    lambda op: op.patch_normalise(torch.zeros(2, 3, 4).byte(), None, [1.0] * 3, [0.0] * 3, torch.float32),
+    lambda op: op.sample_masks(torch.arange(2), -1, 0, **ops.mask_spec("short", (4, 6, 6), None)),
+    lambda op: op.sample_masks(torch.arange(2), 0, 0, **ops.mask_spec("short", (4, 6, 6), None) | {"grid": (2**20, 2**20, 2**30)}),
+    lambda op: op.sample_masks(torch.arange(2), 0, 0, **ops.mask_spec("short", (4, 6, 6), None) | {"sizes": torch.full((2, 2), 7, dtype=torch.int32)})])
+def test_an_op_called_wrongly_is_an_error_and_no_read_out_of_bounds(call):
+    with pytest.raises((RuntimeError, IndexError)):
+        call(torch.ops.salt_ops)
+
+
+@needs_extension
+def test_every_simd_level_gives_the_same_bits(tmp_path):
+    code = ("import sys, torch, ops; torch.manual_seed(0); p = torch.randn(2, 60, 83).to(getattr(torch, sys.argv[2])); y = torch.randn(2, 90, 83).half();"
+            "i = torch.stack([torch.randperm(90)[:60] for _ in range(2)]); m, r = torch.randn(90, 83), torch.rand(90, 83); x = (y[..., :81] * 99).byte();"
+            "out = [t for k in ops.KINDS for n in ops.NORMALISATIONS for t in ops.masked_mse_with_grad(p, y, i, k, n, m, r)];"
+            "out += [ops.patch_normalise(x, (.1, .2, .3), (.4, .5, .6), i, d) for d in (torch.float32, torch.bfloat16)];"
+            "out += [t for f in ops.FAMILIES for t in ops.sample_masks(torch.arange(64), 1, 2, f)]; torch.save([ops.EXTENSION['simd'], out], sys.argv[1])")
+    levels = ["avx512", "avx2", "baseline"][["avx512", "avx2", "baseline"].index(ops.EXTENSION["simd"]):]
+    for dtype in ("float32", "bfloat16"):
+        found = []
+        for level in levels:
+            subprocess.run([sys.executable, "-c", code, str(tmp_path / "out.pt"), dtype], env={**os.environ, "SALT_SIMD": level}, check=True,
+                           cwd=os.path.dirname(ops.__file__))
+            name, tensors = torch.load(tmp_path / "out.pt")
+            assert name == level
+            found.append(tensors)
+        for tensors in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], tensors, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- properties, by hypothesis
+
+def strided(draw, b, n, d, dtype):
+    """A tensor [b, n, d] of one of several layouts: whole, transposed, every other, broadcast, or an element off alignment."""
+    make = lambda *shape: (torch.randn(shape) * 50).to(dtype) if dtype.is_floating_point else torch.randint(0, 256, shape, dtype=dtype)
+    return draw(st.sampled_from([
+        lambda: make(b, n, d), lambda: make(b, d, n).transpose(1, 2), lambda: make(b, 2 * n, d)[:, ::2], lambda: make(b, n, 2 * d)[..., ::2],
+        lambda: make(1, n, d).expand(b, n, d), lambda: make(b * n * d + 1)[1:].view(b, n, d), lambda: make(n, b, d).transpose(0, 1)]))()
+
+
+@st.composite
+def gathers(draw, dtypes):
+    b, n, d = draw(st.integers(0, 4)), draw(st.integers(1, 33)), draw(st.integers(0, 70))
+    k, dtype = draw(st.integers(0, n)), draw(st.sampled_from(dtypes))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    index = torch.stack([torch.randperm(n)[:k] for _ in range(b)]) if b else torch.zeros(0, k, dtype=torch.int64)
+    return strided(draw, b, n, d, dtype), draw(st.sampled_from([lambda i: i, lambda i: i.T.contiguous().T]))(index), draw
+
+
+@given(gathers([torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.float64]))
+def test_any_gather_and_its_transpose(case):
+    x, index, _ = case
+    b, n, d = x.shape
+    expected = torch.stack([x[i][index[i]] for i in range(b)]) if b else x.new_zeros(0, index.shape[1], d)
+    assert torch.equal(ops.masked_gather(x, index), expected)
+    if x.is_floating_point():
+        leaf = x.clone().requires_grad_()
+        upstream = torch.randn(expected.shape).to(x.dtype)
+        gradient, = torch.autograd.grad(ops.masked_gather(leaf, index), leaf, upstream)
+        back = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        for i in range(b):
+            back[i, index[i]] = upstream[i]
+        assert torch.equal(gradient, back)
+
+
+@given(gathers([torch.uint8]), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_any_patches(case, dtype):
+    patches, index, draw = case
+    channels = draw(st.sampled_from([c for c in (1, 2, 3, 4) if patches.shape[2] % c == 0]))
+    mean, std = [0.1 * c for c in range(channels)], [0.2 + 0.1 * c for c in range(channels)]
+    for at in (index, None):
+        picked = patches if at is None else ops.masked_gather_reference(patches, at)
+        span = lambda values: torch.tensor(values, dtype=torch.float64).repeat_interleave(patches.shape[2] // channels)
+        expected = (picked.double() / 255 - span(mean)) / span(std)
+        made = ops.patch_normalise(patches, mean, std, at, dtype)
+        assert made.dtype == dtype
+        torch.testing.assert_close(made.double(), expected, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@given(gathers(list(ops.TARGETS)), st.sampled_from(ops.PREDICTIONS), st.sampled_from(ops.KINDS), st.sampled_from(ops.NORMALISATIONS), st.booleans())
+def test_any_loss(case, dtype, kind, normalise, indexed):
+    target, index, draw = case
+    target = target if target.dtype == torch.uint8 else target / 50
+    index = index if indexed else None
+    b, n, d = target.shape
+    prediction = strided(draw, b, n if index is None else index.shape[1], d, dtype) / 50
+    mean, rstd = strided(draw, 1, n, d, torch.float32)[0] / 50, torch.rand(n, d) + 0.5
+    leaf = prediction.detach().requires_grad_()
+    loss, tokens = ops.masked_mse(leaf, target, index, kind, normalise, mean, rstd, per_token=True)
+    gradient, = torch.autograd.grad(loss, leaf)
+    truth = prediction.detach().double().requires_grad_()
+    expected, expected_tokens = textbook(truth, target, index, kind, normalise, mean, rstd)
+    expected_gradient, = torch.autograd.grad(expected, truth)
+    torch.testing.assert_close(tokens.double(), expected_tokens, rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    if kind != "l1" or normalise == "none":  # an l1 slope jumps at 0, where a normalised target's rounding decides
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ torch.compile
+
+def loss_arguments(kind="mse", normalise="none", gradient=True):
+    torch.manual_seed(0)
+    return (torch.randn(2, 3, 4, requires_grad=gradient), torch.randn(2, 6, 4).half(), rows(2, 6, 3), kind, normalise,
+            *((torch.randn(6, 4), torch.rand(6, 4)) if normalise == "standardise" else (None, None)))
+
+
 @needs_extension
 def test_opcheck():
     x, index = torch.randn(2, 6, 4, requires_grad=True), rows(2, 6, 3)
-    torch.library.opcheck(torch.ops.salt_ops.masked_gather, (x, index))
-    torch.library.opcheck(torch.ops.salt_ops.masked_scatter, (torch.randn(2, 3, 4, requires_grad=True), index, 6))
-    results = torch.library.opcheck(torch.ops.salt_ops.sample_masks.default, (torch.arange(3),), {"epoch": 0, "seed": 0, **ops.mask_spec("short", (4, 6, 6), None)})
-    assert set(results.values()) == {"SUCCESS"}
+    checks = [(torch.ops.salt_ops.masked_gather, (x, index), {}), (torch.ops.salt_ops.masked_scatter, (torch.randn(2, 3, 4, requires_grad=True), index, 6), {}),
+              (torch.ops.salt_ops.sample_masks, (torch.arange(3),), {"epoch": 0, "seed": 0, **ops.mask_spec("short", (4, 6, 6), None)}),
+              (torch.ops.salt_ops.patch_normalise, (torch.zeros(2, 6, 6, dtype=torch.uint8), index, [1.0, 2.0], [0.0, 1.0], torch.bfloat16), {}),
+              (torch.ops.salt_ops.masked_mse, (*loss_arguments(gradient=False), 1.0, False), {})]
+    checks += [(torch.ops.salt_ops.masked_mse, (*loss_arguments(kind, normalise), 1.0, True), {}) for kind in ops.KINDS for normalise in ops.NORMALISATIONS]
+    for op, arguments, named in checks:
+        assert set(torch.library.opcheck(op.default, arguments, named).values()) == {"SUCCESS"}
+
+
+@needs_extension
+def test_a_compiled_step_is_one_graph_with_the_same_results():
+    torch.manual_seed(0)
+    patches, latents, ids = torch.randint(0, 256, (2, 144, 12), dtype=torch.uint8), torch.randn(2, 144, 8).half(), torch.arange(2)
+    weight = torch.randn(12, 8, requires_grad=True)
+
+    def step(patches, latents, ids, weight):
+        masks = ops.sample_masks(ids, 3, 1, "short", (4, 6, 6), (24, 64))
+        features = ops.patch_normalise(patches, (0.5,) * 3, (0.25,) * 3) @ weight
+        prediction = ops.masked_gather(features, masks.target)
+        return ops.masked_mse(prediction, latents, masks.target, "smooth_l1", "layer_norm") / 2, ops.masked_mse_with_grad(prediction, latents, masks.target)[1]
+
+    plain, plain_gradient = step(patches, latents, ids, weight)
+    expected, = torch.autograd.grad(plain, weight)
+    loss, gradient = torch.compile(step, fullgraph=True)(patches, latents, ids, weight)
+    found, = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(gradient, plain_gradient)
+    torch.testing.assert_close(found, expected)

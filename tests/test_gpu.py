@@ -1,0 +1,205 @@
+"""The CUDA kernels against the CPU's in float64, on data made here. Needs no more than torch, numpy and pytest: `make gpu-check`."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif("cuda" not in ops.EXTENSION["devices"] or not torch.cuda.is_available(),
+                                                  reason="needs a GPU and an extension built for it")]
+
+
+def rows(b, n, k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(b)]) if b else torch.zeros(0, k, dtype=torch.int64)
+
+
+def off_by(elements, x):
+    """x on the GPU, contiguous, its storage beginning `elements` elements later."""
+    room = torch.empty(x.numel() + elements, dtype=x.dtype, device="cuda")
+    return room[elements:].view(x.shape).copy_(x)
+
+
+def distance(found, expected):
+    """||found - expected|| / ||expected||; nan where either has one."""
+    found, expected = found.double().cpu(), expected.double()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("family", ops.FAMILIES)
+@pytest.mark.parametrize("grid, counts, draws", [((8, 14, 14), None, 100_000), ((4, 6, 6), None, 2000), ((1, 3, 5), (2, 3), 500), ((2, 4, 4), (1, 1), 300),
+                                                 ((3, 7, 10), (150, 20), 500), ((4, 6, 6), (100, 44), 300), ((16, 32, 32), None, 300)])  # the last in global memory
+def test_masks_are_the_cpus_bit_for_bit(family, grid, counts, draws):
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, 2**63, draws))
+    expected, found = (ops.sample_masks(x, 2**32 - 1, 2**63 - 1, family, grid, counts) for x in (ids, ids.cuda()))
+    assert found.context.is_cuda and torch.equal(found.context.cpu(), expected.context) and torch.equal(found.target.cpu(), expected.target)
+
+
+SHAPES = [(2, 9, 5, 24), (3, 70, 33, 37), (1, 1, 1, 1), (2, 200, 130, 768), (2, 65, 64, 1280), (2, 6, 0, 8), (0, 6, 4, 8), (2, 6, 4, 0), (2, 300, 299, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_gather_and_scatter(dtype, shift):
+    for b, n, k, d in SHAPES:
+        x, index = (torch.randn(b, n, d) * 50).abs().to(dtype), rows(b, n, k)
+        found = ops.masked_gather(off_by(shift, x), index.cuda())
+        assert torch.equal(found.cpu(), ops.masked_gather_reference(x, index))
+        back = torch.ops.salt_ops.masked_scatter(off_by(shift, found.cpu()), index.cuda(), n)
+        assert torch.equal(back.cpu(), torch.ops.salt_ops.masked_scatter(found.cpu(), index, n))
+    strided = torch.randn(4, 12, 9).transpose(1, 2)
+    assert torch.equal(ops.masked_gather(strided.cuda(), rows(4, 9, 5).cuda()).cpu(), ops.masked_gather_reference(strided, rows(4, 9, 5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_patches_are_the_cpus_bit_for_bit(dtype, shift):
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for b, n, k, d in [(2, 9, 5, 24), (3, 70, 33, 39), (2, 1568, 352, 1536), (1, 4, 4, 1176), (0, 6, 4, 6), (2, 6, 0, 6)]:
+        patches, index = torch.randint(0, 256, (b, n, d), dtype=torch.uint8), rows(b, n, k)
+        for at in (index, None):
+            found = ops.patch_normalise(off_by(shift, patches), mean, std, None if at is None else at.cuda(), dtype)
+            assert torch.equal(found.cpu(), ops.patch_normalise(patches, mean, std, at, dtype))
+
+
+@pytest.mark.parametrize("prediction_dtype", ops.PREDICTIONS)
+@pytest.mark.parametrize("target_dtype", ops.TARGETS)
+@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("normalise", ops.NORMALISATIONS)
+def test_loss_and_gradient(prediction_dtype, target_dtype, kind, normalise):
+    torch.manual_seed(0)
+    for shift in (0, 1):
+        for b, n, k, d in SHAPES:
+            for index in (rows(b, n, k), None):
+                prediction = torch.randn(b, n if index is None else k, d).to(prediction_dtype)
+                target = (torch.randn(b, n, d).abs() * 60).clamp(0, 255).to(target_dtype)
+                target = target if target_dtype == torch.uint8 else target / 60
+                mean, rstd = torch.randn(n, d), torch.rand(n, d) + 0.5
+                leaf = off_by(shift, prediction).requires_grad_()
+                loss, tokens = ops.masked_mse(leaf, off_by(shift, target), None if index is None else index.cuda(), kind, normalise, mean.cuda(), rstd.cuda(), True)
+                gradient, = torch.autograd.grad(loss * 3, leaf)
+                truth = prediction.double().requires_grad_()
+                expected, expected_tokens = ops.masked_mse(truth, target, index, kind, normalise, mean.double(), rstd.double(), True)
+                expected_gradient, = torch.autograd.grad(expected * 3, truth)
+                assert loss.dtype == tokens.dtype == (torch.float64 if prediction_dtype == torch.float64 else torch.float32) and gradient.dtype == prediction_dtype
+                if prediction.numel() == 0:
+                    assert loss.isnan() and expected.isnan() and gradient.shape == prediction.shape
+                    continue
+                close = 1e-6 if prediction_dtype != torch.float64 or target_dtype == torch.uint8 else 1e-11
+                assert distance(loss, expected.detach()) <= close and distance(tokens, expected_tokens) <= 10 * close
+                if kind != "l1" or normalise == "none":  # an l1 slope jumps at 0, where a normalised target's rounding decides
+                    assert distance(gradient, expected_gradient) <= (4e-3 if prediction_dtype == torch.bfloat16 else 10 * close)
+
+
+@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("normalise", ops.NORMALISATIONS)
+def test_gradients_in_float64(kind, normalise):
+    torch.manual_seed(1)
+    prediction = torch.randn(2, 4, 6, dtype=torch.float64, device="cuda", requires_grad=True)
+    target, index = torch.randn(2, 7, 6, dtype=torch.float64, device="cuda"), rows(2, 7, 4).cuda()
+    mean, rstd = torch.randn(7, 6, dtype=torch.float64, device="cuda"), torch.rand(7, 6, dtype=torch.float64, device="cuda") + 0.5
+    assert torch.autograd.gradcheck(lambda p: ops.masked_mse(p, target, index, kind, normalise, mean, rstd), prediction)
+    x = torch.randn(2, 7, 6, dtype=torch.float64, device="cuda", requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.masked_gather(x, index), x)
+
+
+def step(prediction, latents, patches, ids):
+    masks = ops.sample_masks(ids, 3, 1, "short")
+    loss = ops.masked_mse(prediction, latents, masks.target, "mse", "layer_norm")
+    gradient, = torch.autograd.grad(loss / 2, prediction)
+    return loss.detach(), gradient, ops.patch_normalise(patches, (0.5,) * 3, (0.25,) * 3, masks.context, torch.bfloat16)
+
+
+def inputs(b=8, d=768):
+    torch.manual_seed(2)
+    return (torch.randn(b, 784, d, device="cuda").bfloat16().requires_grad_(), torch.randn(b, 1568, d, device="cuda").half(),
+            torch.randint(0, 256, (b, 1568, 1536), dtype=torch.uint8, device="cuda"), torch.arange(b, device="cuda"))
+
+
+def test_every_run_gives_the_same_bits():
+    given = inputs()
+    first = step(*given)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(first, step(*given), strict=True))
+
+
+def test_nothing_waits_for_the_gpu():
+    given = inputs()
+    step(*given)  # builds the table of block sizes
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_side_stream_is_used():
+    given, side = inputs(), torch.cuda.Stream()
+    expected = step(*given)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = step(*given)
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_the_ops_are_captured_in_a_cuda_graph():
+    prediction, latents, patches, ids = inputs()
+    run = lambda: (ops.masked_mse_with_grad(prediction, latents, ops.sample_masks(ids, 3, 1, "short").target), ops.patch_normalise(patches, (0.5,) * 3, (0.25,) * 3))
+    (loss, gradient), normal = run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (graph_loss, graph_gradient), graph_normal = run()
+    graph.replay()
+    assert torch.equal(loss, graph_loss) and torch.equal(gradient, graph_gradient) and torch.equal(normal, graph_normal)
+
+
+def test_the_saved_gradient_is_not_changed_by_backward():
+    prediction = torch.randn(2, 3, 4, device="cuda", requires_grad=True)
+    loss = ops.masked_mse(prediction, torch.randn(2, 3, 4, device="cuda"))
+    first, = torch.autograd.grad(loss * 5, prediction, retain_graph=True)
+    second, = torch.autograd.grad(loss, prediction)
+    torch.testing.assert_close(first, 5 * second)
+
+
+def test_opcheck():
+    x, index = torch.randn(2, 6, 4, device="cuda", requires_grad=True), rows(2, 6, 3).cuda()
+    checks = [(torch.ops.salt_ops.masked_gather, (x, index), {}), (torch.ops.salt_ops.masked_scatter, (x[:, :3].detach().requires_grad_(), index, 6), {}),
+              (torch.ops.salt_ops.sample_masks, (torch.arange(3, device="cuda"),), {"epoch": 0, "seed": 0, **ops.mask_spec("short", (4, 6, 6), None, "cuda:0")}),
+              (torch.ops.salt_ops.patch_normalise, (torch.zeros(2, 6, 6, dtype=torch.uint8, device="cuda"), index, [1.0, 2.0], [0.0, 1.0], torch.bfloat16), {}),
+              (torch.ops.salt_ops.masked_mse, (x[:, :3].detach().requires_grad_(), x.detach(), index, "l1", "layer_norm", None, None, 1.0, True), {})]
+    for op, arguments, named in checks:
+        assert set(torch.library.opcheck(op.default, arguments, named).values()) == {"SUCCESS"}
+
+
+def test_a_compiled_step_is_one_graph():
+    given = inputs(2)
+    compiled = torch.compile(lambda p, l, i: ops.masked_mse(p * 2, l, ops.sample_masks(i, 3, 1, "short").target) / 2, fullgraph=True)
+    plain = ops.masked_mse(given[0] * 2, given[1], ops.sample_masks(given[3], 3, 1, "short").target) / 2
+    loss = compiled(given[0], given[1], given[3])
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(torch.autograd.grad(loss, given[0])[0], torch.autograd.grad(plain, given[0])[0])
+
+
+def test_tensors_on_two_devices_are_an_error():
+    x, index = torch.randn(2, 6, 4, device="cuda"), rows(2, 6, 3)
+    for bad in (lambda: ops.masked_gather(x, index), lambda: ops.masked_mse(x, x.cpu()), lambda: ops.masked_gather(x.cpu(), index.cuda())):
+        with pytest.raises(RuntimeError):
+            bad()
+
+
+@pytest.mark.parametrize("call", [
+    "ops.masked_gather(x, i)", "torch.ops.salt_ops.masked_scatter(x[:, :3], i, 6)", "ops.masked_mse(x[:, :3], x, i)",
+    "ops.patch_normalise(x.byte(), (0,), (1,), i)", "ops.sample_masks(-torch.ones(1, dtype=torch.int64, device='cuda'), 0, 0, 'short')"])
+def test_a_wrong_index_is_a_device_assert(call):
+    """In a process of its own, since an assert ends the GPU's context."""
+    for bad in (6, -1):
+        code = (f"import torch, ops; x = torch.randn(2, 6, 4, device='cuda'); i = torch.tensor([[0, 1, {bad}], [0, 1, 2]], device='cuda')\n"
+                f"try:\n    {call}; torch.cuda.synchronize()\nexcept RuntimeError as error:\n    print('device-side assert' in str(error))")
+        run = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(ops.__file__), capture_output=True, text=True)
+        assert run.stdout.strip() == "True", run.stdout + run.stderr
