@@ -17,10 +17,32 @@ try:
     if os.environ.get("SALT_OPS") == "reference":
         raise ImportError("SALT_OPS=reference is set")
     import salt_ops
-    EXTENSION = salt_ops.build_info()  # {"devices": ["cpu", "cuda"], "architectures": "8.0;...", "simd": "avx512" | "avx2" | "baseline"}
+    EXTENSION = salt_ops.build_info()  # {"devices": ["cpu", "cuda"], "architectures": "8.0;...;12.0+PTX", "simd": "avx512" | "avx2" | "baseline"}
     MISSING = None
 except ImportError as error:
     EXTENSION, MISSING = {"devices": [], "architectures": "", "simd": "none"}, str(error)
+
+
+def covers(architectures, capability):
+    """Whether code built for `architectures` ("8.0;9.0;12.0+PTX") runs on a GPU of compute capability (major, minor).
+
+    Machine code runs on its own major version from its minor on, PTX on everything newer.
+    """
+    for name in filter(None, architectures.replace(" ", ";").split(";")):
+        if not name[0].isdigit():  # a name such as Hopper: whoever gave it knows
+            return True
+        built = tuple(int(part.rstrip("af")) for part in name.removesuffix("+PTX").split("."))
+        if built[0] == capability[0] and built[1] <= capability[1] or name.endswith("+PTX") and built <= capability:
+            return True
+    return False
+
+
+UNCOVERED = ""  # GPUs here that the extension was not built for
+if "cuda" in EXTENSION["devices"] and torch.cuda.is_available():
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    UNCOVERED = ", ".join(f"{a}.{b}" for a, b in sorted(found) if not covers(EXTENSION["architectures"], (a, b)))
+    if UNCOVERED:
+        EXTENSION["devices"].remove("cuda")
 
 
 def extension_line():
@@ -29,7 +51,9 @@ def extension_line():
         return f"salt_ops is not in use ({MISSING}): running on the plain PyTorch reference; build it with `python setup.py build_ext`"
     built = ", ".join(EXTENSION["devices"]) + (f" ({EXTENSION['architectures']})" if EXTENSION["architectures"] else "")
     advice = ""
-    if torch.cuda.is_available() and "cuda" not in EXTENSION["devices"]:
+    if UNCOVERED:
+        advice = f"; not for this GPU's {UNCOVERED}, where the plain PyTorch reference runs: `python setup.py build_ext` here builds for it"
+    elif torch.cuda.is_available() and "cuda" not in EXTENSION["devices"]:
         advice = "; on the GPU the plain PyTorch reference runs: install the CUDA toolkit (nvcc) and run `python setup.py build_ext` again"
     return f"salt_ops: built for {built}; SIMD {EXTENSION['simd']}{advice}"
 

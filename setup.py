@@ -1,7 +1,8 @@
 """Builds the extension `salt_ops`:  python setup.py build_ext
 
 The CPU kernels always; the CUDA kernels too where this torch has CUDA and nvcc is found (CUDA_HOME, or on PATH; SALT_CUDA=0 leaves them
-out). For the architectures in TORCH_CUDA_ARCH_LIST, else for all below that this nvcc knows, and PTX of the newest for GPUs to come.
+out). For the architectures in TORCH_CUDA_ARCH_LIST, else for all below and the GPUs at hand, as far as this nvcc knows them, and PTX of
+the newest for GPUs to come.
 """
 import glob
 import os
@@ -41,7 +42,8 @@ def architecture_flags():
     if asked:
         return [], asked
     listed = subprocess.run([os.path.join(home, "bin", "nvcc"), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    known = [arch for arch in ARCHITECTURES if f"compute_{arch}\n" in listed + "\n"]
+    here = {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))}
+    known = [arch for arch in sorted({*ARCHITECTURES, *here}) if f"compute_{arch}" in listed.split()]
     if not known:
         raise RuntimeError(f"{home}/bin/nvcc knows none of the architectures {ARCHITECTURES}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known] + [f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]

@@ -26,6 +26,13 @@ def test_the_extension_is_what_runs():
     assert "masked_gather" in ops.masked_gather(x, rows(2, 5, 2)).grad_fn.name()
 
 
+@pytest.mark.parametrize("architectures, capability, runs", [
+    ("8.0;9.0;12.0+PTX", (8, 0), True), ("8.0;9.0;12.0+PTX", (8, 6), True), ("8.0;9.0;12.0+PTX", (7, 5), False), ("8.0;9.0", (10, 0), False),
+    ("9.0a", (9, 0), True), ("8.6", (8, 0), False), ("8.0 9.0+PTX", (12, 1), True), ("", (9, 0), False)])
+def test_which_gpus_a_build_runs_on(architectures, capability, runs):
+    assert ops.covers(architectures, capability) == runs
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int64])
 @pytest.mark.parametrize("shape", [(2, 7, 5, 3), (1, 1, 1, 1), (3, 64, 768, 40), (2, 6, 4, 0), (0, 6, 4, 0)])
 def test_gather_copies_the_rows_asked_for(dtype, shape):
