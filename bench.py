@@ -224,15 +224,18 @@ def textbook_masks(b, family, generator):
 
 def bench_masks():
     """Microseconds a clip and family, of calls in a row: on one CPU thread, or on the GPU."""
-    before, generator, calls_in_a_row = torch.get_num_threads(), torch.Generator().manual_seed(seed), 20
+    before, generator, calls_in_a_row = torch.get_num_threads(), torch.Generator().manual_seed(seed), 50
     torch.set_num_threads(1)
     ids = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**63, mask_batch)).to(device)
     for family in ops.FAMILIES:
-        calls, clips = {"ours": lambda turn: [ops.sample_masks(ids, turn + i, seed, family, GRID) for i in range(calls_in_a_row)]}, mask_batch * calls_in_a_row
-        times = {"ours": [1e3 * value / clips for value in take_turns(calls)["ours"]]}
+        def drawn(turn):
+            for i in range(calls_in_a_row):
+                ops.sample_masks(ids, turn + i, seed, family, GRID)
+
+        times = {"ours": [1e3 * value / (mask_batch * calls_in_a_row) for value in take_turns({"ours": drawn})["ours"]]}
         if ops.FAMILIES[family].area:
-            drawn = lambda turn: textbook_masks(mask_batch, family, generator)
-            times["textbook"] = [1e3 * value / mask_batch for value in statistics.quantiles([host_milliseconds(drawn, i) for i in range(rounds)][1:], n=4)]
+            textbook = [host_milliseconds(lambda turn: textbook_masks(mask_batch, family, generator), i) for i in range(rounds)]
+            times["textbook"] = [1e3 * value / mask_batch for value in statistics.quantiles(textbook[1:], n=4, method="inclusive")]
         low, median, high = times["ours"]
         against = f"   textbook collator {times['textbook'][1]:.0f} us = {times['textbook'][1] / median:.0f}x" if "textbook" in times else ""
         print(f"sample_masks    {family:6} {mask_batch} clips a call   {median:.2f} us a clip [{low:.2f}, {high:.2f}]{against}", flush=True)

@@ -17,6 +17,9 @@ struct Warp {
     return x;
   }
   __device__ __forceinline__ void set(uint64_t* word, uint64_t mask) const { atomicOr(reinterpret_cast<unsigned long long*>(word), static_cast<unsigned long long>(mask)); }
+  __device__ __forceinline__ void fill(const Philox& philox, uint32_t first_block, uint32_t* out) const {
+    philox.block(first_block + static_cast<uint32_t>(lane), out + lane, blocks);
+  }
   __device__ __forceinline__ static int32_t count(uint64_t x) { return __popcll(x); }
 
   template <typename Integer>

@@ -42,6 +42,9 @@ struct Serial {
   SALT_HD void check(bool) const {}  // the caller has
   SALT_HD int32_t sum(int32_t x) const { return x; }
   SALT_HD void set(uint64_t* word, uint64_t mask) const { *word |= mask; }
+  SALT_HD void fill(const Philox& philox, uint32_t first_block, uint32_t* out) const {
+    for (int32_t i = 0; i < blocks; ++i) philox.block(first_block + static_cast<uint32_t>(i), out + i, blocks);
+  }
 #if !defined(__CUDA_ARCH__)
   static SALT_HD int32_t count(uint64_t x) { return __builtin_popcountll(x); }
 
@@ -70,10 +73,7 @@ struct Numbers {
   SALT_HD int32_t available(const Team& team) {  // in the batch at hand, at least 1
     if (used == SIZE) {
       team.sync();
-#if defined(__GNUC__) && !defined(__CUDACC__)
-#pragma GCC ivdep
-#endif
-      for (int32_t i = team.lane; i < Team::blocks; i += Team::size) philox.block(next_block + static_cast<uint32_t>(i), buffer + i, Team::blocks);
+      team.fill(philox, next_block, buffer);
       next_block += Team::blocks, used = 0;
       team.sync();
     }
