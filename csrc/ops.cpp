@@ -1,9 +1,6 @@
 // The torch side of salt_ops: operator definitions, argument checks, allocation, threads and streams. The kernels are in cpu.cpp and
 // *.cu; autograd and fake kernels are registered in ops.py. Registered operators run without the GIL.
 #include <ATen/Parallel.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -37,20 +34,6 @@ void compute(const Tensor& x, int64_t items, int64_t item_bytes, const Host& hos
   }
 #endif
   at::parallel_for(0, items, std::max<int64_t>(1, BYTES_A_TASK / std::max<int64_t>(1, item_bytes)), host);
-}
-
-// An uninitialised tensor. On the CPU, memory that the C library maps anew for it (from 32 MB on) is asked for in large pages, since clearing
-// it 4 KB at a time takes longer than any kernel here.
-Tensor uninitialised(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  Tensor x = at::empty(sizes, options);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t MAPPED = uintptr_t{32} << 20, PAGE = 4096;
-  if (x.is_cpu() && x.nbytes() >= MAPPED) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()), first = (begin + PAGE - 1) / PAGE * PAGE;
-    madvise(reinterpret_cast<void*>(first), (begin + x.nbytes() - first) / PAGE * PAGE, MADV_HUGEPAGE);  // advice: failing costs nothing
-  }
-#endif
-  return x;
 }
 
 salt::Type type_of(const Tensor& x, const char* name, at::ArrayRef<at::ScalarType> allowed, const char* listed) {
@@ -137,7 +120,7 @@ Tensor masked_gather(const Tensor& x, const Tensor& index) {
   check_sizes(x);
   const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
   const Tensor source = x.contiguous(), rows = checked_index(index, x, B, N);
-  Tensor out = uninitialised({B, rows.size(1), D}, x.options());
+  Tensor out = at::empty({B, rows.size(1), D}, x.options());
   const salt::Rows a{static_cast<const char*>(source.const_data_ptr()), rows.const_data_ptr<int64_t>(), B, N, rows.size(1),
                      D * static_cast<int64_t>(x.element_size()), static_cast<char*>(out.mutable_data_ptr())};
   compute(x, D > 0 ? B * a.K : 0, a.row_bytes, [&](int64_t begin, int64_t end) { salt::gather_cpu(a, begin, end); },
@@ -151,7 +134,7 @@ Tensor masked_scatter(const Tensor& x, const Tensor& index, int64_t N) {
   const int64_t B = x.size(0), K = x.size(1), D = x.size(2);
   const Tensor source = x.contiguous(), rows = checked_index(index, x, B, N);
   TORCH_CHECK(rows.size(1) == K, "index has ", rows.size(1), " columns and x ", K, " rows");
-  Tensor out = uninitialised({B, N, D}, x.options());
+  Tensor out = at::empty({B, N, D}, x.options());
   const salt::Rows a{static_cast<const char*>(source.const_data_ptr()), rows.const_data_ptr<int64_t>(), B, N, K,
                      D * static_cast<int64_t>(x.element_size()), static_cast<char*>(out.mutable_data_ptr())};
   compute(x, D > 0 ? B * N : 0, a.row_bytes, [&](int64_t begin, int64_t end) { salt::scatter_cpu(a, begin, end); },
@@ -173,7 +156,7 @@ Tensor patch_normalise(const Tensor& patches, const optional<Tensor>& index, at:
   salt::Patches a{source.const_data_ptr<uint8_t>(), rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr, B, N, rows.defined() ? rows.size(1) : N, D,
                   static_cast<int>(channels), {}, {}, nullptr, dtype == at::kFloat ? salt::Type::f32 : salt::Type::bf16};
   for (int64_t c = 0; c < channels; ++c) a.scale[c] = static_cast<float>(scale[c]), a.shift[c] = static_cast<float>(shift[c]);
-  Tensor out = uninitialised({B, a.K, D}, patches.options().dtype(dtype));
+  Tensor out = at::empty({B, a.K, D}, patches.options().dtype(dtype));
   a.out = out.mutable_data_ptr();
   compute(patches, D > 0 ? B * a.K : 0, D * static_cast<int64_t>(out.element_size()), [&](int64_t begin, int64_t end) { salt::patches_cpu(a, begin, end); },
           [&](auto stream) { return salt::patches_cuda(a, stream); });
@@ -224,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_mse(const Tensor& prediction, const Te
   }
   const auto options = prediction.options().memory_format(c10::nullopt);
   Tensor per_token = at::empty({B, K}, options.dtype(sums)), loss = at::empty({}, options.dtype(sums));
-  Tensor gradient = need_gradient ? uninitialised({B, K, D}, options) : at::empty({0}, options);
+  Tensor gradient = need_gradient ? at::empty({B, K, D}, options) : at::empty({0}, options);
   a.prediction = p.const_data_ptr(), a.target = y.const_data_ptr(), a.index = rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr;
   a.B = B, a.N = N, a.K = K, a.D = D;
   a.scale = weight / static_cast<double>(B * K * D);
