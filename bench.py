@@ -2,7 +2,7 @@
 
 Each op of the extension against eager PyTorch, torch.compile and what memory allows, in one process, taking turns: medians over the
 rounds, with the quartiles. Bytes of an op: each input row it needs once, each output once. Copy bandwidth: clone() of a tensor as large as
-the op's main operand, bytes read plus bytes written, in the same rounds. On a GPU several input sets take turns, so that none is in L2.
+the op's main operand, bytes read plus bytes written, in the same rounds. On a GPU four input sets take turns, so that all but the smallest cases come from memory and not from L2.
 """
 import datetime
 import functools
@@ -49,7 +49,7 @@ import ops  # noqa: E402
 if device == "cuda" and not torch.cuda.is_available():
     raise config.InputError("--device cuda: torch sees no GPU; run python -c 'import torch; torch.cuda.init()' for the reason, or use --device cpu")
 if device not in ops.EXTENSION["devices"]:
-    raise config.InputError(f"there is nothing of our own to measure on {device}: {ops.extension_line()}")
+    raise config.InputError(f"there is nothing of our own to measure on {device}: {ops.extension_line(device)}")
 if threads:
     torch.set_num_threads(threads)
 torch._dynamo.config.recompile_limit = 10_000  # one compilation a shape is what a training run would have

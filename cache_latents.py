@@ -64,10 +64,10 @@ if world > 1:
     dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for the slowest one's last shard
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and torch.cuda.is_available() else device
 log = print if rank == 0 else lambda *line, **how: None
-log(ops.extension_line(), flush=True)
 if out is None or teacher == "" or (data is None and clips_from is None):
     raise InputError("give --out, --teacher (or --teacher none) and --data (or --clips_from); see --help")
 device = model.pick_device(device)
+log(ops.extension_line(device), flush=True)
 
 if clips == "off" and teacher.lower() == "none":
     raise InputError("--teacher none keeps nothing but clips; leave --clips off out")

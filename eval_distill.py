@@ -38,10 +38,10 @@ from config import InputError  # noqa: E402
 from data import batches, cache_reader, load_split, video_reader  # noqa: E402
 from views import View  # noqa: E402
 
-print(ops.extension_line(), flush=True)
 if not checkpoint or not (cache or data):
     raise InputError("give --checkpoint and either --cache or --data with --teacher; see --help")
 device = model.pick_device(device)
+print(ops.extension_line(device), flush=True)
 prepare_file(out)
 loaded = {path: model.load_salt(path, device) for path in checkpoint}
 

@@ -37,29 +37,33 @@ def covers(architectures, capability):
     return False
 
 
-UNCOVERED = ""  # GPUs here that the extension was not built for
-if "cuda" in EXTENSION["devices"] and torch.cuda.is_available():
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    UNCOVERED = ", ".join(f"{a}.{b}" for a, b in sorted(found) if not covers(EXTENSION["architectures"], (a, b)))
-    if UNCOVERED:
-        EXTENSION["devices"].remove("cuda")
+_runs_on = {}
 
 
-def extension_line():
-    """One line for a script's start: what the extension was built for, or that the reference runs in its place."""
-    if MISSING:
-        return f"salt_ops is not in use ({MISSING}): running on the plain PyTorch reference; build it with `python setup.py build_ext`"
-    built = ", ".join(EXTENSION["devices"]) + (f" ({EXTENSION['architectures']})" if EXTENSION["architectures"] else "")
-    advice = ""
-    if UNCOVERED:
-        advice = f"; not for this GPU's {UNCOVERED}, where the plain PyTorch reference runs: `python setup.py build_ext` here builds for it"
-    elif torch.cuda.is_available() and "cuda" not in EXTENSION["devices"]:
-        advice = "; on the GPU the plain PyTorch reference runs: install the CUDA toolkit (nvcc) and run `python setup.py build_ext` again"
-    return f"salt_ops: built for {built}; SIMD {EXTENSION['simd']}{advice}"
+@torch.compiler.assume_constant_result
+def runs_on(gpu):
+    """Whether the extension was built for the GPU of this number. Asked when a tensor is on one, so that a CPU run never wakes CUDA."""
+    if gpu not in _runs_on:
+        _runs_on[gpu] = covers(EXTENSION["architectures"], torch.cuda.get_device_capability(gpu))
+    return _runs_on[gpu]
 
 
 def has_kernel(x):
-    return x.device.type in EXTENSION["devices"]
+    where = x.device
+    return where.type in EXTENSION["devices"] and (where.type != "cuda" or runs_on(where.index))
+
+
+def extension_line(device="cpu"):
+    """One line for a script's start: what the extension was built for, or that the reference runs in its place on `device`."""
+    if MISSING:
+        return f"salt_ops is not in use ({MISSING}): running on the plain PyTorch reference; build it with `python setup.py build_ext`"
+    built = ", ".join(EXTENSION["devices"]) + (f" ({EXTENSION['architectures']})" if EXTENSION["architectures"] else "")
+    advice, device = "", torch.device(device)
+    if device.type == "cuda" and "cuda" not in EXTENSION["devices"]:
+        advice = "; on the GPU the plain PyTorch reference runs: install the CUDA toolkit (nvcc) and run `python setup.py build_ext` again"
+    elif device.type == "cuda" and not runs_on(device.index or 0):
+        advice = "; not for this GPU, where the plain PyTorch reference runs: `python setup.py build_ext` here builds for it"
+    return f"salt_ops: built for {built}; SIMD {EXTENSION['simd']}{advice}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- Philox
@@ -190,8 +194,16 @@ def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None)
         raise InputError(f"sample_ids must be int64 [B], not {sample_ids.dtype} {list(sample_ids.shape)}")
     ids = sample_ids if has_kernel(sample_ids) else sample_ids.cpu()  # where the device has no kernel the host draws
     spec = mask_spec(family, tuple(map(int, grid)), None if counts is None else tuple(map(int, counts)), str(ids.device))
-    drawn = torch.ops.salt_ops.sample_masks(ids, epoch, seed, **spec) if has_kernel(ids) else sample_masks_reference(ids, epoch, seed, spec)
-    return Masks(*(index.to(sample_ids.device) for index in drawn))
+    if has_kernel(ids):
+        context, target = torch.ops.salt_ops.sample_masks(ids, epoch, seed, mask_numbers(spec), spec["sizes"])
+    else:
+        context, target = sample_masks_reference(ids, epoch, seed, spec)
+    return Masks(context.to(sample_ids.device), target.to(sample_ids.device))
+
+
+def mask_numbers(spec):
+    """The numbers of a mask_spec in the order in which the kernel takes them."""
+    return [*spec["grid"], *spec["counts"], *spec["blocks"], spec["redraws"], *spec["low"], *spec["high"], spec["stream"]]
 
 
 def sample_masks_reference(sample_ids, epoch, seed, spec):
@@ -274,6 +286,8 @@ def patch_normalise(patches, mean, std, index=None, dtype=torch.float32):
     if patches.dtype != torch.uint8 or patches.dim() != 3 or patches.shape[2] % len(mean) or len(mean) != len(std):
         raise InputError(f"patch_normalise takes uint8 patches [B, N, D], mean and std of a number for each channel; not {patches.dtype} "
                          f"{list(patches.shape)}, {len(mean)} and {len(std)} numbers")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise InputError(f"patch_normalise makes float32 or bfloat16, not {dtype}")
     scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
     if has_kernel(patches):
         return torch.ops.salt_ops.patch_normalise(patches, index, scale, shift, dtype)
@@ -341,11 +355,12 @@ def masked_mse(prediction, target, index=None, kind="mse", normalise="none", mea
     IndexError on an index outside [0, N) (a device assert on a GPU).
     """
     check_loss(prediction, target, index, kind, normalise, mean, rstd)
+    target, mean, rstd = (x if x is None else x.detach() for x in (target, mean, rstd))
     if has_kernel(prediction):
         need_gradient = torch.is_grad_enabled() and prediction.requires_grad  # a kernel cannot see it
-        loss, tokens, _ = torch.ops.salt_ops.masked_mse(prediction, target.detach(), index, kind, normalise, mean, rstd, 1.0, need_gradient)
+        loss, tokens, _ = torch.ops.salt_ops.masked_mse(prediction, target, index, kind, normalise, mean, rstd, 1.0, need_gradient)
     else:
-        loss, tokens = masked_mse_reference(prediction, target.detach(), index, kind, normalise, mean, rstd)
+        loss, tokens = masked_mse_reference(prediction, target, index, kind, normalise, mean, rstd)
     return (loss, tokens.detach()) if per_token else loss
 
 
@@ -396,8 +411,8 @@ if EXTENSION["devices"]:
                 prediction.new_empty(prediction.shape if need_gradient else (0,)))
 
     @torch.library.register_fake("salt_ops::sample_masks")
-    def _(sample_ids, epoch, seed, grid, counts, blocks, redraws, sizes, low, high, stream):
-        return tuple(sample_ids.new_empty(sample_ids.shape[0], count) for count in counts)
+    def _(sample_ids, epoch, seed, numbers, sizes):
+        return tuple(sample_ids.new_empty(sample_ids.shape[0], count) for count in numbers[3:5])
 
     def save_index(ctx, inputs, output):
         ctx.save_for_backward(inputs[1])
@@ -423,6 +438,7 @@ if EXTENSION["devices"]:
             return (None,) * 9
         gradient, = ctx.saved_tensors  # written by the forward pass, and never changed in place
         one = type(scale) is torch.Tensor and scale.device.type == "cpu" and scale.item() == 1  # a compiler's trace has no values, a GPU's cost a wait
-        return (gradient if one else gradient * scale,) + (None,) * 8  # times a 0-dim scale: read where it lies, in the gradient's dtype
+        wide = gradient.float() if gradient.dtype == torch.bfloat16 else gradient  # or torch would round the scale to bfloat16
+        return (gradient if one else (wide * scale).to(gradient.dtype),) + (None,) * 8
 
     torch.library.register_autograd("salt_ops::masked_mse", scale_gradient, setup_context=save_gradient)

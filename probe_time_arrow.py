@@ -62,7 +62,6 @@ from data import VideoError, load_split, patchify, prefetch, read_clip, shuffled
 from views import View, random_half  # noqa: E402
 from weights import load_checkpoint  # noqa: E402
 
-print(ops.extension_line(), flush=True)
 if not data or not (checkpoint or after):
     raise InputError("give --data and either --checkpoint or --after; see --help")
 if checkpoint and after:
@@ -107,6 +106,7 @@ if after:
     checkpoint = os.path.join(checkpoints, run, "best.pth")
 
 device = model.pick_device(device)
+print(ops.extension_line(device), flush=True)
 saved = load_checkpoint(checkpoint)
 view, shape = View.from_dict(saved["view"]), model.EncoderConfig(**saved["encoder_config"])
 student = model.student_of(saved, checkpoint)

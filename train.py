@@ -145,10 +145,10 @@ log(f"run {run}: {' '.join(sys.argv)}")
 log(f"settings {json.dumps(settings)}")
 for line in config.from_environment:
     log(line)
-log(ops.extension_line())
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     raise InputError("train.py runs on one device; start it without torchrun (cache_latents.py runs on several)")
 device = model.pick_device(device)
+log(ops.extension_line(device))
 where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 log(f"torch {torch.__version__} on {where}, {dtype}")
 torch.set_float32_matmul_precision("high")

@@ -122,11 +122,16 @@ void launch_target(const Loss& a, CUstream_st* stream) {
 constexpr int MEAN_THREADS = 1024;
 
 template <typename A>
-__global__ void __launch_bounds__(MEAN_THREADS) mean_kernel(const A* x, int64_t count, A* mean) {
+__global__ void __launch_bounds__(MEAN_THREADS) mean_kernel(const A* x, int64_t count, bool aligned, A* mean) {
   __shared__ A warps[WARP];
+  const int64_t packs = aligned ? count / 4 : 0;
   A sum = 0;
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < count; i += MEAN_THREADS) sum += x[i];
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < packs; i += MEAN_THREADS) {
+    const Pack<A, 4> four = reinterpret_cast<const Pack<A, 4>*>(x)[i];
+    sum += (four.value[0] + four.value[1]) + (four.value[2] + four.value[3]);
+  }
+  for (int64_t i = 4 * packs + threadIdx.x; i < count; i += MEAN_THREADS) sum += x[i];
   sum = warp_sum(sum);
   if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = sum;
   __syncthreads();
@@ -150,9 +155,9 @@ int loss_cuda(const Loss& a, CUstream_st* stream) {
 
 int mean_cuda(const void* x, int64_t count, Type type, void* mean, CUstream_st* stream) {
   if (type == Type::f64)
-    mean_kernel<<<1, MEAN_THREADS, 0, stream>>>(static_cast<const double*>(x), count, static_cast<double*>(mean));
+    mean_kernel<<<1, MEAN_THREADS, 0, stream>>>(static_cast<const double*>(x), count, aligned(x, 16), static_cast<double*>(mean));
   else
-    mean_kernel<<<1, MEAN_THREADS, 0, stream>>>(static_cast<const float*>(x), count, static_cast<float*>(mean));
+    mean_kernel<<<1, MEAN_THREADS, 0, stream>>>(static_cast<const float*>(x), count, aligned(x, 16), static_cast<float*>(mean));
   return cudaGetLastError();
 }
 

@@ -53,7 +53,7 @@ void check_device(const Tensor& x, const Tensor& like, const char* name) {
 
 // Kernels count a clip's rows and a row's bytes in 32 bits.
 void check_sizes(const Tensor& x) {
-  TORCH_CHECK(x.size(1) < (int64_t{1} << 31) && x.size(2) * static_cast<int64_t>(x.element_size()) < (int64_t{1} << 31), "a clip has fewer than 2^31 rows of less than 2 GB; not ", x.sizes());
+  TORCH_CHECK(x.size(1) < (int64_t{1} << 31) && x.size(2) * static_cast<int64_t>(x.element_size()) < (int64_t{1} << 30), "a clip has fewer than 2^31 rows of less than 1 GB; not ", x.sizes());
 }
 
 // index [B, K] int64, 0 <= index < N, on the device of `like`; returns it contiguous. On a GPU the kernels assert the range.
@@ -71,14 +71,15 @@ Tensor checked_index(const Tensor& index, const Tensor& like, int64_t B, int64_t
   return rows;
 }
 
-std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch, int64_t seed, at::IntArrayRef grid, at::IntArrayRef counts,
-                                        at::IntArrayRef blocks, int64_t redraws, const Tensor& sizes, at::IntArrayRef low,
-                                        at::IntArrayRef high, int64_t stream) {
+// numbers: grid (3), counts (2), blocks (2), redraws, low (3), high (3), stream; in one list, since each argument takes torch a microsecond.
+std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch, int64_t seed, at::IntArrayRef numbers, const Tensor& sizes) {
   TORCH_CHECK(sample_ids.scalar_type() == at::kLong && sample_ids.dim() == 1, "sample_ids must be int64 [B]");
   TORCH_CHECK(sizes.scalar_type() == at::kInt && sizes.dim() == 2 && sizes.size(1) == 2, "sizes must be int32 [S, 2]");
   check_device(sizes, sample_ids, "sizes");
   TORCH_CHECK(epoch >= 0 && epoch <= 0xFFFFFFFFll && seed >= 0, "epoch must be in [0, 2^32) and seed in [0, 2^63)");
-  TORCH_CHECK(grid.size() == 3 && counts.size() == 2 && blocks.size() == 2 && low.size() == 3 && high.size() == 3, "grid, low and high have three entries, counts and blocks two");
+  TORCH_CHECK(numbers.size() == 15, "a mask is described by 15 numbers, not ", numbers.size());
+  const at::IntArrayRef grid = numbers.slice(0, 3), counts = numbers.slice(3, 2), blocks = numbers.slice(5, 2), low = numbers.slice(8, 3), high = numbers.slice(11, 3);
+  const int64_t redraws = numbers[7], stream = numbers[14];
   int64_t n = 1;
   for (const int64_t side : grid) {
     TORCH_CHECK(side > 0 && side < (1 << 26) && n * side < (1 << 26), "grid must be positive and hold fewer than 2^26 tokens");
@@ -215,12 +216,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_mse(const Tensor& prediction, const Te
   compute(prediction, B * K, D * static_cast<int64_t>(p.element_size()), [&](int64_t begin, int64_t end) { salt::loss_cpu(a, begin, end); },
           [&](auto stream) { return salt::loss_cuda(a, stream); });
   if (prediction.is_cpu()) {
-    double sum = 0;  // in token order, so that the thread count does not show
-    if (sums == at::kDouble)
-      for (int64_t i = 0; i < B * K; ++i) sum += per_token.const_data_ptr<double>()[i];
-    else
-      for (int64_t i = 0; i < B * K; ++i) sum += per_token.const_data_ptr<float>()[i];
-    loss.fill_(sum / static_cast<double>(B * K));
+    const auto mean_of = [&](const auto* tokens) {
+      double sum = 0;  // in token order, so that the thread count does not show
+      for (int64_t i = 0; i < B * K; ++i) sum += static_cast<double>(tokens[i]);
+      return sum / static_cast<double>(B * K);
+    };
+    loss.fill_(sums == at::kDouble ? mean_of(per_token.const_data_ptr<double>()) : mean_of(per_token.const_data_ptr<float>()));
   } else {
     compute(prediction, 1, 0, [](int64_t, int64_t) {}, [&](auto stream) {
       return salt::mean_cuda(per_token.const_data_ptr(), B * K, sums == at::kDouble ? salt::Type::f64 : salt::Type::f32, loss.mutable_data_ptr(), stream);
@@ -232,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_mse(const Tensor& prediction, const Te
 }  // namespace
 
 TORCH_LIBRARY(salt_ops, m) {
-  m.def("sample_masks(Tensor sample_ids, int epoch, int seed, int[] grid, int[] counts, int[] blocks, int redraws, Tensor sizes, int[] low, int[] high, int stream) -> (Tensor, Tensor)");
+  m.def("sample_masks(Tensor sample_ids, int epoch, int seed, int[] numbers, Tensor sizes) -> (Tensor, Tensor)");
   m.def("masked_gather(Tensor x, Tensor index) -> Tensor");
   m.def("masked_scatter(Tensor x, Tensor index, int n) -> Tensor");
   m.def("patch_normalise(Tensor patches, Tensor? index, float[] scale, float[] shift, ScalarType dtype) -> Tensor");

@@ -66,8 +66,8 @@ def test_patches_are_the_cpus_bit_for_bit(dtype, shift):
             assert torch.equal(found.cpu(), ops.patch_normalise(patches, mean, std, at, dtype))
 
 
-@pytest.mark.parametrize("prediction_dtype", ops.PREDICTIONS)
-@pytest.mark.parametrize("target_dtype", ops.TARGETS)
+@pytest.mark.parametrize("prediction_dtype", ops.PREDICTIONS, ids=str)
+@pytest.mark.parametrize("target_dtype", ops.TARGETS, ids=str)
 @pytest.mark.parametrize("kind", ops.KINDS)
 @pytest.mark.parametrize("normalise", ops.NORMALISATIONS)
 def test_loss_and_gradient(prediction_dtype, target_dtype, kind, normalise):
@@ -78,6 +78,8 @@ def test_loss_and_gradient(prediction_dtype, target_dtype, kind, normalise):
                 prediction = torch.randn(b, n if index is None else k, d).to(prediction_dtype)
                 target = (torch.randn(b, n, d).abs() * 60).clamp(0, 255).to(target_dtype)
                 target = target if target_dtype == torch.uint8 else target / 60
+                if target_dtype == torch.float64 and prediction_dtype != torch.float64:
+                    target = target.float().double()  # what a float32 comparison sees
                 mean, rstd = torch.randn(n, d), torch.rand(n, d) + 0.5
                 leaf = off_by(shift, prediction).requires_grad_()
                 loss, tokens = ops.masked_mse(leaf, off_by(shift, target), None if index is None else index.cuda(), kind, normalise, mean.cuda(), rstd.cuda(), True)
@@ -92,7 +94,7 @@ def test_loss_and_gradient(prediction_dtype, target_dtype, kind, normalise):
                 close = 1e-6 if prediction_dtype != torch.float64 or target_dtype == torch.uint8 else 1e-11
                 assert distance(loss, expected.detach()) <= close and distance(tokens, expected_tokens) <= 10 * close
                 if kind != "l1" or normalise == "none":  # an l1 slope jumps at 0, where a normalised target's rounding decides
-                    assert distance(gradient, expected_gradient) <= (4e-3 if prediction_dtype == torch.bfloat16 else 10 * close)
+                    assert distance(gradient, expected_gradient) <= (2**-7 if prediction_dtype == torch.bfloat16 else 10 * close)
 
 
 @pytest.mark.parametrize("kind", ops.KINDS)
@@ -169,8 +171,9 @@ def test_the_saved_gradient_is_not_changed_by_backward():
 
 def test_opcheck():
     x, index = torch.randn(2, 6, 4, device="cuda", requires_grad=True), rows(2, 6, 3).cuda()
+    spec = ops.mask_spec("short", (4, 6, 6), None, "cuda:0")
     checks = [(torch.ops.salt_ops.masked_gather, (x, index), {}), (torch.ops.salt_ops.masked_scatter, (x[:, :3].detach().requires_grad_(), index, 6), {}),
-              (torch.ops.salt_ops.sample_masks, (torch.arange(3, device="cuda"),), {"epoch": 0, "seed": 0, **ops.mask_spec("short", (4, 6, 6), None, "cuda:0")}),
+              (torch.ops.salt_ops.sample_masks, (torch.arange(3, device="cuda"), 0, 0, ops.mask_numbers(spec), spec["sizes"]), {}),
               (torch.ops.salt_ops.patch_normalise, (torch.zeros(2, 6, 6, dtype=torch.uint8, device="cuda"), index, [1.0, 2.0], [0.0, 1.0], torch.bfloat16), {}),
               (torch.ops.salt_ops.masked_mse, (x[:, :3].detach().requires_grad_(), x.detach(), index, "l1", "layer_norm", None, None, 1.0, True), {})]
     for op, arguments, named in checks:
@@ -193,13 +196,16 @@ def test_tensors_on_two_devices_are_an_error():
             bad()
 
 
-@pytest.mark.parametrize("call", [
-    "ops.masked_gather(x, i)", "torch.ops.salt_ops.masked_scatter(x[:, :3], i, 6)", "ops.masked_mse(x[:, :3], x, i)",
-    "ops.patch_normalise(x.byte(), (0,), (1,), i)", "ops.sample_masks(-torch.ones(1, dtype=torch.int64, device='cuda'), 0, 0, 'short')"])
-def test_a_wrong_index_is_a_device_assert(call):
-    """In a process of its own, since an assert ends the GPU's context."""
-    for bad in (6, -1):
-        code = (f"import torch, ops; x = torch.randn(2, 6, 4, device='cuda'); i = torch.tensor([[0, 1, {bad}], [0, 1, 2]], device='cuda')\n"
-                f"try:\n    {call}; torch.cuda.synchronize()\nexcept RuntimeError as error:\n    print('device-side assert' in str(error))")
-        run = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(ops.__file__), capture_output=True, text=True)
-        assert run.stdout.strip() == "True", run.stdout + run.stderr
+def test_a_wrong_index_is_a_device_assert():
+    """In processes of their own, since an assert ends the GPU's context."""
+    calls = ["ops.masked_gather(x, i)", "torch.ops.salt_ops.masked_scatter(x[:, :3], i, 6)", "ops.masked_mse(x[:, :3], x, i)",
+             "ops.patch_normalise(x.byte(), (0,), (1,), i)", "ops.sample_masks(-torch.ones(1, dtype=torch.int64, device='cuda'), 0, 0, 'short')"]
+    runs = {}
+    for call in calls:
+        for bad in (6, -1):
+            code = (f"import torch, ops; x = torch.randn(2, 6, 4, device='cuda'); i = torch.tensor([[0, 1, {bad}], [0, 1, 2]], device='cuda')\n"
+                    f"try:\n    {call}; torch.cuda.synchronize()\nexcept RuntimeError as error:\n    print('device-side assert' in str(error), flush=True)")
+            runs[call, bad] = subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(ops.__file__), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for case, run in runs.items():
+        out, error = run.communicate(timeout=300)
+        assert out.strip() == "True", (case, out, error)

@@ -14,6 +14,10 @@ from config import InputError
 needs_extension = pytest.mark.skipif(not ops.EXTENSION["devices"], reason="the extension is not built")
 
 
+SPEC = ops.mask_spec("short", (4, 6, 6), None)
+NUMBERS, SIZES = ops.mask_numbers(SPEC), SPEC["sizes"]
+
+
 def rows(b, n, k, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(n, generator=generator)[:k].sort().values for _ in range(b)])
@@ -205,6 +209,8 @@ def test_patches_are_normalised_and_gathered():
 
 def test_patches_that_do_not_fit_are_an_error():
     patches = torch.zeros(2, 5, 12, dtype=torch.uint8)
+    with pytest.raises(InputError, match="not torch.float16"):
+        ops.patch_normalise(patches, (0,), (1,), dtype=torch.float16)
     for bad in (lambda: ops.patch_normalise(patches.float(), (0,), (1,)), lambda: ops.patch_normalise(patches, (0,) * 3, (1,) * 2),
                 lambda: ops.patch_normalise(patches[..., :11], (0,) * 3, (1,) * 3), lambda: ops.patch_normalise(patches, (0,), (1,), rows(3, 5, 2))):
         with pytest.raises(InputError, match="patch_normalise takes"):
@@ -223,9 +229,9 @@ def test_patches_that_do_not_fit_are_an_error():
     lambda op: op.masked_mse(torch.randn(2, 3, 4), torch.randn(2, 3, 4), None, "rmse", "none", None, None, 1.0, True),
     lambda op: op.patch_normalise(torch.zeros(2, 3, 4), None, [1.0], [0.0], torch.float32),
     lambda op: op.patch_normalise(torch.zeros(2, 3, 4).byte(), None, [1.0] * 3, [0.0] * 3, torch.float32),
-    lambda op: op.sample_masks(torch.arange(2), -1, 0, **ops.mask_spec("short", (4, 6, 6), None)),
-    lambda op: op.sample_masks(torch.arange(2), 0, 0, **ops.mask_spec("short", (4, 6, 6), None) | {"grid": (2**20, 2**20, 2**30)}),
-    lambda op: op.sample_masks(torch.arange(2), 0, 0, **ops.mask_spec("short", (4, 6, 6), None) | {"sizes": torch.full((2, 2), 7, dtype=torch.int32)})])
+    lambda op: op.sample_masks(torch.arange(2), -1, 0, NUMBERS, SIZES), lambda op: op.sample_masks(torch.arange(2), 0, 0, NUMBERS[1:], SIZES),
+    lambda op: op.sample_masks(torch.arange(2), 0, 0, [2**20, 2**20, 2**30, *NUMBERS[3:]], SIZES),
+    lambda op: op.sample_masks(torch.arange(2), 0, 0, NUMBERS, torch.full((2, 2), 7, dtype=torch.int32))])
 def test_an_op_called_wrongly_is_an_error_and_no_read_out_of_bounds(call):
     with pytest.raises((RuntimeError, IndexError)):
         call(torch.ops.salt_ops)
@@ -255,7 +261,7 @@ def test_every_simd_level_gives_the_same_bits(tmp_path):
 
 def strided(draw, b, n, d, dtype):
     """A tensor [b, n, d] of one of several layouts: whole, transposed, every other, broadcast, or an element off alignment."""
-    make = lambda *shape: (torch.randn(shape) * 50).to(dtype) if dtype.is_floating_point else torch.randint(0, 256, shape, dtype=dtype)
+    make = lambda *shape: torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.randint(0, 256, shape, dtype=dtype)
     return draw(st.sampled_from([
         lambda: make(b, n, d), lambda: make(b, d, n).transpose(1, 2), lambda: make(b, 2 * n, d)[:, ::2], lambda: make(b, n, 2 * d)[..., ::2],
         lambda: make(1, n, d).expand(b, n, d), lambda: make(b * n * d + 1)[1:].view(b, n, d), lambda: make(n, b, d).transpose(0, 1)]))()
@@ -303,12 +309,12 @@ def test_any_patches(case, dtype):
 @given(gathers(list(ops.TARGETS)), st.sampled_from(ops.PREDICTIONS), st.sampled_from(ops.KINDS), st.sampled_from(ops.NORMALISATIONS), st.booleans())
 def test_any_loss(case, dtype, kind, normalise, indexed):
     target, index, draw = case
-    target = target if target.dtype == torch.uint8 else target / 50
     index = index if indexed else None
     b, n, d = target.shape
-    prediction = strided(draw, b, n if index is None else index.shape[1], d, dtype) / 50
-    mean, rstd = strided(draw, 1, n, d, torch.float32)[0] / 50, torch.rand(n, d) + 0.5
+    prediction = strided(draw, b, n if index is None else index.shape[1], d, dtype)
+    mean, rstd = strided(draw, 1, n, d, torch.float32)[0], torch.rand(n, d) + 0.5
     leaf = prediction.detach().requires_grad_()
+    assert leaf.stride() == prediction.stride() and leaf.data_ptr() == prediction.data_ptr()
     loss, tokens = ops.masked_mse(leaf, target, index, kind, normalise, mean, rstd, per_token=True)
     gradient, = torch.autograd.grad(loss, leaf)
     truth = prediction.detach().double().requires_grad_()
@@ -332,7 +338,7 @@ def loss_arguments(kind="mse", normalise="none", gradient=True):
 def test_opcheck():
     x, index = torch.randn(2, 6, 4, requires_grad=True), rows(2, 6, 3)
     checks = [(torch.ops.salt_ops.masked_gather, (x, index), {}), (torch.ops.salt_ops.masked_scatter, (torch.randn(2, 3, 4, requires_grad=True), index, 6), {}),
-              (torch.ops.salt_ops.sample_masks, (torch.arange(3),), {"epoch": 0, "seed": 0, **ops.mask_spec("short", (4, 6, 6), None)}),
+              (torch.ops.salt_ops.sample_masks, (torch.arange(3), 0, 0, NUMBERS, SIZES), {}),
               (torch.ops.salt_ops.patch_normalise, (torch.zeros(2, 6, 6, dtype=torch.uint8), index, [1.0, 2.0], [0.0, 1.0], torch.bfloat16), {}),
               (torch.ops.salt_ops.masked_mse, (*loss_arguments(gradient=False), 1.0, False), {})]
     checks += [(torch.ops.salt_ops.masked_mse, (*loss_arguments(kind, normalise), 1.0, True), {}) for kind in ops.KINDS for normalise in ops.NORMALISATIONS]
