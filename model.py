@@ -236,23 +236,24 @@ class Salt(nn.Module):
         return predictions
 
 
+@torch.no_grad()
 def salt_loss(predictions, patches, latents, masks, space, kind="mse"):
-    """The SALT loss: the mean over families of the error at target positions; and what R2 needs.
+    """The SALT loss: the mean over families of the error at target positions; its gradient, and what R2 needs.
 
-    Returns (loss, squared, spread): squared and spread are the squared errors of the predictions and of the per-position mean,
-    summed over the same target tokens, both in the loss's space, so that R2 = 1 - squared / spread.
+    Returns (loss, squared, spread, gradients): squared and spread are the squared errors of the predictions and of the per-position
+    mean, summed over the same target tokens, both in the loss's space, so that R2 = 1 - squared / spread. gradients is
+    {family: d loss / d prediction}, made in the same pass, for torch.autograd.backward(predictions, gradients).
     """
-    loss = squared = spread = 0
+    loss, squared, spread, gradients = 0, 0, 0, {}
     y, how = space.raw_targets(patches, latents)
     for family, prediction in predictions.items():
         target = masks[family].target
-        error = ops.masked_mse(prediction, y, target, kind, **how)
-        with torch.no_grad():
-            plain = error if kind == "mse" else ops.masked_mse(prediction, y, target, **how)
-            squared = squared + plain * prediction.numel()
-            spread = spread + ops.masked_mse(space.zero[target], y, target, **how) * prediction.numel()
+        error, gradients[family] = ops.masked_mse_with_grad(prediction, y, target, kind, weight=1 / len(predictions), **how)
+        plain = error if kind == "mse" else ops.masked_mse(prediction, y, target, **how)
+        squared = squared + plain * prediction.numel()
+        spread = spread + ops.masked_mse(space.zero[target], y, target, **how) * prediction.numel()
         loss = loss + error / len(predictions)
-    return loss, squared, spread
+    return loss, squared, spread, gradients
 
 
 def vicreg(prediction, eps=1e-4):

@@ -385,16 +385,17 @@ while step < total_steps and not stopping:
     drawn = {family: model.sample_masks(batch.ids, step // epoch_length, seed, family, grid) for family in masks}
     with autocast():
         predictions = salt(batch.patches, drawn)
-    error, squared, spread = model.salt_loss(predictions, batch.patches, batch.latents, drawn, space, loss)
-    objective = error
+    error, squared, spread, gradients = model.salt_loss(predictions, batch.patches, batch.latents, drawn, space, loss)
+    roots, upstream = list(predictions.values()), list(gradients.values())  # the loss brings its gradient; other terms join here
     if vicreg_variance or vicreg_covariance:
         penalties = [model.vicreg(prediction) for prediction in predictions.values()]
-        objective = error + sum(vicreg_variance * v + vicreg_covariance * c for v, c in penalties) / len(penalties)
-    objective.backward()
+        roots.append(sum(vicreg_variance * v + vicreg_covariance * c for v, c in penalties) / len(penalties))
+        upstream.append(None)
+    torch.autograd.backward(roots, upstream)
     norm = torch.nn.utils.clip_grad_norm_(salt.parameters(), grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    pending.append(torch.stack([error.detach().float(), squared, spread, norm]))
+    pending.append(torch.stack([error.float(), squared, spread, norm]))
     step += 1
 
     stopping = bool(received)  # looked at once a step: a signal from here on lets one more step run, and that one saves

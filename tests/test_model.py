@@ -236,7 +236,7 @@ def test_loss_and_r2_match_their_formulas(target, normalise, kind):
     space = model.Space(target, normalise, mean, rstd, torch.randn(144, 1536 if target == "pixels" else 20) * 0.1)
     masks = {family: ops.sample_masks(torch.arange(3), 0, 0, family, (4, 6, 6)) for family in ("short", "long")}
     predictions = salt(patches, masks)
-    loss, squared, spread = model.salt_loss(predictions, patches, latents, masks, space, kind)
+    loss, squared, spread, gradients = model.salt_loss(predictions, patches, latents, masks, space, kind)
 
     if target == "pixels":
         x = patches.double() / 255
@@ -255,6 +255,8 @@ def test_loss_and_r2_match_their_formulas(target, normalise, kind):
         spreads.append((wanted - torch.stack([space.zero[drawn.target[b]] for b in range(3)])).pow(2).sum())
     for got, parts in ((loss, errors), (squared, squares), (spread, spreads)):
         torch.testing.assert_close(got.double(), sum(parts), rtol=1e-4, atol=1e-6, check_dtype=False)
+    for family, expected in zip(gradients, torch.autograd.grad(sum(errors), list(predictions.values()), retain_graph=True), strict=True):
+        torch.testing.assert_close(gradients[family], expected, rtol=1e-3, atol=1e-7)
 
     batch = data.Batch(torch.arange(3), patches, latents)
     found = model.clip_errors(salt, space, batch, ["short", "long"], 0, model.autocast_on(torch.device("cpu"), "fp32"))
@@ -278,8 +280,8 @@ def test_gradients_reach_every_parameter():
     salt = make_salt()
     masks = {family: ops.sample_masks(torch.arange(2), 0, 0, family, (4, 6, 6)) for family in ("short", "long")}
     predictions = salt(torch.randint(0, 256, (2, 144, 1536), dtype=torch.uint8), masks)
-    loss, _, _ = model.salt_loss(predictions, None, torch.randn(2, 144, 20), masks, model.Space("latents", "none", None, None, torch.zeros(144, 20)))
-    loss.backward()
+    *_, gradients = model.salt_loss(predictions, None, torch.randn(2, 144, 20), masks, model.Space("latents", "none", None, None, torch.zeros(144, 20)))
+    torch.autograd.backward(list(predictions.values()), list(gradients.values()))
     still = [name for name, parameter in salt.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0]
     assert still == []
 
