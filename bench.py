@@ -251,7 +251,7 @@ def processor():
 def commit():
     git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks") else "")
     except OSError:
         return "unknown"
 

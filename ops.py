@@ -437,8 +437,9 @@ if EXTENSION["devices"]:
         if scale is None:
             return (None,) * 9
         gradient, = ctx.saved_tensors  # written by the forward pass, and never changed in place
-        one = type(scale) is torch.Tensor and scale.device.type == "cpu" and scale.item() == 1  # a compiler's trace has no values, a GPU's cost a wait
-        wide = gradient.float() if gradient.dtype == torch.bfloat16 else gradient  # or torch would round the scale to bfloat16
-        return (gradient if one else (wide * scale).to(gradient.dtype),) + (None,) * 8
+        if not (type(scale) is torch.Tensor and scale.device.type == "cpu" and scale.item() == 1):  # a compiler's trace has no values, a GPU's cost a wait
+            wide = gradient.float() if gradient.dtype == torch.bfloat16 else gradient  # or torch would round the scale to bfloat16
+            gradient = (wide * scale).to(gradient.dtype)
+        return (gradient,) + (None,) * 8
 
     torch.library.register_autograd("salt_ops::masked_mse", scale_gradient, setup_context=save_gradient)
