@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 from config import InputError
@@ -172,6 +173,28 @@ def test_the_saved_gradient_is_not_changed_by_backward():
     first, = torch.autograd.grad(loss * 5, prediction, retain_graph=True)
     second, = torch.autograd.grad(loss, prediction)
     torch.testing.assert_close(first, 5 * second)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", ops.PREDICTIONS)
+def test_backward_costs_nothing_where_the_scale_is_one(dtype):
+    class Large(TorchDispatchMode):
+        """Notes the operators that make or read a tensor of more than one number."""
+        seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if any(isinstance(x, torch.Tensor) and x.numel() > 1 for x in (*args, out)) and func is not torch.ops.aten.detach.default:
+                self.seen.append(str(func))
+            return out
+
+    prediction = torch.randn(2, 3, 4).to(dtype).requires_grad_()
+    for scale, expected in ((1, False), (0.5, True)):
+        loss = ops.masked_mse(prediction, torch.randn(2, 3, 4)) * scale
+        with Large() as mode:
+            mode.seen = []
+            torch.autograd.grad(loss, prediction)
+        assert any("mul" in name or "copy" in name or "zeros" in name for name in mode.seen) == expected, mode.seen
 
 
 @needs_extension
