@@ -32,7 +32,10 @@ def covers(architectures, capability):
         if not name[0].isdigit():  # a name such as Hopper: whoever gave it knows
             return True
         built = tuple(int(part.rstrip("af")) for part in name.removesuffix("+PTX").split("."))
-        if built[0] == capability[0] and built[1] <= capability[1] or name.endswith("+PTX") and built <= capability:
+        if name.endswith("a"):  # for that GPU alone
+            if built == capability:
+                return True
+        elif built[0] == capability[0] and built[1] <= capability[1] or name.endswith("+PTX") and built <= capability:
             return True
     return False
 
@@ -247,7 +250,14 @@ def draw_one_mask(epoch, seed, sample_id, grid, counts, blocks, redraws, sizes, 
 
 # ---------------------------------------------------------------------------------------------------------------- gather
 
+def check_devices(name, first, *others):
+    for x in others:
+        if x is not None and x.device != first.device:
+            raise InputError(f"{name} takes tensors on one device, not on {first.device} and {x.device}")
+
+
 def check_rows(x, index, name):
+    check_devices(name, x, index)
     if x.dim() != 3 or index.dim() != 2 or index.shape[0] != x.shape[0] or index.dtype != torch.int64:
         raise InputError(f"{name} takes [B, N, D] and int64 index [B, K], not {list(x.shape)} and {index.dtype} {list(index.shape)}")
 
@@ -283,9 +293,10 @@ def patch_normalise(patches, mean, std, index=None, dtype=torch.float32):
     """
     if index is not None:
         check_rows(patches, index, "patch_normalise")
-    if patches.dtype != torch.uint8 or patches.dim() != 3 or patches.shape[2] % len(mean) or len(mean) != len(std):
-        raise InputError(f"patch_normalise takes uint8 patches [B, N, D], mean and std of a number for each channel; not {patches.dtype} "
-                         f"{list(patches.shape)}, {len(mean)} and {len(std)} numbers")
+    channels = len(mean)
+    if patches.dtype != torch.uint8 or patches.dim() != 3 or not 1 <= channels <= 4 or patches.shape[2] % channels or len(std) != channels or not min(std) > 0:
+        raise InputError(f"patch_normalise takes uint8 patches [B, N, D], a mean and a std above 0 for each of 1 to 4 channels, which divide D; not "
+                         f"{patches.dtype} {list(patches.shape)}, {mean} and {std}")
     if dtype not in (torch.float32, torch.bfloat16):
         raise InputError(f"patch_normalise makes float32 or bfloat16, not {dtype}")
     scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
@@ -333,6 +344,7 @@ def check_loss(prediction, target, index, kind, normalise, mean, rstd):
     if not fits or (target.shape[1] if index is None else index.shape[-1]) != prediction.shape[1]:
         raise InputError(f"masked_mse takes prediction [B, K, D] and target [B, N, D] with index [B, K], or [B, K, D] without; not "
                          f"{list(prediction.shape)}, {list(target.shape)} and {'no index' if index is None else list(index.shape)}")
+    check_devices("masked_mse", prediction, target, index, *((mean, rstd) if normalise == "standardise" else ()))
     if index is not None:
         check_rows(target, index, "masked_mse")
     if prediction.dtype not in PREDICTIONS or target.dtype not in TARGETS:
@@ -437,9 +449,10 @@ if EXTENSION["devices"]:
         if scale is None:
             return (None,) * 9
         gradient, = ctx.saved_tensors  # written by the forward pass, and never changed in place
-        if not (type(scale) is torch.Tensor and scale.device.type == "cpu" and scale.item() == 1):  # a compiler's trace has no values, a GPU's cost a wait
-            wide = gradient.float() if gradient.dtype == torch.bfloat16 else gradient  # or torch would round the scale to bfloat16
-            gradient = (wide * scale).to(gradient.dtype)
+        if type(scale) is not torch.Tensor:  # a compiler's trace has no values; it fuses this with what comes next
+            gradient = (gradient * scale.reshape(1, 1, 1)).to(gradient.dtype)
+        elif scale.device.type != "cpu" or scale.item() != 1:  # a GPU's value costs a wait, so it is read there, in one pass
+            gradient = torch.mul(gradient, scale.reshape(1, 1, 1), out=torch.empty_like(gradient))  # not 0-dim, which torch would round to bfloat16
         return (gradient,) + (None,) * 8
 
     torch.library.register_autograd("salt_ops::masked_mse", scale_gradient, setup_context=save_gradient)

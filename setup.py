@@ -14,6 +14,7 @@ import sys
 import torch
 from setuptools import setup
 
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])  # an environment's own ninja is found
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # Ampere, its GeForce, Ada, Hopper, Blackwell, its GeForce
 
 
@@ -22,7 +23,8 @@ def cuda_home():
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return home if os.path.isfile(os.path.join(home, "bin", "nvcc")) else None
-    nvcc = shutil.which("nvcc") or next(iter(sorted(glob.glob("/usr/local/cuda*/bin/nvcc"))), None)
+    installed = [*glob.glob("/usr/local/cuda/bin/nvcc"), *sorted(glob.glob("/usr/local/cuda-*/bin/nvcc"), reverse=True)]
+    nvcc = shutil.which("nvcc") or (installed[0] if installed else None)
     if nvcc is None:
         return None
     said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True)
@@ -78,5 +80,7 @@ if home:
         build(cuda=False)
 else:
     if torch.version.cuda and os.environ.get("SALT_CUDA", "1") != "0":
-        print("setup.py: this torch has CUDA, but no nvcc was found (CUDA_HOME, PATH): building for the CPU alone", file=sys.stderr)
+        asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        print(f"setup.py: this torch has CUDA, but {f'CUDA_HOME={asked} holds no bin/nvcc' if asked else 'no nvcc was found (CUDA_HOME, PATH)'}: "
+              "building for the CPU alone", file=sys.stderr)
     build(cuda=False)

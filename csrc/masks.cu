@@ -16,7 +16,9 @@ struct Warp {
     for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL, x, offset);
     return x;
   }
-  __device__ __forceinline__ void set(uint64_t* word, uint64_t mask) const { atomicOr(reinterpret_cast<unsigned long long*>(word), static_cast<unsigned long long>(mask)); }
+  __device__ __forceinline__ void set(uint64_t* word, uint64_t mask) const {
+    atomicOr(reinterpret_cast<unsigned long long*>(word), static_cast<unsigned long long>(mask));
+  }
   __device__ __forceinline__ void fill(const Philox& philox, uint32_t first_block, uint32_t* out) const {
     philox.block(first_block + static_cast<uint32_t>(lane), out + lane, blocks);
   }
@@ -55,8 +57,9 @@ int64_t draw_scratch_cuda(const MaskSpec& spec) {
 }
 
 int draw_cuda(const Draw& draw, void* scratch, CUstream_st* stream) {
-  const int64_t global = draw_scratch_cuda(draw.spec);
-  draw_kernel<<<static_cast<unsigned>(draw.B < (1 << 30) ? draw.B : 1 << 30), WARP, global ? 0 : mask_scratch<Warp>(draw.spec), stream>>>(draw, static_cast<uint64_t*>(scratch), global / 8);
+  const int64_t global = draw_scratch_cuda(draw.spec), shared = global ? 0 : mask_scratch<Warp>(draw.spec);
+  const unsigned blocks = static_cast<unsigned>(draw.B < (1 << 30) ? draw.B : 1 << 30);
+  draw_kernel<<<blocks, WARP, shared, stream>>>(draw, static_cast<uint64_t*>(scratch), global / 8);
   return cudaGetLastError();
 }
 

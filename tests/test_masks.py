@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import ops
-from config import InputError
 
 DRAWS = 20_000
 needs_extension = pytest.mark.skipif(not ops.EXTENSION["devices"], reason="the extension is not built")
