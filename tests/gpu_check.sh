@@ -21,6 +21,7 @@ else
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # every tensor an allocation of its own, or an access beyond it goes unseen
   for tool in memcheck racecheck; do
     timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py \
-      -k "gather_and or patches_are or (loss_and and float16-torch.float32) or (loss_and and float32-torch.bfloat16) or (masks_are and 500)"
+      -k "gather_and or patches_are or (loss_and and float16-torch.float32) or (loss_and and float32-torch.bfloat16) or (masks_are and 500)" ||
+      { code=$?; echo "gpu-check: compute-sanitizer --tool $tool ended with $code (9: it found an error; 124: it took over two minutes)"; exit $code; }
   done
 fi
