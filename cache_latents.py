@@ -3,13 +3,20 @@
     python cache_latents.py --data DIR --split train --teacher DIR_OR_CKPT --out CACHE
     torchrun --nproc_per_node 4 cache_latents.py ...        each rank makes every 4th shard
 
+    python cache_latents.py --verify CACHE          check every byte; add --repair to the first command to rebuild what is broken
+    python cache_latents.py --merge A B --out C     join caches of one view and one teacher
+
 Interrupt it when you like: the same command continues at the next shard, and the result is the same to the bit.
 """
+import dataclasses
+import itertools
 import json
-import hashlib
 import os
 import shutil
 import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Literal
 
@@ -23,7 +30,9 @@ teacher = ""                   # VideoMAE folder or .pth, a checkpoint of train.
 out: str | None = None         # the cache to make, or to continue
 clips: Literal["auto", "on", "off"] = "auto"  # keep the clips too, so that training decodes no video; auto: where the disk has room
 clips_from: str | None = None  # another cache: use its clips and ids instead of --data
+latents: Literal["f16", "i8"] = "f16"  # how latents are kept; i8 takes half the disk, a scale a clip and channel
 limit: int | None = None       # only the first so many rows of the list
+views = 1                      # clips a video: the plain one, then others with jittered crop and time
 frames: int | None = None      # frames a clip (default: the teacher's, else 16)
 resolution: int | None = None  # pixels of the clip's side (default: the teacher's, else 224)
 patch: int | None = None       # pixels of a patch's side (default: the teacher's, else 16)
@@ -35,11 +44,14 @@ batch_size = 8                 # clips a teacher batch; fixed row ranges of the 
 threads = max(1, (os.cpu_count() or 1))  # decoding threads
 dtype: Literal["fp32", "bf16"] = "fp32"  # the teacher's compute
 device = "auto"                # auto, cpu, cuda or cuda:1
-verify: str | None = None      # check every byte of this cache against its checksums instead, and exit
+verify: str | None = None      # instead: check every byte of this cache against its checksums
+repair = False                 # check the cache at --out first, and rebuild what is broken in it
+merge: list[str] = []          # instead: join these caches of one view and teacher into --out; files are linked where they can be
 # -----------------------------------------------------------------------------------------------------------------------
-config.apply(globals(), least={"batch_size": 1, "threads": 1, "limit": 1, "frames": 1, "resolution": 1, "patch": 1, "stride": 1})
+config.apply(globals(), least={"batch_size": 1, "threads": 1, "limit": 1, "views": 1, "frames": 1, "resolution": 1, "patch": 1, "stride": 1})
 
-import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
+import numpy as np  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -47,15 +59,24 @@ import cache  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 from config import InputError  # noqa: E402
-from data import VideoError, cache_reader, collate, load_split, prefetch, video_reader  # noqa: E402
+from data import VideoError, load_split, prefetch, read_clips  # noqa: E402
 from views import View, grid_of  # noqa: E402
 
+files_bar = lambda files: tqdm(files, unit="file", dynamic_ncols=True)
 if verify:
-    problems = cache.open_cache(verify).verify(lambda files: tqdm(files, unit="file", dynamic_ncols=True))
+    problems, bad = cache.verify(verify, files_bar)
     for problem in problems:
         print(f"{verify}: {problem}")
-    print(f"{verify}: {f'{len(problems)} problems; make it again' if problems else 'every checksum fits'}")
+    if bad:
+        print(f"{verify}: to rebuild: shards {', '.join(map(str, bad))} of {cache.SHARD_ROWS} rows")
+    print(f"{verify}: {f'{len(problems)} problems; run the command that made it with --repair' if problems else 'every checksum, count and id fits'}")
     sys.exit(1 if problems else 0)
+if merge:
+    if out is None or len(merge) < 2:
+        raise InputError("--merge takes two caches or more, and --out the one to make")
+    metadata = cache.merge(merge, out)
+    print(f"{out}: {metadata['count']} records of {len(merge)} caches, {metadata['failures']} failures")
+    sys.exit(0)
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 if world > 1:
@@ -71,7 +92,7 @@ log(ops.extension_line(device), flush=True)
 
 if clips == "off" and teacher.lower() == "none":
     raise InputError("--teacher none keeps nothing but clips; leave --clips off out")
-shared = {"data", "split", "frames", "resolution", "patch", "sampling", "stride", "crop", "interpolation", "limit"} & config.given
+shared = {"data", "split", "frames", "resolution", "patch", "sampling", "stride", "crop", "interpolation", "limit", "views"} & config.given
 if clips_from and (shared or clips == "on"):
     names = ", ".join(f"--{name}" for name in sorted(shared)) or "--clips on"
     raise InputError(f"--clips_from takes clips, ids and view from {clips_from}; leave {names} out")
@@ -95,16 +116,17 @@ if shape:
 tokens, patch_dim = int(torch.tensor(grid_of(view, patch, tubelet)).prod()), 3 * tubelet * patch * patch
 
 if source:
-    ids, read = [source.ids.fields(row) for row in range(len(source))], cache_reader(source)
+    ids, views = [source.ids.fields(row) for row in range(len(source))], source.metadata["views"]
     if not source.has_patches:
         raise InputError(f"the cache {clips_from} holds no clips (--clips off) to take; give --data instead")
 else:
-    rows = load_split(data, split, splits_dir, log)[:limit]
-    ids, read = [(row.id, 0) for row in rows], video_reader(rows, view, patch, tubelet)
+    videos = load_split(data, split, splits_dir, log)[:limit]
+    ids = [(video.id, number) for video in videos for number in range(views)]  # a video's views lie side by side, and are cut from one decode
 
 # ---- disk: what is needed, what is there
 begun = cache.begun_plan(out)
-latent_bytes, clip_bytes = len(ids) * tokens * (shape.dim if shape else 0) * 2, len(ids) * tokens * patch_dim
+kept_bytes = {"f16": 2, "i8": 1}[latents] if encoder else 0
+latent_bytes, clip_bytes = tokens * (shape.dim * kept_bytes if encoder else 0), tokens * patch_dim  # a record
 at = os.path.abspath(out)
 while not os.path.exists(at):
     at = os.path.dirname(at)
@@ -112,27 +134,36 @@ free = shutil.disk_usage(at).free
 if source or not shape:
     keep_clips = not source
 elif clips == "auto":
-    keep_clips = begun["clips"] if begun else latent_bytes + clip_bytes < 0.95 * free
+    keep_clips = begun["clips"] if begun else len(ids) * (latent_bytes + clip_bytes) < 0.95 * free
 else:
     keep_clips = clips == "on"
 log(f"clips: {f'those of {clips_from}' if source else 'kept' if keep_clips else 'left out, training will decode the videos'}")
-if not begun:
-    needed = latent_bytes + keep_clips * clip_bytes
-    log(f"disk: {needed / 1e9:.2f} GB needed ({latent_bytes / 1e9:.2f} latents, {keep_clips * clip_bytes / 1e9:.2f} clips), {free / 1e9:.1f} GB free")
-    if needed > free:
-        raise InputError(f"{out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; free some, or try --clips off or --limit")
 
 plan = {
-    "split": source.metadata["split"] if source else split, "list_count": len(ids),
-    "list_sha256": hashlib.sha256("".join(f"{name}\t{number}\n" for name, number in ids).encode()).hexdigest(),
+    "split": source.metadata["split"] if source else split, "list_count": len(ids), "list_sha256": cache.list_digest(ids),
     "teacher": encoder and {"name": encoder.name, "sha256": encoder.sha256, "dim": shape.dim, "mean": shape.mean, "std": shape.std, "compute": dtype},
-    "view": view.to_dict(), "view_hash": view.hash(), "patch": patch, "tubelet": tubelet, "dtype": "float16", "batch_size": batch_size,
-    "latent_shape": [tokens, shape.dim] if shape else None, "patch_shape": [tokens, patch_dim], "clips": bool(keep_clips),
+    "view": view.to_dict(), "view_hash": view.hash(), "views": views, "patch": patch, "tubelet": tubelet, "dtype": {"f16": "float16", "i8": "int8"}[latents],
+    "batch_size": batch_size, "latent_shape": [tokens, shape.dim] if shape else None, "patch_shape": [tokens, patch_dim], "clips": bool(keep_clips),
     "clips_from": os.path.relpath(os.path.realpath(clips_from), os.path.realpath(out)) if source else None}
+
+
+def check_disk_space(rows):
+    needed = rows * (latent_bytes + keep_clips * clip_bytes)
+    log(f"disk: {needed / 1e9:.2f} GB needed ({rows * latent_bytes / 1e9:.2f} latents, {rows * keep_clips * clip_bytes / 1e9:.2f} clips), {free / 1e9:.1f} GB free")
+    if needed > free:
+        raise InputError(f"{out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; free some, or try --latents i8, --clips off or --limit")
+
 
 # ---- make the missing shards
 if rank == 0:
-    writer = cache.Writer(out, plan)
+    if not begun:
+        check_disk_space(len(ids))
+    writer = cache.Writer(out, plan, files_bar)
+    if repair:
+        problems = writer.reopen(ids)
+        for problem in problems:
+            log(f"{out}: {problem}")
+        log(f"{out}: {len(problems)} problems to repair" if problems else f"{out}: every checksum, count and id fits; nothing to repair")
 if world > 1:
     dist.barrier()
 if rank > 0:
@@ -140,40 +171,90 @@ if rank > 0:
 if writer.finished:
     log(f"{out} is already whole: {len(cache.open_cache(out))} records")
     sys.exit(0)
+rows_of = lambda number: range(number * cache.SHARD_ROWS, min((number + 1) * cache.SHARD_ROWS, len(ids)))
 missing = writer.missing()
+to_make = sum(len(rows_of(number)) for number in missing)
+if begun and rank == 0:
+    check_disk_space(to_make)
 log(f"teacher {teacher} on {device}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)} to make; view {view.hash()}", flush=True)
+mine = missing[rank::world]
 
 
-def attempt(row):
+def groups():
+    """Rows that are decoded together: the views of one video, as far as they lie in one shard."""
+    for number in mine:
+        for _, together in itertools.groupby(rows_of(number), lambda row: row // views):
+            yield list(together)
+
+
+def clips_of(together):
+    """[patches uint8 [N, P] or VideoError] of rows of one video."""
+    if source:
+        return [source.patches(row) for row in together]
+    video = videos[together[0] // views]
     try:
-        return read(row)
+        if video.path is None:
+            raise VideoError(f"the video of the id {video.id!r} is not in the data folder")
+        cut = read_clips(video.path, [dataclasses.replace(view, view=ids[row][1]) for row in together], video.id)
     except VideoError as error:
-        return error
+        return [error] * len(together)
+    patches = [np.empty((tokens, patch_dim), np.uint8) for _ in cut]
+    for clip, made in zip(cut, patches):
+        ops.patchify_into(clip, made, patch, tubelet)
+    return patches
 
 
+def keep(shard, rows, clips, stored, scales):
+    """Write one teacher batch, row by row."""
+    done = 0
+    for row, clip in zip(rows, clips):
+        if isinstance(clip, VideoError):
+            shard.fail(row, *ids[row], str(clip))
+        else:
+            shard.add(*ids[row], None if stored is None else stored[done], None if scales is None else scales[done], clip)
+            done += 1
+
+
+# Decoding, the teacher, writing, and flushing with its checksum each have threads of their own; this one sees to the teacher.
 autocast = model.autocast_on(device, dtype)
-to_make = sum(min(cache.SHARD_ROWS, len(ids) - number * cache.SHARD_ROWS) for number in missing)
 bar = tqdm(total=len(ids), initial=len(ids) - to_make, unit="clip", dynamic_ncols=True, disable=rank > 0)
-for number in [k for k in missing if k % world == rank]:
-    first, last = number * cache.SHARD_ROWS, min((number + 1) * cache.SHARD_ROWS, len(ids))
-    with writer.shard(number) as shard:
-        samples = prefetch(attempt, range(first, last), threads, 2 * batch_size)
-        for start in range(first, last, batch_size):  # a teacher batch: these rows and no others, wherever a run began
-            batch = {row: next(samples) for row in range(start, min(start + batch_size, last))}
-            good = [sample for sample in batch.values() if not isinstance(sample, VideoError)]
-            latents = None
-            if encoder and good:
-                with torch.no_grad(), autocast():
-                    latents = encoder.encode(collate(good).patches.to(device)).float().cpu().numpy()  # [b, N, D]
-            done = 0
-            for row, sample in batch.items():
-                if isinstance(sample, VideoError):
-                    shard.fail(row, *ids[row], str(sample))
-                    continue
-                shard.add(*ids[row], latents[done] if encoder else None, sample.patches)
-                done += 1
-            bar.update(len(batch) * (1 if world == 1 else world))
+stream = itertools.chain.from_iterable(prefetch(clips_of, groups(), threads, max(threads, 2 * batch_size // views)))
+begin, waited, shard, finishing = time.perf_counter(), 0.0, None, None
+with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
+    try:
+        for number in mine:
+            shard, writing = writer.shard(number), deque()
+            for start in rows_of(number)[::batch_size]:  # a teacher batch: these rows and no others, wherever a run began
+                rows = range(start, min(start + batch_size, rows_of(number).stop))
+                tick = time.perf_counter()
+                batch = [next(stream) for _ in rows]
+                waited += time.perf_counter() - tick
+                good = [clip for clip in batch if not isinstance(clip, VideoError)]
+                stored = scales = None
+                if encoder and good:
+                    with torch.no_grad(), autocast():
+                        made = encoder.encode(torch.from_numpy(np.stack(good)).to(device))  # [b, N, D]
+                    stored, scales = cache.to_stored(made, plan["dtype"], [ids[row][0] for row, clip in zip(rows, batch) if not isinstance(clip, VideoError)])
+                writing.append(keeper.submit(keep, shard, rows, batch, stored, scales))
+                if len(writing) > 2:
+                    writing.popleft().result()
+                bar.update(len(rows) * world)
+                bar.set_postfix_str(f"waiting for video {waited / (time.perf_counter() - begin):.0%}", refresh=False)
+            for job in writing:
+                job.result()
+            if finishing:
+                finishing.result()
+            finishing, shard = finisher.submit(shard.finish), None
+        if finishing:
+            finishing.result()
+    finally:
+        stream = None
+        if shard:
+            keeper.shutdown(cancel_futures=True)
+            shard.discard()
 bar.close()
+if to_make:
+    log(f"{to_make / (time.perf_counter() - begin):.1f} clips/s; {waited / (time.perf_counter() - begin):.0%} of the time waiting for video")
 if world > 1:
     dist.barrier()
 if rank == 0:

@@ -6,10 +6,12 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +20,13 @@ from einops import rearrange
 
 import ops
 from config import InputError
+from ops import patchify  # noqa: F401  a public name here
 from views import View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  data.View and the others are public names here
 
 VIDEO_SUFFIXES = (".webm", ".mp4", ".mkv", ".avi")
 VIDEO_FOLDERS = ("", "videos", "20bn-something-something-v2")
 MAX_PIXELS = 64 * 2**20  # a frame larger than this is taken for a broken header
+HELD_BYTES = 64 * 2**20  # of packets, kept between counting and decoding; a larger video is read twice
 
 
 class VideoError(InputError):
@@ -170,45 +174,63 @@ def read_csv(path, folder=None):
 
 # -------------------------------------------------------------------------------------------------------------- decoding
 
-def count_frames(container, stream):
-    """Frames of a video by its packets: headers of webm files state none, others lie. Exact but for packets that show nothing."""
-    return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-
-
 def read_clip(path, view=View(), video_id=None):
     """The clip that `view` cuts out of the video at `path`: uint8 [T, H, W, 3], RGB, T = view.frames, H = W = view.size.
 
-    The frames are resized and converted in one swscale pass each, with the colour matrix and range that the file states, and
-    turned upright. video_id (the file's stem by default) decides the jitter of views > 0. Raises VideoError, naming the file.
+    video_id (the file's stem by default) decides the jitter of views > 0. Raises VideoError, naming the file.
+    """
+    return read_clips(path, [view], video_id)[0]
+
+
+def read_clips(path, views, video_id=None):
+    """The clips that several views cut out of one video, from one decode; a list of what read_clip gives.
+
+    Frames are numbered by the packets that carry them. Decoding stops after the last frame that a view keeps; a kept frame is cropped, then
+    resized and converted in one swscale pass, with the colour matrix and range that the file states, and turned upright.
     """
     import av
+    name = os.path.splitext(os.path.basename(path))[0] if video_id is None else video_id
     try:
         with av.open(path, metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} holds no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-                raise VideoError(f"{path} states frames of {stream.codec_context.width}x{stream.codec_context.height}, more than {MAX_PIXELS} pixels")
-            n = count_frames(container, stream)
-        if n == 0:
-            raise VideoError(f"{path} holds no frame")
-        random = None
-        if view.view > 0:
-            name = os.path.splitext(os.path.basename(path))[0] if video_id is None else video_id
-            random = lambda: ops.Random(view.seed, 0, sample_id(name, view.view), ops.STREAMS["view"])
-        for _ in range(2):
-            draw = random() if random else None
-            wanted = frame_numbers(n, view, draw)
-            clip, decoded = decode_frames(path, wanted, view, draw)
-            if decoded == n:
-                return clip
-            if decoded == 0:
-                break
-            n = decoded  # a packet gave no frame of its own, or a broken one: count what did come, and cut again
-        raise VideoError(f"{path}: no frame could be decoded" if decoded == 0 else f"{path} decodes to another number of frames each time")
+            stream = video_stream(container, path)
+            n, held, size = 0, [], 0
+            for packet in container.demux(stream):  # headers of webm files state no count, others lie
+                n += shows(packet)
+                size += packet.size
+                if size <= HELD_BYTES:
+                    held.append(packet)
+            if n == 0:
+                raise VideoError(f"{path} holds no frame")
+            if size <= HELD_BYTES:
+                clips, decoded = cut(held, views, name, n, path)
+                if clips:
+                    return clips
+                n = decoded
+        for _ in range(2):  # a packet gave no frame of its own, or a broken one: count what did come, and cut again
+            with av.open(path, metadata_errors="ignore") as container:
+                clips, decoded = cut(container.demux(video_stream(container, path)), views, name, n, path) if n else (None, 0)
+            if clips:
+                return clips
+            n = decoded
+        raise VideoError(f"{path}: no frame could be decoded" if n == 0 else f"{path} decodes to another number of frames each time")
     except av.error.FFmpegError as error:
         check_disk(path)
         raise VideoError(f"{path} cannot be decoded: {error.strerror or error}") from None
+
+
+def video_stream(container, path):
+    if not container.streams.video:
+        raise VideoError(f"{path} holds no video stream")
+    stream = container.streams.video[0]
+    if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+        raise VideoError(f"{path} states frames of {stream.codec_context.width}x{stream.codec_context.height}, more than {MAX_PIXELS} pixels")
+    stream.codec_context.thread_count = 1  # parallelism is over videos
+    return stream
+
+
+def shows(packet):
+    """Whether a packet carries a frame that is shown; the last one of a stream is empty and flushes the decoder."""
+    return packet.size > 0 and not packet.is_discard
 
 
 def check_disk(path):
@@ -221,80 +243,93 @@ def check_disk(path):
         raise VideoError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def decode_frames(path, wanted, view, random):
-    """Decode all of a video, keep the wanted frames: (uint8 [T, H, W, 3] or None, the number of frames decoded)."""
+def cut(packets, views, name, n, path):
+    """Cut the clips of `views` out of a video of n frames: (clips, None), or (None, the frames it has) where they are not n."""
     import av
-    where = {int(number): np.flatnonzero(wanted == number) for number in wanted}
-    clip = np.empty((view.frames, view.size, view.size, 3), np.uint8)
-    place = (random.uniform(), random.uniform()) if random else None
-    decoded, scaler = 0, av.video.reformatter.VideoReformatter()
-    with av.open(path, metadata_errors="ignore") as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # parallelism is over videos
-        for packet in container.demux(stream):
-            try:
-                frames = packet.decode()
-            except av.error.InvalidDataError:
-                continue  # a broken packet is passed over, as players do; the caller counts what came
-            for frame in frames:
-                if decoded in where:
-                    clip[where[decoded]] = convert(frame, view, place, scaler, path)
-                decoded += 1
-    return (clip if decoded > int(wanted[-1]) else None), decoded
+    wanted, places = [], []
+    for view in views:
+        random = ops.Random(view.seed, 0, sample_id(name, view.view), ops.STREAMS["view"]) if view.view > 0 else None
+        wanted.append(frame_numbers(n, view, random))
+        places.append((random.uniform(), random.uniform()) if random else None)
+    clips = [np.empty((view.frames, view.size, view.size, 3), np.uint8) for view in views]
+    takers = {}  # frame number -> [(clip, place in it)]
+    for i, numbers in enumerate(wanted):
+        for place, number in enumerate(numbers.tolist()):
+            takers.setdefault(number, []).append((i, place))
+    last, fed, decoded, delay, scaler = max(takers), 0, 0, None, Scaler(path)
+    for packet in packets:
+        fed += shows(packet)
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            continue  # a broken packet is passed over, as players do; then the frames are not n, or fall short of the packets
+        for frame in frames:
+            made = {}
+            for i, place in takers.get(decoded, ()):
+                if i not in made:
+                    made[i] = scaler.convert(frame, views[i], places[i])
+                clips[i][place] = made[i]
+            decoded += 1
+        if decoded and delay is None:
+            delay = fed - decoded  # packets that the codec holds back to reorder frames
+        if decoded > last and fed - decoded <= delay:
+            return clips, None  # so far each packet gave its frame
+    return (clips, None) if decoded == n else (None, decoded)
 
 
-def convert(frame, view, place, scaler, path):
-    """One decoded frame as upright RGB, resized and cropped (at `place`, two fractions, or in the middle): uint8 [size, size, 3]."""
-    turned = round(frame.rotation / 90) % 4 * 90
-    height, width = (frame.width, frame.height) if turned % 180 else (frame.height, frame.width)
-    if view.crop == "squash":
-        height = width = view.size
-    else:
-        scale = view.short_side / min(height, width)
-        height, width = max(view.size, round(height * scale)), max(view.size, round(width * scale))
-    if max(height * width, frame.height * frame.width) > MAX_PIXELS:
-        raise VideoError(f"{path} has frames of {frame.width}x{frame.height}, resized to {width}x{height}: more than {MAX_PIXELS} pixels")
-    size = (height, width) if turned % 180 else (width, height)
-    rgb = scaler.reformat(frame, *size, "rgb24", interpolation=view.interpolation.upper(), dst_color_range="JPEG", threads=1).to_ndarray()
-    if turned:
-        rgb = np.rot90(rgb, turned // 90)  # VideoFrame.rotation and rot90 both count counter-clockwise
-    slack = height - view.size, width - view.size
-    y, x = (int(p * (room + 1)) for p, room in zip(place, slack)) if place else (room // 2 for room in slack)
-    return rgb[y:y + view.size, x:x + view.size]
+class Scaler:
+    """Frames of one video as upright RGB. One swscale context, and one crop filter a shape, serve all of them."""
+
+    def __init__(self, path):
+        import av
+        self.path, self.reformatter, self.graphs = path, av.video.reformatter.VideoReformatter(), {}
+        # Without full chroma swscale takes, for widths that are multiples of 8 alone, a short cut that is two levels too dark.
+        self.exact = av.video.reformatter.Interpolation.FULL_CHR_H_INT | av.video.reformatter.Interpolation.ACCURATE_RND
+
+    def convert(self, frame, view, place):
+        """uint8 [size, size, 3], cropped at `place` (two fractions of the room there is), or in the middle."""
+        turned = round(frame.rotation / 90) % 4
+        height, width = (frame.width, frame.height) if turned % 2 else (frame.height, frame.width)
+        if max(height * width, view.size ** 2) > MAX_PIXELS:
+            raise VideoError(f"{self.path} has frames of {frame.width}x{frame.height}, more than {MAX_PIXELS} pixels")
+        if view.crop == "center":  # the square that becomes size x size where the short side becomes short_side
+            side = max(1, round(min(height, width) * view.size / view.short_side))
+            y, x = (int(p * (room - side + 1)) if place else (room - side) // 2 for p, room in zip(place or (0, 0), (height, width)))
+            y, x = ((y, x), (x, height - y - side), (height - y - side, width - x - side), (width - x - side, y))[turned]  # as the frame is stored
+            frame = self.crop(frame, side, y, x)
+        how = type(self.exact)[view.interpolation.upper()] | self.exact
+        rgb = self.reformatter.reformat(frame, view.size, view.size, "rgb24", interpolation=how, dst_color_range="JPEG", threads=1)
+        return np.rot90(rgb.to_ndarray(), turned)  # VideoFrame.rotation and rot90 both count counter-clockwise
+
+    def crop(self, frame, side, y, x):
+        """The square of a frame from (y, x) on, moved up and left to where its chroma samples begin; no pixel is copied."""
+        if frame.width == frame.height == side:
+            return frame
+        import av
+        x -= x % (16 // frame.format.chroma_width(16))
+        y -= y % (16 // frame.format.chroma_height(16))
+        key = frame.width, frame.height, frame.format.name, side, y, x
+        if key not in self.graphs:
+            graph = av.filter.Graph()
+            source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000))
+            crop, sink = graph.add("crop", f"{side}:{side}:{x}:{y}:exact=1"), graph.add("buffersink")
+            source.link_to(crop)
+            crop.link_to(sink)
+            graph.configure()
+            self.graphs[key] = graph
+        self.graphs[key].push(frame)
+        return self.graphs[key].pull()
 
 
 # --------------------------------------------------------------------------------------------------------------- patches
 
-def patchify(clip, patch=16, tubelet=2):
-    """Clip [..., T, H, W, 3] -> patches [..., N, 3 * tubelet * patch * patch]: token n = (t * h + y) * w + x, vector (channel, dt, dy, dx).
-
-    That is how a Conv3d patch embedding flattens its kernel. Works on numpy arrays and tensors of any dtype.
-    """
-    return rearrange(clip, "... (t dt) (y dy) (x dx) c -> ... (t y x) (c dt dy dx)", dt=tubelet, dy=patch, dx=patch)
-
-
 def unpatchify(patches, grid=(8, 14, 14), patch=16, tubelet=2):
-    """The inverse: patches [..., N, P] -> clip [..., T, H, W, 3]."""
+    """The inverse of patchify: patches [..., N, P] -> clip [..., T, H, W, 3]."""
     t, y, x = grid
     return rearrange(patches, "... (t y x) (c dt dy dx) -> ... (t dt) (y dy) (x dx) c", t=t, y=y, x=x, dt=tubelet, dy=patch, dx=patch)
 
 
 # --------------------------------------------------------------------------------------------------------------- batches
-
-class Sample(NamedTuple):
-    id: int               # data.sample_id
-    patches: np.ndarray   # uint8 [N, P]
-    latents: np.ndarray | None  # float16 [N, D]
-
-
-class Batch(NamedTuple):
-    ids: torch.Tensor      # int64 [B]
-    patches: torch.Tensor  # uint8 [B, N, P]
-    latents: torch.Tensor | None  # float16 [B, N, D]
-
-    def to(self, device):
-        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self))
-
 
 def prefetch(work, jobs, threads, ahead):
     """work(job) of each job, in order, computed on `threads` threads at most `ahead` jobs early. Threads only: no shared memory."""
@@ -312,65 +347,74 @@ def prefetch(work, jobs, threads, ahead):
                 future.cancel()
 
 
-def shuffled(n, seed, epoch):
-    """The order of n samples in one epoch: a function of (n, seed, epoch)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)).tolist()
+class Videos:
+    """Clips cut from the videos of a list under one view."""
+    cache, latent_shape = None, None
 
+    def __init__(self, rows, view, patch, tubelet=2):
+        self.rows, self.view, self.patch, self.tubelet, self.decodes = rows, view, patch, tubelet, True
+        self.grid = grid_of(view, patch, tubelet)
+        self.patch_shape = math.prod(self.grid), 3 * tubelet * patch * patch
 
-def batches(read, order, batch_size, threads=4, ahead=2, failed=None, substitutes=0):
-    """Batches of `batch_size` from the samples read(i), i in `order` (any iterable, read no further ahead than needed).
+    def __len__(self):
+        return len(self.rows)
 
-    read         sample number -> Sample, called from threads; it may raise VideoError
-    ahead        batches prepared early
-    failed       called with (sample number, VideoError); by default the error is raised
-    substitutes  0 (evaluation): a sample that fails is left out of its batch, and the last batch may be smaller.
-                 n (training): its place goes to the next readable of the n samples, i + 1, i + 2, ..., which depends on i alone; the
-                 last partial batch is dropped
-    Raises InputError where 16 samples in a row fail.
-    """
-    def attempt(i):
-        first = None
-        for step in range(16 if substitutes else 1):
-            try:
-                return i, first, read((i + step) % substitutes if substitutes else i)
-            except VideoError as error:
-                first = first or error
-        return i, first, None
+    def name(self, i):
+        """(video id, view number) of clip i."""
+        return self.rows[i].id, self.view.view
 
-    samples, seen = [], 0
-    for i, error, sample in prefetch(attempt, order, threads, ahead * batch_size):
-        if error and failed is None:
-            raise error
-        if error:
-            failed(i, error)
-        if sample:
-            samples.append(sample)
-        elif substitutes:
-            raise InputError(f"16 videos in a row could not be decoded; the first: {error}")
-        seen += 1
-        if seen % batch_size == 0 and samples:
-            yield collate(samples)
-            samples = []
-    if samples and not substitutes:
-        yield collate(samples)
-
-
-def collate(samples):
-    """Samples as one Batch."""
-    stack = lambda arrays: torch.from_numpy(np.stack(arrays))
-    return Batch(torch.tensor([sample.id for sample in samples]), stack([sample.patches for sample in samples]),
-                 None if samples[0].latents is None else stack([sample.latents for sample in samples]))
-
-
-def video_reader(rows, view, patch, tubelet=2):
-    """read(i) for batches: decodes row i's video under `view`; its latents are left to a teacher."""
-    def read(i):
-        row = rows[i]
+    def decode(self, i, out):
+        """Write clip i's patches to the uint8 array `out` [N, P]. Raises VideoError."""
+        row = self.rows[i]
         if row.path is None:
             raise VideoError(f"the video of the id {row.id!r} is not in the data folder")
-        clip = read_clip(row.path, view, row.id)
-        return Sample(sample_id(row.id, view.view), patchify(clip, patch, tubelet), None)
-    return read
+        ops.patchify_into(read_clip(row.path, self.view, row.id), out, self.patch, self.tubelet)
+
+
+class Records:
+    """Clips and latents of a cache; where it holds no clips they are decoded, from the paths of `rows`."""
+
+    def __init__(self, cache, rows=None):
+        self.cache, self.view, self.patch, self.tubelet, self.decodes = cache, cache.view, cache.patch, cache.tubelet, not cache.has_patches
+        self.paths = {row.id: row.path for row in rows or ()}
+        if self.decodes and not self.paths:
+            raise InputError(f"the cache {cache.folder} holds no clips (--clips off), so the videos are needed: give --data")
+        self.grid, self.patch_shape, self.latent_shape = grid_of(cache.view, cache.patch, cache.tubelet), tuple(cache.patch_shape), cache.latent_shape
+
+    def __len__(self):
+        return len(self.cache)
+
+    def name(self, i):
+        return self.cache.ids.fields(i)
+
+    def decode(self, i, out):
+        name, number = self.name(i)
+        if self.paths.get(name) is None:
+            raise VideoError(f"the video of the id {name!r}, record {i} of {self.cache.folder}, is not in the data folder")
+        ops.patchify_into(read_clip(self.paths[name], dataclasses.replace(self.view, view=number), name), out, self.patch, self.tubelet)
+
+
+class Batch(NamedTuple):
+    ids: torch.Tensor      # int64 [B], sample ids
+    patches: torch.Tensor  # uint8 [B, N, P]
+    latents: torch.Tensor | None  # float16 [B, N, D]
+    masks: dict            # {family: Masks} of these clips
+
+
+def shuffled(n, batch_size, seed, steps):
+    """(epoch, records int64 [batch_size]) of each step in `steps`: every epoch a new order of the n records, the last partial batch dropped.
+
+    A function of (n, batch_size, seed, step); no list of records is kept.
+    """
+    for step in steps:
+        epoch, place = divmod(step, n // batch_size)
+        yield epoch, ops.permute(np.arange(place * batch_size, (place + 1) * batch_size), n, seed, epoch)
+
+
+def in_order(records, batch_size):
+    """(0, records [<= batch_size]) one after another: a sampler for evaluation."""
+    for start in range(0, len(records), batch_size):
+        yield 0, np.asarray(records[start:start + batch_size])
 
 
 def check_batch(n, batch_size):
@@ -379,20 +423,122 @@ def check_batch(n, batch_size):
         raise InputError(f"there are {n} clips, fewer than a batch of {batch_size}; lower --batch_size")
 
 
-def cache_reader(cache, rows=None):
-    """read(i) for batches: record i of a cache; its clip is decoded where the cache holds none, from the paths of `rows`."""
-    paths = {row.id: row.path for row in rows or ()}
-    if not cache.has_patches and not paths:
-        raise InputError(f"the cache {cache.folder} holds no clips (--clips off), so the videos are needed: give --data")
+class Slots:
+    """Memory of one batch, used again and again; pinned where it goes on to a GPU."""
 
-    def read(i):
-        name, number = cache.ids.fields(i)
-        view = dataclasses.replace(cache.view, view=number)
-        if cache.has_patches:
-            patches = cache.patches(i)
-        elif paths.get(name) is None:
-            raise VideoError(f"the video of the id {name!r}, record {i} of {cache.folder}, is not in the data folder")
-        else:
-            patches = patchify(read_clip(paths[name], view, name), cache.patch, cache.tubelet)
-        return Sample(sample_id(name, view.view), patches, cache.latents(i) if cache.has_latents else None)
-    return read
+    def __init__(self, source, batch_size, with_latents, pin):
+        self.patches = torch.empty(batch_size, *source.patch_shape, dtype=torch.uint8, pin_memory=pin)
+        self.latents = torch.empty(batch_size, *source.latent_shape, dtype=torch.float16, pin_memory=pin) if with_latents else None
+        self.copied = None  # a CUDA event: the copy to the GPU that still reads these
+
+
+def batches(source, sampler, families=(), seed=0, patches=None, latents=None, threads=4, ahead=2, device="cpu", failed=None, substitutes=False):
+    """Batches of clips with their masks, prepared by threads while the caller works on the one before. No processes: no shared memory.
+
+    source       Videos or Records
+    sampler      yields (epoch, records) a batch: shuffled() or in_order()
+    families     mask families to draw, by `seed`, the batch's epoch and each clip's id
+    patches, latents  which rows the caller will look at: parts of a mask, ("context",), ("target",) or both; () none at all; None every row.
+                 Other rows hold what an earlier batch left there. A row that several families ask for is read once
+    threads      decoding and reading threads
+    ahead        batches prepared early; memory for one more is kept
+    device       where the batches go; to a GPU on a stream beside the caller's
+    failed       called with (record, VideoError) in the order of the batches; by default the error is raised
+    substitutes  True (training): the place of a video that cannot be decoded goes to the next readable of records i + 1, i + 2, ..., which
+                 depends on i alone. False (evaluation): it is left out of its batch
+    A batch's tensors are the caller's until it asks for the next. Its content depends on seed, epoch and records alone. Raises InputError where 16
+    videos in a row fail, and, naming shard and row, where a cache cannot be read.
+    """
+    device, cache = torch.device(device), source.cache
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    n = source.patch_shape[0]
+    reads = [kind for kind, rows in (("patches", patches), ("latents", latents)) if rows != () and cache and (not source.decodes if kind == "patches" else source.latent_shape)]
+
+    def decode(slots, place, i):
+        """Fill a place with clip i, or in training with the next readable one: (the record or None, the first error or None)."""
+        if slots.copied:
+            slots.copied.synchronize()
+        first = None
+        for step in range(16 if substitutes else 1):
+            record = (i + step) % len(source) if substitutes else i
+            try:
+                source.decode(record, slots.patches[place].numpy())
+                return record, first
+            except VideoError as error:
+                first = first or error
+        return None, first
+
+    def assemble(slots, epoch, records, decoding):
+        """(Batch or None, [(record, error)]) of one batch."""
+        kept, errors = records, []
+        if slots.copied:
+            slots.copied.synchronize()
+        if decoding:
+            results = [future.result() for future in decoding]
+            errors = [(i, error) for i, (_, error) in zip(records, results) if error]
+            kept = [record for record, _ in results if record is not None]
+            if len(kept) < len(records):
+                if substitutes:
+                    raise InputError(f"16 videos in a row could not be decoded; the first: {next(error for record, error in results if record is None)}")
+                for place, good in enumerate([place for place, (record, _) in enumerate(results) if record is not None]):
+                    if place != good:
+                        slots.patches[place] = slots.patches[good]
+        if not len(kept):
+            return None, errors
+        ids = torch.tensor([sample_id(*source.name(int(record))) for record in kept])
+        masks = {family: ops.sample_masks(ids, epoch, seed, family, source.grid) for family in families}
+        for kind in reads:
+            parts, wanted = patches if kind == "patches" else latents, None
+            if parts is not None and masks:
+                wanted = torch.zeros(len(ids), n, dtype=torch.bool)
+                for drawn in masks.values():
+                    for part in parts:
+                        wanted.scatter_(1, getattr(drawn, part), True)
+            cache.read_rows(kind, kept, getattr(slots, kind)[:len(ids)], wanted, threads)
+        batch = Batch(ids, slots.patches[:len(ids)], slots.latents[:len(ids)] if "latents" in reads else None, masks)
+        if side:
+            with torch.cuda.stream(side):
+                to = lambda x: x if x is None else x.to(device, non_blocking=True)
+                batch = Batch(to(batch.ids), to(batch.patches), to(batch.latents), {name: ops.Masks(*map(to, drawn)) for name, drawn in masks.items()})
+                slots.copied = side.record_event()
+        return batch, errors
+
+    def hand_over(slots, future):
+        batch, errors = future.result()
+        for record, error in errors:
+            if failed is None:
+                raise error
+            failed(int(record), error)
+        if batch and side:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(slots.copied)
+            for x in (batch.ids, batch.patches, batch.latents, *(x for drawn in batch.masks.values() for x in drawn)):
+                if x is not None:
+                    x.record_stream(stream)
+        return batch
+
+    with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as assembler, ThreadPoolExecutor(1) as adviser:
+        free, pending = deque(), deque()
+        try:
+            made = 0
+            for epoch, records in sampler:
+                if made <= ahead:
+                    free.append(Slots(source, len(records), "latents" in reads, side is not None))
+                    made += 1
+                while not free:
+                    slots, future = pending.popleft()
+                    if batch := hand_over(slots, future):
+                        yield batch
+                    free.append(slots)
+                slots = free.popleft()
+                records = np.asarray(records)
+                if reads:
+                    adviser.submit(cache.advise, records, reads)
+                decoding = [decoders.submit(decode, slots, place, int(i)) for place, i in enumerate(records)] if source.decodes and patches != () else []
+                pending.append((slots, assembler.submit(assemble, slots, epoch, records, decoding)))
+            while pending:
+                if batch := hand_over(*pending.popleft()):
+                    yield batch
+        finally:
+            for pool in (assembler, decoders, adviser):
+                pool.shutdown(wait=False, cancel_futures=True)

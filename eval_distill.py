@@ -35,7 +35,7 @@ import model  # noqa: E402
 import ops  # noqa: E402
 from cache import open_cache, prepare_file, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
-from data import batches, cache_reader, load_split, video_reader  # noqa: E402
+from data import Records, Videos, batches, in_order, load_split  # noqa: E402
 from views import View  # noqa: E402
 
 if not checkpoint or not (cache or data):
@@ -65,10 +65,10 @@ if cache:
     if predicts_latents and not (source.has_latents and source.teacher_identity == first["teacher"]):
         raise InputError(f"{cache} holds latents of another teacher than {checkpoint[0]} was trained on, or none")
     rows = load_split(data, source.metadata["split"], splits_dir, print) if data and not source.has_patches else None
-    read, n = cache_reader(source, rows), len(source)
+    clips = Records(source, rows)
 else:
     rows = load_split(data, split, splits_dir, print)
-    read, n = video_reader(rows, view, encoder_config.patch, encoder_config.tubelet), len(rows)
+    clips = Videos(rows, view, encoder_config.patch, encoder_config.tubelet)
     if predicts_latents:
         if not teacher:
             raise InputError("without --cache the targets come from the teacher: give --teacher")
@@ -80,26 +80,28 @@ else:
 # ---- each batch once, through every checkpoint
 failures = []
 autocast = model.autocast_on(device, dtype)
-kept = range(min(n, max_batches * batch_size))
+kept = range(min(len(clips), max_batches * batch_size))
+families = list(dict.fromkeys(family for _, _, saved in loaded.values() for family in saved["settings"]["masks"]))
+seen = ("context", "target")  # the targets of the context, too: their mean is the background's guess
 errors = {path: [] for path in loaded}
-stream = batches(read, kept, batch_size, threads, failed=lambda i, error: failures.append(str(error)))
+stream = batches(clips, in_order(kept, batch_size), families, eval_seed, patches=None if encoder else ("context",) if predicts_latents else seen,
+                 latents=seen if predicts_latents else (), threads=threads, device=device, failed=lambda i, error: failures.append(str(error)))
 for batch in tqdm(stream, total=-(-len(kept) // batch_size), unit="batch", dynamic_ncols=True):
-    batch = batch.to(device)
     if encoder:
         with torch.no_grad():
             batch = batch._replace(latents=encoder.encode(batch.patches))
     for path, (salt, space, saved) in loaded.items():
-        errors[path].append(model.clip_errors(salt, space, batch, saved["settings"]["masks"], eval_seed, autocast))
+        errors[path].append(model.clip_errors(salt, space, batch, saved["settings"]["masks"], autocast))
 
 # ---- results
 results = []
 for path, parts in errors.items():
     families = model.join_errors(parts)
-    rows, clips = list(families.values()), len(next(iter(families.values()))["squared"])
+    rows, count = list(families.values()), len(next(iter(families.values()))["squared"])
     results.append({
-        "checkpoint": path, "step": loaded[path][2]["step"], "clips": clips,
+        "checkpoint": path, "step": loaded[path][2]["step"], "clips": count,
         "mse": model.mse(rows), "r2": float(model.r2(rows)),
-        "r2_ci95": model.interval(lambda index: model.r2(rows, clips=index), clips), "r2_background": float(model.r2(rows, "background")),
+        "r2_ci95": model.interval(lambda index: model.r2(rows, clips=index), count), "r2_background": float(model.r2(rows, "background")),
         "families": {name: {"mse": model.mse([row]), "r2": float(model.r2([row])), "r2_background": float(model.r2([row], "background"))}
                      for name, row in families.items()}})
 for failure in failures:

@@ -279,8 +279,8 @@ def parameter_groups(module, weight_decay):
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def clip_errors(salt, space, batch, families, seed, autocast):
-    """Held-out errors of one data.Batch, with the masks of epoch 0 and `seed`: the same for every checkpoint.
+def clip_errors(salt, space, batch, families, autocast):
+    """Held-out errors of one data.Batch, with those of its masks that are of `families`.
 
     Returns {family: {'squared', 'spread', 'background', 'elements'}}, float64 [B] each: the squared error, summed over a clip's
     target elements, of the predictions, of the per-position mean and of the mean of the clip's own context targets; how many
@@ -288,7 +288,7 @@ def clip_errors(salt, space, batch, families, seed, autocast):
     """
     training = salt.training
     salt.eval()
-    masks = {family: sample_masks(batch.ids, 0, seed, family, salt.student.config.grid) for family in families}
+    masks = {family: batch.masks[family] for family in families}
     with autocast():
         predictions = salt(batch.patches, masks)
     salt.train(training)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from config import InputError
 
@@ -72,7 +73,7 @@ def extension_line(device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------- Philox
 
 # Streams of one (seed, epoch, sample id): a use of random numbers each, so that no two uses share any.
-STREAMS = {"short": 0, "long": 1, "ratio": 2, "view": 14, "half": 15}
+STREAMS = {"short": 0, "long": 1, "ratio": 2, "order": 13, "view": 14, "half": 15}
 
 
 def philox(seed, epoch, sample_id, stream, first_block, blocks):
@@ -399,6 +400,136 @@ def masked_mse_reference(prediction, target, index=None, kind="mse", normalise="
     error = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[kind](p, y.to(p.dtype), reduction="none")
     tokens = error.mean(-1)  # [B, K]
     return tokens.mean(), tokens
+
+
+# ------------------------------------------------------------------------------------------------------------- the data path
+
+def patchify(clip, patch=16, tubelet=2):
+    """Clip [..., T, H, W, 3] -> patches [..., N, 3 * tubelet * patch * patch]: token n = (t * h + y) * w + x, vector (channel, dt, dy, dx).
+
+    That is how a Conv3d patch embedding flattens its kernel. Works on numpy arrays and tensors of any dtype; a view where that can be.
+    """
+    return rearrange(clip, "... (t dt) (y dy) (x dx) c -> ... (t y x) (c dt dy dx)", dt=tubelet, dy=patch, dx=patch)
+
+
+def patchify_into(clip, out, patch=16, tubelet=2):
+    """patchify of one clip, uint8 array [T, H, W, 3], written to the uint8 array `out` [N, P]: a slot of a batch."""
+    if EXTENSION["devices"]:
+        salt_ops.patchify(torch.from_numpy(np.ascontiguousarray(clip)), patch, tubelet, torch.from_numpy(out))
+    else:
+        out[:] = patchify(clip, patch, tubelet)
+
+
+def add_moments(rows, total, squares):
+    """Add float16 rows [n, ...] to `total` and their squares to `squares`, float64 arrays [...] in place, row after row in float64.
+
+    The same bits in however many calls the rows come.
+    """
+    if EXTENSION["devices"]:
+        salt_ops.add_moments(*map(torch.from_numpy, (np.ascontiguousarray(rows), total, squares)))
+    else:
+        for row in rows:
+            wide = row.astype(np.float64)
+            total += wide
+            squares += wide * wide
+
+
+PERMUTE_ROUNDS = 8
+
+
+def permute(index, n, seed, epoch):
+    """The images of `index` under a permutation of [0, n) that (n, seed, epoch) decide: an order in which no list is kept.
+
+    index int64 array [K] in [0, n), n <= 2^62 -> int64 array [K]. A Feistel network of alternating halves over the next power of two (Luby
+    and Rackoff 1988), keyed by Philox and walked until it falls below n (Black and Rogaway 2002).
+    """
+    index = np.ascontiguousarray(index, np.int64)
+    if index.size and not (0 <= index.min() and index.max() < n):
+        raise IndexError(f"index runs from {index.min()} to {index.max()}; it must be in [0, {n})")
+    keys = philox(seed, epoch, n, STREAMS["order"], 0, PERMUTE_ROUNDS // 4)
+    if EXTENSION["devices"]:
+        return salt_ops.permute(torch.from_numpy(index), n, keys.tolist()).numpy()
+    return permute_reference(index, n, keys)
+
+
+def permute_reference(index, n, keys):
+    def scramble(x):  # MurmurHash3's finaliser, of 32-bit numbers
+        x = (x ^ x >> np.uint64(16)) * np.uint64(0x85EBCA6B) & np.uint64(0xFFFFFFFF)
+        x = (x ^ x >> np.uint64(13)) * np.uint64(0xC2B2AE35) & np.uint64(0xFFFFFFFF)
+        return x ^ x >> np.uint64(16)
+
+    bits = max(2, (n - 1).bit_length())
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
+    x, walking = index.astype(np.uint64), np.arange(len(index))
+    while len(walking):
+        high, low = x[walking] >> low_bits, x[walking] & low_mask
+        for even, odd in zip(keys[::2], keys[1::2]):
+            high ^= scramble(low ^ even) & high_mask
+            low ^= scramble(high ^ odd) & low_mask
+        x[walking] = high << low_bits | low
+        walking = walking[x[walking] >= n]
+    return x.astype(np.int64)
+
+
+class FileReference:
+    """A file to read rows from, by plain preadv."""
+
+    def __init__(self, path):
+        self.file = open(path, "rb", buffering=0)
+
+
+File = salt_ops.File if EXTENSION["devices"] else FileReference  # File(path): raises OSError
+
+
+def advise(files, starts, count):
+    """Ask for `count` bytes from `starts[i]` on of each files[i] to be read into the page cache, without waiting."""
+    if EXTENSION["devices"]:
+        salt_ops.advise(files, starts, count)
+    elif hasattr(os, "posix_fadvise"):
+        for file, start in zip(files, starts):
+            os.posix_fadvise(file.file.fileno(), start, count, os.POSIX_FADV_WILLNEED)
+
+
+class RowError(Exception):
+    """A row that could not be read: .record its place in the call, .row, .reason."""
+
+    def __init__(self, record, row, number):
+        self.record, self.row, self.reason = record, row, os.strerror(number) if number else "the file is truncated"
+        super().__init__(f"record {record}, row {row}: {self.reason}")
+
+
+def read_rows(files, starts, out, row_bytes, wanted=None, scale=None, threads=1):
+    """Copy rows of records out of files into a batch, on `threads` threads outside the GIL.
+
+    files, starts  a File and the byte where its record begins, for each of R records
+    out            contiguous tensor [R, N, D]: row n of record r goes to out[r, n]
+    row_bytes      bytes of a stored row, as many as one of `out`
+    wanted         bool tensor [R, N]: the rows to copy (the others keep what they held), or None for all
+    scale          float32 tensor [R, D]: the stored rows are int8, and out, float16, gets entry * scale
+    Raises RowError, of the first record that could not be read.
+    """
+    if EXTENSION["devices"]:
+        record, row, number = salt_ops.read_rows(files, starts, row_bytes, None if wanted is None else wanted.view(torch.uint8), out, scale, threads)
+        if record >= 0:
+            raise RowError(record, row, number)
+    else:
+        read_rows_reference(files, starts, out, row_bytes, wanted, scale)
+
+
+def read_rows_reference(files, starts, out, row_bytes, wanted=None, scale=None):
+    places = out.view(torch.uint8).numpy() if scale is None else np.empty((*out.shape[:2], row_bytes), np.uint8)
+    for r, (file, start) in enumerate(zip(files, starts)):
+        rows = np.arange(out.shape[1]) if wanted is None else np.flatnonzero(wanted[r].numpy())
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else ():
+            try:
+                got = os.preadv(file.file.fileno(), [places[r, run[0]:run[-1] + 1]], start + int(run[0]) * row_bytes)
+            except OSError as error:
+                raise RowError(r, int(run[0]), error.errno) from None
+            if got != len(run) * row_bytes:
+                raise RowError(r, int(run[0]), 0)
+        if scale is not None:
+            out[r, rows] = (torch.from_numpy(places[r, rows].view(np.int8)).float() * scale[r]).half()
 
 
 # -------------------------------------------------------------------------------------- autograd and shapes of the kernels

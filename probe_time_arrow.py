@@ -58,7 +58,7 @@ import model  # noqa: E402
 import ops  # noqa: E402
 from cache import prepare_file, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
-from data import VideoError, load_split, patchify, prefetch, read_clip, shuffled  # noqa: E402
+from data import VideoError, load_split, patchify, prefetch, read_clip  # noqa: E402
 from views import View, random_half  # noqa: E402
 from weights import load_checkpoint  # noqa: E402
 
@@ -153,7 +153,7 @@ def features_of(clips):
 def collect(split, count):
     """(features {probe: [2 V, F]}, failures) of up to `count` videos: row 2 v is video v forwards, row 2 v + 1 the same frames reversed."""
     rows = videos[split]
-    rows = [rows[i] for i in shuffled(len(rows), seed, 0)[:count]]
+    rows = [rows[i] for i in ops.permute(np.arange(min(count, len(rows))), len(rows), seed, 0)]
     parts, failures, clips = [], [], []
     for i, clip in enumerate(tqdm(prefetch(clip_of, rows, threads, 2 * batch_size), total=len(rows), desc=split, unit="video", dynamic_ncols=True)):
         if isinstance(clip, VideoError):

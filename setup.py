@@ -55,7 +55,7 @@ def architecture_flags():
 def build(cuda):
     # GCC's OpenMP calls resolve to the runtime that torch has loaded; linking another one would give two thread pools.
     openmp = ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"] if sys.platform == "linux" else []
-    host, sources, flags = ["-O3", "-g0", "-ffp-contract=off", *openmp], sorted(glob.glob("csrc/*.cpp")), {}
+    host, sources, flags = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", *openmp], sorted(glob.glob("csrc/*.cpp")), {}
     if cuda:
         gencode, architectures = architecture_flags()
         host += ["-DSALT_CUDA", f'-DSALT_ARCHITECTURES="{architectures}"']

@@ -8,7 +8,6 @@ Checkpoints go to checkpoints/<run>/, the log to run_logs/<run>.log. Ctrl-C save
 import atexit
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -86,7 +85,7 @@ import model  # noqa: E402
 import ops  # noqa: E402
 from cache import open_cache, prepare_folder  # noqa: E402
 from config import InputError  # noqa: E402
-from data import batches, cache_reader, check_batch, load_split, shuffled, video_reader  # noqa: E402
+from data import Records, Videos, batches, check_batch, in_order, load_split, shuffled  # noqa: E402
 from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
 from weights import load_checkpoint, save_checkpoint  # noqa: E402
 
@@ -168,8 +167,7 @@ if source:
         if name in config.given and settings[name] != theirs:
             raise InputError(f"--{name} is {settings[name]}, but the clips of {cache} have {name} {theirs}; leave the flag out, or "
                              f"make another cache")
-    read = cache_reader(source, load_split(data, source.metadata["split"], splits_dir, log) if data and not source.has_patches else None)
-    n = len(source)
+    clips = Records(source, load_split(data, source.metadata["split"], splits_dir, log) if data and not source.has_patches else None)
 else:
     if not data:
         raise InputError("give --cache (made by cache_latents.py), or --data with --teacher or with --target pixels; see --help")
@@ -179,7 +177,8 @@ else:
     if absent:
         log(f"{absent} of the {len(rows)} listed videos are not in {data} and are left out")
     rows = [row for row in rows if row.path]
-    read, n = video_reader(rows, view, patch_size, tubelet), len(rows)
+    clips = Videos(rows, view, patch_size, tubelet)
+n = len(clips)
 mean, std, latent_dim, teacher_identity = IMAGENET_MEAN, IMAGENET_STD, None, None
 if source and source.has_latents:
     if teacher and target == "latents":
@@ -203,7 +202,7 @@ if held_out:
                          f"{difference or f'patch is {patch_size} here and {held_out.patch} there'}")
     if target == "latents" and (not held_out.has_latents or held_out.teacher_identity != teacher_identity):
         raise InputError(f"--val_cache {val_cache} holds latents of another teacher than the training cache, or none")
-    val_read = cache_reader(held_out, load_split(data, held_out.metadata["split"], splits_dir, log) if data and not held_out.has_patches else None)
+    held_out_clips = Records(held_out, load_split(data, held_out.metadata["split"], splits_dir, log) if data and not held_out.has_patches else None)
 if held_out and source and held_out.metadata["ids_sha256"] == source.metadata["ids_sha256"]:
     raise InputError(f"--val_cache {val_cache} holds the training videos themselves; make one of the validation split")
 if target == "pixels" and teacher:
@@ -230,9 +229,9 @@ epoch_length = n // batch_size
 total_steps = max_steps or epochs * epoch_length
 warmup = min(2000, total_steps // 10) if warmup is None else warmup
 eval_every = eval_every or epoch_length
-count = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
-log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config.heads}, {count(salt.student):.1f} M parameters; "
-    f"predictor {count(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
+millions = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
+log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config.heads}, {millions(salt.student):.1f} M parameters; "
+    f"predictor {millions(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
 log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
 
 # ---- resume, under the same settings or not at all
@@ -294,17 +293,17 @@ else:
         picked = [i * n // min(stats_clips, n) for i in range(min(stats_clips, n))]
         log(f"R2's per-position mean: from {len(picked)} training clips")
         raw = model.Space(target, "none" if target_norm == "standardise" else target_norm, None, None, space.zero)
-        clips = total = squares = 0
-        sample = batches(read, picked, batch_size, threads, failed=lambda i, error: None)
+        count = total = squares = 0
+        sample = batches(clips, in_order(picked, batch_size), threads=threads, device=device, failed=lambda i, error: None)
         for batch in tqdm(sample, desc="statistics", total=-(-len(picked) // batch_size), unit="batch", dynamic_ncols=True, leave=False):
-            batch = with_latents(batch.to(device))
+            batch = with_latents(batch)
             y = raw.all_targets(batch.patches, batch.latents).double()
-            clips, total, squares = clips + len(y), total + y.sum(0).cpu(), squares + y.square().sum(0).cpu()
-        if not clips:
+            count, total, squares = count + len(y), total + y.sum(0).cpu(), squares + y.square().sum(0).cpu()
+        if not count:
             raise InputError(f"none of {len(picked)} training videos could be decoded; check --data with `python cache_latents.py "
                              f"--teacher none`, which lists the reasons")
-        average = total / clips
-        found = {"mean": average.float(), "variance": (squares / clips - average.square()).clamp(min=0).float(), "count": torch.tensor(clips)}
+        average = total / count
+        found = {"mean": average.float(), "variance": (squares / count - average.square()).clamp(min=0).float(), "count": torch.tensor(count)}
         if target_norm == "standardise":
             stats = found
             space = model.Space(target, target_norm, stats["mean"], rstd(), torch.zeros_like(stats["mean"]))
@@ -347,18 +346,17 @@ def failed(part, i, error):
             file.write(json.dumps({"part": part, "record": i, "reason": str(error)}) + "\n")
 
 
-def order(first_step):
-    """Clip numbers from a step on, epoch after epoch; it is read ahead of the loop, so it may not look at `step`."""
-    first_epoch, start = divmod(first_step, epoch_length)
-    for epoch in itertools.count(first_epoch):
-        yield from shuffled(n, seed, epoch)[start * batch_size:epoch_length * batch_size]
-        start = 0
+# Which rows the step looks at; a teacher on the fly needs every patch. Evaluation also looks at the targets of the context.
+seen = ("context", "target")
+rows_of_step = {"patches": seen if target == "pixels" else None if on_the_fly else ("context",), "latents": ("target",) if target == "latents" else ()}
+rows_held_out = {"patches": seen if target == "pixels" else ("context",), "latents": seen if target == "latents" else ()}
 
 
 def held_out_r2():
     kept = range(min(len(held_out), val_batches * batch_size))
-    rows = model.join_errors([model.clip_errors(salt, space, batch.to(device), masks, eval_seed, autocast)
-                              for batch in batches(val_read, kept, batch_size, threads, failed=functools.partial(failed, "held-out"))])
+    stream = batches(held_out_clips, in_order(kept, batch_size), masks, eval_seed, **rows_held_out, threads=threads, device=device,
+                     failed=functools.partial(failed, "held-out"))
+    rows = model.join_errors([model.clip_errors(salt, space, batch, masks, autocast) for batch in stream])
     entry = {"step": step, "val_r2": float(model.r2(rows.values())), "val_mse": model.mse(rows.values()),
              "val_r2_background": float(model.r2(rows.values(), "background"))}
     log(f"step {step} held-out R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 "
@@ -371,21 +369,20 @@ cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(mat
 pending, clock, waited, logged_step = [], time.perf_counter(), 0.0, step  # pending: [loss, squared, spread, gradient norm] since the last line
 if held_out and not history:
     held_out_r2()
-stream = batches(read, itertools.islice(order(step), (total_steps - step) * batch_size), batch_size, threads,
-                 failed=functools.partial(failed, "training"), substitutes=n)
+stream = batches(clips, shuffled(n, batch_size, seed, range(step, total_steps)), masks, seed, **rows_of_step, threads=threads, device=device,
+                 failed=functools.partial(failed, "training"), substitutes=True)
 stopping = False
 while step < total_steps and not stopping:
     tick = time.perf_counter()
-    batch = with_latents(next(stream).to(device))
+    batch = with_latents(next(stream))
     waited += time.perf_counter() - tick
     rate = lr * (step + 1) / warmup if step < warmup else cosine(lr, lr_end, (step - warmup) / max(1, total_steps - warmup))
     decay = cosine(weight_decay, weight_decay_end, step / total_steps)
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = rate, decay * group["decays"]
-    drawn = {family: model.sample_masks(batch.ids, step // epoch_length, seed, family, grid) for family in masks}
     with autocast():
-        predictions = salt(batch.patches, drawn)
-    error, squared, spread, gradients = model.salt_loss(predictions, batch.patches, batch.latents, drawn, space, loss)
+        predictions = salt(batch.patches, batch.masks)
+    error, squared, spread, gradients = model.salt_loss(predictions, batch.patches, batch.latents, batch.masks, space, loss)
     roots, upstream = list(predictions.values()), list(gradients.values())  # the loss brings its gradient; other terms join here
     if vicreg_variance or vicreg_covariance:
         penalties = [model.vicreg(prediction) for prediction in predictions.values()]

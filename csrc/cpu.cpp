@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "files.h"
 #include "pointwise.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -312,6 +313,106 @@ void loss_cpu(const Loss& a, int64_t begin, int64_t end) {
     case Type::u8: case Type::f16: return;  // refused by the caller
   }
 }
+
+// ------------------------------------------------------------------------------------------------------------- the data path
+
+namespace {
+
+// Round to nearest even; beyond 65504 infinity. As the processors' own conversion does it.
+SALT_INLINE inline void store(half& out, float x) {
+  const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  uint32_t h;
+  if (magnitude >= 0x47800000u) h = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;      // 65536 and more, infinity; nan
+  else if (magnitude < 0x38800000u) h = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;  // subnormal: the sum lines the bits up and rounds
+  else h = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  out.bits = static_cast<uint16_t>(sign | h);
+}
+
+inline SALT_INLINE void dequantise(const int8_t* __restrict__ q, const float* __restrict__ scale, int64_t D, half* __restrict__ out) {
+  for (int64_t d = 0; d < D; ++d) store(out[d], static_cast<float>(q[d]) * scale[d]);
+}
+
+#ifdef SALT_X86
+SALT_AVX512 void dequantise_avx512(const int8_t* q, const float* scale, int64_t D, half* out) {
+  int64_t d = 0;
+  for (; d + 16 <= D; d += 16) {
+    const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q + d))));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), _mm512_cvtps_ph(_mm512_mul_ps(x, _mm512_loadu_ps(scale + d)), _MM_FROUND_TO_NEAREST_INT));
+  }
+  for (; d < D; ++d) store(out[d], static_cast<float>(q[d]) * scale[d]);
+}
+#endif
+
+inline SALT_INLINE void patchify_tokens(const Tubelets& a, int64_t begin, int64_t end) {
+  const int64_t h = a.H / a.patch, w = a.W / a.patch, p = a.patch, span = a.tubelet * p * p;
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t t = n / (h * w), y = n / w % h, x = n % w;
+    uint8_t* __restrict__ out = a.out + n * 3 * span;
+    for (int64_t dt = 0; dt < a.tubelet; ++dt)
+      for (int64_t dy = 0; dy < p; ++dy) {
+        const uint8_t* __restrict__ from = a.clip + (((t * a.tubelet + dt) * a.H + y * p + dy) * a.W + x * p) * 3;
+        uint8_t* __restrict__ to = out + (dt * p + dy) * p;
+        for (int64_t dx = 0; dx < p; ++dx) to[dx] = from[3 * dx], to[span + dx] = from[3 * dx + 1], to[2 * span + dx] = from[3 * dx + 2];
+      }
+  }
+}
+
+inline SALT_INLINE void moments_columns(const Moments& a, int64_t begin, int64_t end) {
+  constexpr int64_t BLOCK = 512;
+  double sum[BLOCK], squares[BLOCK];
+  const half* rows = static_cast<const half*>(a.rows);
+  for (int64_t first = begin; first < end; first += BLOCK) {
+    const int64_t count = first + BLOCK < end ? BLOCK : end - first;
+    std::memcpy(sum, a.sum + first, sizeof(double) * static_cast<size_t>(count));
+    std::memcpy(squares, a.squares + first, sizeof(double) * static_cast<size_t>(count));
+    for (int64_t i = 0; i < a.n; ++i) {
+      const half* row = rows + i * a.D + first;
+      for (int64_t d = 0; d < count; ++d) {
+        const double x = static_cast<double>(load(row[d]));
+        sum[d] += x, squares[d] += x * x;
+      }
+    }
+    std::memcpy(a.sum + first, sum, sizeof(double) * static_cast<size_t>(count));
+    std::memcpy(a.squares + first, squares, sizeof(double) * static_cast<size_t>(count));
+  }
+}
+
+SALT_INLINE inline uint32_t scramble(uint32_t x) {  // MurmurHash3's finaliser
+  x ^= x >> 16, x *= 0x85EBCA6Bu, x ^= x >> 13, x *= 0xC2B2AE35u;
+  return x ^ x >> 16;
+}
+
+inline SALT_INLINE void permute_entries(const Permute& a, int64_t begin, int64_t end) {
+  int bits = 2;
+  while (bits < 62 && (uint64_t{1} << bits) < a.n) ++bits;
+  const int low_bits = bits / 2, high_bits = bits - low_bits;
+  const uint32_t low_mask = (1u << low_bits) - 1, high_mask = (1u << high_bits) - 1;  // at most 31 bits each
+  for (int64_t i = begin; i < end; ++i) {
+    uint64_t x = static_cast<uint64_t>(a.index[i]);
+    do {
+      uint32_t high = static_cast<uint32_t>(x >> low_bits), low = static_cast<uint32_t>(x) & low_mask;
+      for (int round = 0; round < PERMUTE_ROUNDS; round += 2) {
+        high ^= scramble(low ^ a.keys[round]) & high_mask;
+        low ^= scramble(high ^ a.keys[round + 1]) & low_mask;
+      }
+      x = static_cast<uint64_t>(high) << low_bits | low;
+    } while (x >= a.n);
+    a.out[i] = static_cast<int64_t>(x);
+  }
+}
+
+}  // namespace
+
+void dequantise_row(const int8_t* q, const float* scale, int64_t D, uint16_t* out) {
+#ifdef SALT_X86
+  if (SIMD == Simd::avx512) return dequantise_avx512(q, scale, D, reinterpret_cast<half*>(out));
+#endif
+  run([&](auto) SALT_INLINE { dequantise(q, scale, D, reinterpret_cast<half*>(out)); });
+}
+
+void patchify_cpu(const Tubelets& work, int64_t begin, int64_t end) { run([&](auto) SALT_INLINE { patchify_tokens(work, begin, end); }); }
+void moments_cpu(const Moments& work, int64_t begin, int64_t end) { run([&](auto) SALT_INLINE { moments_columns(work, begin, end); }); }
+void permute_cpu(const Permute& work, int64_t begin, int64_t end) { run([&](auto) SALT_INLINE { permute_entries(work, begin, end); }); }
 
 const char* simd_level() { return SIMD == Simd::avx512 ? "avx512" : SIMD == Simd::avx2 ? "avx2" : "baseline"; }
 

@@ -63,11 +63,39 @@ struct Loss {
   void* gradient;
 };
 
+// A clip uint8 [T, H, W, 3] as patches [N, 3 * tubelet * patch * patch]: token n = (t * H / patch + y) * W / patch + x, vector (channel, dt, dy, dx).
+struct Tubelets {
+  const uint8_t* clip;
+  int64_t T, H, W, patch, tubelet;
+  uint8_t* out;
+};
+
+// Sums over n rows of float16 [n, D] and of their squares, added to sum and squares, double [D]: row after row, so that it does not
+// matter in how many calls the rows come.
+struct Moments {
+  const void* rows;
+  int64_t n, D;
+  double *sum, *squares;
+};
+
+// A permutation of [0, n), n <= 2^62, that a key decides: out[i] = the image of index[i]. A Feistel network of alternating halves (Luby and
+// Rackoff 1988) over the next power of two, walked until it falls below n (Black and Rogaway 2002).
+constexpr int PERMUTE_ROUNDS = 8;
+struct Permute {
+  const int64_t* index;
+  uint64_t n;
+  uint32_t keys[PERMUTE_ROUNDS];
+  int64_t* out;
+};
+
 void draw_cpu(const Draw& draw, int64_t begin, int64_t end);        // items: clips
 void gather_cpu(const Rows& rows, int64_t begin, int64_t end);      // items: rows of out
 void scatter_cpu(const Rows& rows, int64_t begin, int64_t end);     // items: rows of out
 void patches_cpu(const Patches& patches, int64_t begin, int64_t end);  // items: rows of out
 void loss_cpu(const Loss& loss, int64_t begin, int64_t end);        // items: rows of the prediction
+void patchify_cpu(const Tubelets& work, int64_t begin, int64_t end);   // items: tokens
+void moments_cpu(const Moments& work, int64_t begin, int64_t end);     // items: columns
+void permute_cpu(const Permute& work, int64_t begin, int64_t end);     // items: entries of index
 
 // What this processor lets the kernels use: "avx512", "avx2" or "baseline"; SALT_SIMD in the environment asks for less.
 const char* simd_level();

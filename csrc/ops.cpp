@@ -4,8 +4,12 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include <memory>
+#include <system_error>
 #include <tuple>
+#include <vector>
 
+#include "files.h"
 #include "kernels.h"
 
 #ifdef SALT_CUDA
@@ -230,6 +234,73 @@ std::tuple<Tensor, Tensor, Tensor> masked_mse(const Tensor& prediction, const Te
   return {loss, per_token, gradient};
 }
 
+// ---- the data path: on the host alone, called outside the GIL
+
+void check_host(const Tensor& x, at::ScalarType type, const char* name) {
+  TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == type, name, " must be a contiguous ", type, " tensor on the CPU, not ", x.scalar_type(), " ", x.sizes());
+}
+
+void patchify(const Tensor& clip, int64_t patch, int64_t tubelet, const Tensor& out) {
+  check_host(clip, at::kByte, "clip"), check_host(out, at::kByte, "out");
+  TORCH_CHECK(clip.dim() == 4 && clip.size(3) == 3 && patch > 0 && tubelet > 0 && clip.size(0) % tubelet == 0 && clip.size(1) % patch == 0 && clip.size(2) % patch == 0,
+              "clip has shape ", clip.sizes(), "; it must be [T, H, W, 3] and divide into patches of ", patch, " and tubelets of ", tubelet);
+  const int64_t T = clip.size(0), H = clip.size(1), W = clip.size(2), N = T / tubelet * (H / patch) * (W / patch), P = 3 * tubelet * patch * patch;
+  TORCH_CHECK(out.dim() == 2 && out.size(0) == N && out.size(1) == P, "out has shape ", out.sizes(), "; it must be [", N, ", ", P, "]");
+  salt::patchify_cpu({clip.const_data_ptr<uint8_t>(), T, H, W, patch, tubelet, out.mutable_data_ptr<uint8_t>()}, 0, N);
+}
+
+void add_moments(const Tensor& rows, const Tensor& sum, const Tensor& squares) {
+  check_host(rows, at::kHalf, "rows"), check_host(sum, at::kDouble, "sum"), check_host(squares, at::kDouble, "squares");
+  const int64_t D = sum.numel();
+  TORCH_CHECK(rows.dim() >= 1 && squares.numel() == D && rows.numel() == rows.size(0) * D, "rows have shape ", rows.sizes(), ", sum ", sum.sizes(), " and squares ", squares.sizes());
+  salt::moments_cpu({rows.const_data_ptr(), rows.size(0), D, sum.mutable_data_ptr<double>(), squares.mutable_data_ptr<double>()}, 0, D);
+}
+
+Tensor permute(const Tensor& index, int64_t n, const std::vector<int64_t>& keys) {
+  check_host(index, at::kLong, "index");
+  TORCH_CHECK(n >= 1 && n <= (int64_t{1} << 62) && keys.size() == salt::PERMUTE_ROUNDS, "n must be in [1, 2^62] and there must be ", salt::PERMUTE_ROUNDS, " keys");
+  const int64_t* at_index = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < index.numel(); ++i) TORCH_CHECK_INDEX(at_index[i] >= 0 && at_index[i] < n, "index[", i, "] is ", at_index[i], "; it must be in [0, ", n, ")");
+  Tensor out = at::empty_like(index);
+  salt::Permute work{at_index, static_cast<uint64_t>(n), {}, out.mutable_data_ptr<int64_t>()};
+  for (int i = 0; i < salt::PERMUTE_ROUNDS; ++i) work.keys[i] = static_cast<uint32_t>(keys[static_cast<size_t>(i)]);
+  salt::permute_cpu(work, 0, index.numel());
+  return out;
+}
+
+using Files = std::vector<std::shared_ptr<salt::File>>;
+
+void advise(const Files& files, const std::vector<int64_t>& starts, int64_t bytes) {
+  TORCH_CHECK(files.size() == starts.size(), files.size(), " files and ", starts.size(), " starts");
+  for (size_t i = 0; i < files.size(); ++i) files[i]->advise(starts[i], bytes);
+}
+
+// Returns (record, row, errno) of the first error, record -1 where there is none.
+std::tuple<int64_t, int64_t, int64_t> read_rows(const Files& files, const std::vector<int64_t>& starts, int64_t row_bytes, const optional<Tensor>& wanted,
+                                                const Tensor& out, const optional<Tensor>& scale, int64_t threads) {
+  const int64_t R = static_cast<int64_t>(files.size());
+  TORCH_CHECK(out.is_cpu() && out.is_contiguous() && out.dim() == 3 && out.size(0) == R && static_cast<int64_t>(starts.size()) == R, "out has shape ", out.sizes(), "; it must be contiguous [", R, ", N, D] on the CPU");
+  const int64_t N = out.size(1), out_bytes = out.size(2) * static_cast<int64_t>(out.element_size());
+  TORCH_CHECK(row_bytes > 0 && out_bytes == (scale.has_value() ? 2 : 1) * row_bytes && threads >= 1, "rows of ", row_bytes, " bytes do not fit out ", out.sizes());
+  if (wanted.has_value()) {
+    check_host(*wanted, at::kByte, "wanted");
+    TORCH_CHECK(wanted->dim() == 2 && wanted->size(0) == R && wanted->size(1) == N, "wanted has shape ", wanted->sizes(), "; it must be [", R, ", ", N, "]");
+  }
+  if (scale.has_value()) {
+    check_host(*scale, at::kFloat, "scale");
+    TORCH_CHECK(out.scalar_type() == at::kHalf && scale->dim() == 2 && scale->size(0) == R && scale->size(1) == row_bytes, "scale has shape ", scale->sizes(), "; it must be [", R, ", ", row_bytes, "], and out float16");
+  }
+  std::vector<salt::Record> records(static_cast<size_t>(R));
+  char* const base = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t r = 0; r < R; ++r) {
+    TORCH_CHECK(starts[static_cast<size_t>(r)] >= 0, "starts must be at least 0");
+    records[static_cast<size_t>(r)] = {files[static_cast<size_t>(r)].get(), starts[static_cast<size_t>(r)], wanted.has_value() ? wanted->const_data_ptr<uint8_t>() + r * N : nullptr, base + r * N * out_bytes,
+                                       scale.has_value() ? scale->const_data_ptr<float>() + r * row_bytes : nullptr};
+  }
+  const salt::ReadError error = salt::read_rows(records, N, row_bytes, static_cast<int>(threads));
+  return {error.record, error.row, error.number};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(salt_ops, m) {
@@ -260,6 +331,21 @@ SALT_REGISTER(CUDA)
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The SALT-VLA kernels; importing this registers torch.ops.salt_ops.*";
+  const auto released = pybind11::call_guard<pybind11::gil_scoped_release>();
+  pybind11::class_<salt::File, std::shared_ptr<salt::File>>(m, "File").def(pybind11::init([](const std::string& path) {
+    try {
+      return std::make_shared<salt::File>(path);
+    } catch (const std::system_error& error) {
+      errno = error.code().value();
+      PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
+      throw pybind11::error_already_set();
+    }
+  }));
+  m.def("patchify", &patchify, released);
+  m.def("add_moments", &add_moments, released);
+  m.def("permute", &permute, released);
+  m.def("advise", &advise, released);
+  m.def("read_rows", &read_rows, released);
   m.def("build_info", [] {
     pybind11::dict info;
     info["devices"] = std::vector<std::string>{

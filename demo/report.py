@@ -54,8 +54,8 @@ cache = open_cache(folder / "latents_val")
 if record >= len(cache):
     raise config.InputError(f"--record is {record}, and there are {len(cache)} held-out clips")
 grid, names = salt.student.config.grid, saved["settings"]["masks"]
-batch = data.collate([data.cache_reader(cache)(record)])
-masks = {family: model.sample_masks(batch.ids, 0, saved["settings"]["eval_seed"], family, grid) for family in names}
+batch = next(data.batches(data.Records(cache), data.in_order([record], 1), names, saved["settings"]["eval_seed"]))
+masks = batch.masks
 with torch.no_grad():
     predictions = salt(batch.patches, masks)
 

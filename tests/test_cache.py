@@ -4,16 +4,23 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
-from cache import Writer, open_cache
+import cache
+import ops
+from cache import Writer, from_stored, list_digest, open_cache, to_stored
 from config import InputError
 from views import View
 
 VIEW = View(frames=4, size=32, short_side=32)
-PLAN = {"split": "train", "list_count": 1100, "list_sha256": "0", "teacher": {"name": "t", "sha256": "ab", "dim": 6, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "compute": "fp32"},
+PLAN = {"split": "train", "list_count": 1100, "teacher": {"name": "t", "sha256": "ab", "dim": 6, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "compute": "fp32"},
         "view": VIEW.to_dict(), "view_hash": VIEW.hash(), "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [8, 6], "patch_shape": [8, 1536],
-        "clips": True, "clips_from": None}
+        "clips": True, "clips_from": None, "views": 1}
 FAILING = {3, 511, 512, 1099}
+
+
+LIST = [(f"v{row}", 0) for row in range(1100)]
+PLAN["list_sha256"] = list_digest(LIST)
 
 
 def latents_of(row):
@@ -31,7 +38,8 @@ def fill(writer, shards=None):
                 if row in FAILING:
                     shard.fail(row, f"v{row}", 0, "broken")
                 else:
-                    shard.add(f"v{row}", 0, latents_of(row), patches_of(row))
+                    stored, scale = to_stored(torch.from_numpy(latents_of(row))[None], writer.plan["dtype"])
+                    shard.add(f"v{row}", 0, stored[0], None if scale is None else scale[0], patches_of(row))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def test_records_come_back(made):
         assert opened.latents(record).dtype == np.float16 and opened.patches(record).dtype == np.uint8
     with pytest.raises(IndexError):
         opened.latents(len(rows))
-    assert opened.view == VIEW and opened.mean == [0.5, 0.5, 0.5] and opened.verify() == []
+    assert opened.view == VIEW and opened.mean == [0.5, 0.5, 0.5] and opened.verify() == ([], [])
 
 
 def test_plain_numpy_reads_it(made):
@@ -87,7 +95,7 @@ def test_a_cache_that_died_resumes_to_the_same_bits(made, tmp_path):
     before = (folder / "partial" / "plan.json").stat().st_mtime_ns  # ranks join a plan; they do not race to write it again
     assert Writer(folder, PLAN).missing() == [1, 2] and (folder / "partial" / "plan.json").stat().st_mtime_ns == before
     with pytest.raises(KeyboardInterrupt), writer.shard(2) as shard:
-        shard.add("v1024", 0, latents_of(1024), patches_of(1024))
+        shard.add("v1024", 0, latents_of(1024).astype(np.float16), None, patches_of(1024))
         raise KeyboardInterrupt
     assert not list(folder.glob("*.part"))
     (folder / "latents-00001.npy.part").write_bytes(b"left by a kill")
@@ -118,12 +126,11 @@ def test_other_folders_are_left_alone(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
-def test_latents_beyond_float16_are_an_error(tmp_path):
-    writer = Writer(tmp_path / "c", PLAN)
+def test_latents_beyond_float16_are_an_error():
     for value in (70000.0, np.inf, np.nan):
-        with pytest.raises(InputError, match="latents of the video 'v0' reach"), writer.shard(0) as shard:
-            shard.add("v0", 0, np.full((8, 6), value, np.float32), patches_of(0))
-    assert not list((tmp_path / "c").glob("*.npy*"))
+        for dtype in ("float16", "int8"):
+            with pytest.raises(InputError, match="latents of the video 'b' reach .*, beyond float16"):
+                to_stored(torch.stack([torch.zeros(8, 6), torch.full((8, 6), value)]), dtype, ["a", "b"])
 
 
 def test_a_cache_of_nothing_is_an_error(tmp_path):
@@ -141,7 +148,7 @@ def test_clips_from_another_cache(made, tmp_path):
     for number in writer.missing():
         with writer.shard(number) as shard:
             for row in range(512 * number, min(512 * number + 512, 1096)):
-                shard.add(source.ids[row], 0, np.zeros((8, 3), np.float32))
+                shard.add(source.ids[row], 0, np.zeros((8, 3), np.float16))
     writer.finish()
     both = open_cache(tmp_path / "lat")
     assert both.has_patches and np.array_equal(both.patches(700), source.patches(700)) and both.latents(0).shape == (8, 3)
@@ -158,15 +165,26 @@ def damage(folder, name, change):
 
 
 @pytest.mark.parametrize("name, change, message", [
-    ("metadata", lambda m: m.update(format_version=9), "cache format 9, this code reads 1; update the code"), ("metadata", lambda m: m.pop("view"), "damaged"), ("metadata", lambda m: m["shards"][1]["latents"].pop("bytes"), "damaged"),
+    ("metadata", lambda m: m.update(format_version=9), "a newer version of this code: it has cache format 9, this code reads 2; update the code"),
+    ("metadata", lambda m: m.update(format_version=1), "an older version of this code: .* make the cache again"), ("metadata", lambda m: m.update(format_version="x"), "older"),
+    ("metadata", lambda m: m.pop("view"), "damaged"), ("metadata", lambda m: m["shards"][1]["latents"].pop("bytes"), "damaged"), ("metadata", lambda m: m.update(shards=3), "damaged"),
     ("metadata", lambda m: m["view"].update(seed=64), "view does not fit its hash"), ("metadata", lambda m: m["view"].update(size=64), "metadata.json is damaged .a view's short_side"), ("metadata", lambda m: m.update(count=3), "does not add up"),
     ("metadata.json", lambda b: b[:40], "cannot be read"), ("ids.txt", lambda b: b[:-8], "ids.txt has 1095 lines"), ("latents-00001.npy", lambda b: b[:-100], "metadata.json says"),
-    ("patches-00000.npy", lambda b: b"\x00" * 200, "broken header"), ("latents-00002.npy", lambda b: b.replace(b"<f2", b"<i2", 1), "metadata.json says float16")])
+    ("patches-00000.npy", lambda b: b"\x00" * len(b), "broken header"), ("latents-00002.npy", lambda b: b.replace(b"<f2", b"<i2", 1), "metadata.json says float16")])
 def test_broken_caches_are_refused_in_one_line(copy, name, change, message):
     damage(copy, name, change)
     with pytest.raises(InputError, match=message) as caught:
         open_cache(copy)
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_header_beyond_those_looked_at_first_is_found_when_the_shard_is_read(copy, monkeypatch):
+    monkeypatch.setattr(cache.Cache, "HEADERS", 2)
+    damage(copy, "latents-00002.npy", lambda b: b.replace(b"<f2", b"<i2", 1))
+    opened = open_cache(copy)
+    assert len(opened.latents(0)) == 8
+    with pytest.raises(InputError, match="latents-00002.npy holds int16"):
+        opened.latents(1090)
 
 
 def test_missing_files_and_folders(copy, tmp_path):
@@ -185,7 +203,115 @@ def test_a_file_truncated_while_open_is_an_error_with_shard_and_row(copy):
         opened.latents(400)
 
 
-@pytest.mark.parametrize("name", ["latents-00001.npy", "patches-00000.npy", "stats.npz", "ids.txt"])
-def test_verify_finds_a_flipped_bit(copy, name):
+@pytest.mark.parametrize("name, bad", [("latents-00001.npy", [1]), ("patches-00000.npy", [0]), ("stats.npz", []), ("ids.txt", []), ("failures.jsonl", [])])
+def test_verify_finds_a_flipped_bit_and_repair_puts_it_right(made, copy, name, bad):
     damage(copy, name, lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-    assert open_cache(copy).verify() == [f"{name} does not have the checksum in metadata.json"]
+    problems, found = open_cache(copy).verify()
+    assert problems == [f"{name} does not have the checksum in metadata.json"] and found == bad
+    writer = Writer(copy, PLAN)
+    assert writer.reopen(LIST) == problems and writer.missing() == bad
+    writer = Writer(copy, PLAN)  # the repair dies, and is taken up again
+    assert writer.missing() == bad
+    fill(writer)
+    writer.finish()
+    for path in made.iterdir():
+        if name != "failures.jsonl" or path.name not in ("failures.jsonl", "metadata.json"):  # its reasons are lost
+            assert path.read_bytes() == (copy / path.name).read_bytes(), path.name
+    assert open_cache(copy).verify() == ([], []) and Writer(copy, PLAN).reopen(LIST) == []
+
+
+def test_verify_compares_ids_with_the_list(copy):
+    """Two ids exchanged, and the checksum made to fit: only the list's own digest tells."""
+    lines = (copy / "ids.txt").read_text().splitlines(keepends=True)
+    (copy / "ids.txt").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    damage(copy, "metadata", lambda m: m.update(ids_sha256=cache.sha256(copy / "ids.txt")))
+    assert "do not make up the list" in open_cache(copy).verify()[0][0]
+
+
+def test_a_repair_on_other_hardware_makes_statistics_that_fit(made, copy):
+    damage(copy, "latents-00001.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    writer = Writer(copy, PLAN)
+    writer.reopen(LIST)
+    with writer.shard(1) as shard:
+        for row in range(512, 1024):
+            if row in FAILING:
+                shard.fail(row, f"v{row}", 0, "broken")
+            else:
+                shard.add(f"v{row}", 0, (latents_of(row) + 1).astype(np.float16), None, patches_of(row))
+    writer.finish()
+    everything = np.concatenate([np.load(copy / f"latents-{k:05d}.npy") for k in range(3)]).astype(np.float64)
+    np.testing.assert_allclose(open_cache(copy).stats["mean"], everything.mean(0), rtol=1e-5, atol=1e-6)
+    assert open_cache(copy).verify() == ([], [])
+
+
+def test_int8_latents_come_back_within_half_a_step(tmp_path, made):
+    writer = Writer(tmp_path / "c", {**PLAN, "dtype": "int8"})
+    fill(writer)
+    writer.finish()
+    opened, rows = open_cache(tmp_path / "c"), [row for row in range(1100) if row not in FAILING]
+    for record in (0, 511, 1095):
+        exact = latents_of(rows[record])
+        step = np.abs(exact).max(0) / 127
+        got = opened.latents(record)
+        assert got.dtype == np.float16 and (np.abs(got - exact) <= 0.5 * step + 2e-3 * np.abs(exact) + 1e-6).all() and not np.array_equal(got, exact.astype(np.float16))
+        stored, scale = (np.load(tmp_path / "c" / f"{kind}-{record // 510:05d}.npy")[record % 510 if record < 510 else record - 510 - (511 if record > 1020 else 0)] for kind in ("latents", "scales"))
+        assert np.array_equal(got, from_stored(stored, scale))
+    assert opened.verify() == ([], [])
+    stats, exact = opened.stats, open_cache(made).stats
+    np.testing.assert_allclose(stats["mean"], exact["mean"], atol=2e-3)
+    assert (tmp_path / "c" / "latents-00000.npy").stat().st_size < 0.51 * (made / "latents-00000.npy").stat().st_size
+
+
+def test_merging(made, tmp_path):
+    other = Writer(tmp_path / "b", {**PLAN, "split": "extra", "list_count": 600, "list_sha256": list_digest([(f"w{row}", 0) for row in range(600)])})
+    for number in other.missing():
+        with other.shard(number) as shard:
+            for row in range(512 * number, min(512 * number + 512, 600)):
+                if row == 7:
+                    shard.fail(row, "w7", 0, "broken")
+                else:
+                    shard.add(f"w{row}", 0, latents_of(row + 5000).astype(np.float16), None, patches_of(row))
+    other.finish()
+    metadata = cache.merge([made, tmp_path / "b"], tmp_path / "all")
+    assert metadata["count"] == 1096 + 599 and metadata["split"] == "train+extra" and metadata["merged_from"] == ["c", "b"]
+    merged = open_cache(tmp_path / "all")
+    assert merged.verify() == ([], []) and not (tmp_path / "all" / "partial").exists()
+    assert merged.ids[1096] == "w0" and np.array_equal(merged.latents(1096 + 7), latents_of(5008).astype(np.float16)) and np.array_equal(merged.patches(0), patches_of(0))
+    everything = np.concatenate([np.load(tmp_path / "all" / f"latents-{k:05d}.npy") for k in range(5)]).astype(np.float64)
+    np.testing.assert_allclose(merged.stats["mean"], everything.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(merged.stats["variance"], everything.var(0), rtol=1e-4)
+    with pytest.raises(InputError, match="'v0' .view 0. is in .* caches of different videos"):
+        cache.merge([made, made], tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+    with pytest.raises(InputError, match="was merged from c, b; repair those"):
+        Writer(tmp_path / "all", {name: metadata[name] for name in PLAN}).reopen(LIST)
+    third = shutil.copytree(tmp_path / "b", tmp_path / "third")
+    damage(third, "metadata", lambda m: m["teacher"].update(sha256="ff"))
+    with pytest.raises(InputError, match="another teacher: {'sha256': 'ab'} and {'sha256': 'ff'}"):
+        cache.merge([made, third], tmp_path / "never")
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_only_the_rows_asked_for_are_read(made, reference, monkeypatch):
+    if reference:
+        monkeypatch.setattr(ops, "EXTENSION", {**ops.EXTENSION, "devices": []})
+        monkeypatch.setattr(ops, "File", ops.FileReference)
+    opened, records = open_cache(made), [1000, 3, 700, 3]
+    wanted = torch.from_numpy(np.random.default_rng(0).random((4, 8)) < 0.5)
+    out = torch.full((4, 8, 6), 9.0, dtype=torch.float16)
+    opened.read_rows("latents", records, out, wanted, threads=3)
+    whole = torch.from_numpy(np.stack([opened.latents(record) for record in records]))
+    assert torch.equal(out[wanted], whole[wanted]) and (out[~wanted] == 9).all()
+    opened.advise(records)
+    with pytest.raises(IndexError):
+        opened.read_rows("latents", [1096], out[:1])
+
+
+def test_an_io_error_names_shard_and_row(made, monkeypatch):
+    """A failing disk: stands for the errno that the extension reports from pread."""
+    def fails(*arguments):
+        raise ops.RowError(1, 3, 5)
+    opened = open_cache(made)
+    monkeypatch.setattr(ops, "read_rows", fails)
+    with pytest.raises(InputError, match="latents-00001.npy, row 90: Input/output error; check the disk"):
+        opened.read_rows("latents", [0, 600], torch.empty(2, 8, 6, dtype=torch.float16))

@@ -1,6 +1,8 @@
 """Lists, views and decoding, against arithmetic done by hand and against frames whose content says which they are."""
 import json
+import shutil
 import struct
+import threading
 from fractions import Fraction
 
 import av
@@ -9,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cache
 import data
+import ops
 from config import InputError
 from data import View
 
@@ -64,7 +68,7 @@ def test_webm_states_no_frame_count(tmp_path):
     path = write_video(tmp_path / "v.webm", numbered_frames(10))
     with av.open(path) as container:
         assert container.streams.video[0].frames == 0
-        assert data.count_frames(container, container.streams.video[0]) == 10
+    assert numbers_in(data.read_clip(path, View(frames=10, size=32, short_side=32))) == list(range(10))
 
 
 def test_stride_and_window(tmp_path):
@@ -178,6 +182,77 @@ def test_a_truncated_video_gives_the_frames_it_has(tmp_path):
     cut.write_bytes(content[:len(content) // 2])
     numbers = numbers_in(data.read_clip(str(cut), SMALL))
     assert numbers == sorted(numbers) and 10 < numbers[-1] < 30
+
+
+def test_several_clips_come_from_one_decode(tmp_path, monkeypatch):
+    rng = np.random.default_rng(1)
+    frames = [np.clip(frame + rng.integers(0, 60, frame.shape), 0, 255).astype(np.uint8) for frame in numbered_frames(30, (48, 96))]
+    path = write_video(tmp_path / "v.mkv", frames, "ffv1", pix_fmt="bgr0")
+    views = [View(frames=4, size=32, short_side=40, view=number, seed=5) for number in range(3)] + [View(frames=8, size=16, short_side=16, window=(0, 0.3))]
+    one_by_one = [data.read_clip(path, view) for view in views]
+    opened = []
+    original = av.open
+    monkeypatch.setattr(av, "open", lambda *arguments, **how: opened.append(arguments) or original(*arguments, **how))
+    together = data.read_clips(path, views)
+    assert len(opened) == 1 and all(np.array_equal(a, b) for a, b in zip(together, one_by_one, strict=True))
+    assert not np.array_equal(together[1], together[2])
+
+
+@pytest.mark.parametrize("held", [2**26, 0])
+@pytest.mark.parametrize("codec, suffix", [("libvpx-vp9", "webm"), ("libx264", "mp4"), ("ffv1", "mkv")])
+def test_decoding_stops_after_the_last_kept_frame(tmp_path, monkeypatch, codec, suffix, held):
+    path = write_video(tmp_path / f"v.{suffix}", numbered_frames(40), codec, bit_rate=8_000_000)
+    monkeypatch.setattr(data, "HELD_BYTES", held)  # 0: as a video too large to hold its packets
+    decoded, original = [], data.cut
+
+    def counting(packets, *others):
+        def passing():
+            for packet in packets:
+                decoded.append(packet.size)
+                yield packet
+        return original(passing(), *others)
+    monkeypatch.setattr(data, "cut", counting)
+    assert numbers_in(data.read_clip(path, View(frames=8, size=32, short_side=32, window=(0, 0.5)))) == [int((i + 0.5) * 20 / 8) for i in range(8)]
+    assert 19 <= len(decoded) <= 19 + 1 + 4  # frame 18 is the last; some codecs hold a few back
+
+
+def test_a_packet_that_gives_no_frame_is_not_counted(tmp_path):
+    """A packet that the decoder refuses, in the middle: the clip is cut out of the frames that there are."""
+    path = write_video(tmp_path / "v.mkv", numbered_frames(24), "mjpeg", options={"qscale": "2"}, pix_fmt="yuvj420p")
+    with av.open(path) as source, av.open(str(tmp_path / "w.mkv"), "w") as sink:
+        stream = sink.add_stream_from_template(source.streams.video[0])
+        for i, packet in enumerate(source.demux(source.streams.video[0])):
+            if packet.size:
+                if i == 9:
+                    broken = av.Packet(b"\x00" * 5)
+                    broken.pts, broken.dts, broken.time_base = packet.pts, packet.dts, packet.time_base
+                    packet = broken
+                packet.stream = stream
+                sink.mux(packet)
+    there = [i for i in range(24) if i != 9]
+    assert numbers_in(data.read_clip(str(tmp_path / "w.mkv"), SMALL)) == [there[int((i + 0.5) * 23 / 8)] for i in range(8)]
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p10le", "bgr0", "gray"])
+@pytest.mark.parametrize("size", [(33, 47), (64, 40), (17, 90)])
+def test_the_crop_is_the_middle_square(tmp_path, pix_fmt, size):
+    """Odd sizes and every chroma layout: brightness rises along one axis, so that a clip's range says where it was cut."""
+    height, width = size
+    ramp = np.broadcast_to(np.linspace(20, 235, max(size))[:, None] if height > width else np.linspace(20, 235, max(size))[None], size)
+    path = write_video(tmp_path / "v.mkv", [np.repeat(ramp[..., None], 3, 2).astype(np.uint8)] * 2, "ffv1", pix_fmt=pix_fmt)
+    clip = data.read_clip(path, View(frames=2, size=16, short_side=16)).astype(float)
+    side = min(size)
+    first = (max(size) - side) / 2
+    edges = np.interp([first + side / 32 - 0.5, first + side - side / 32 - 0.5], np.arange(max(size)), np.linspace(20, 235, max(size)))  # centres of the first and last pixel
+    along = clip[0].mean(2).mean(1 if height > width else 0)
+    assert np.abs(along[[0, -1]] - edges).max() < 215 / max(size) * 1.6 + 2  # the chroma grid, and the edge's own filter
+
+
+def test_grey_levels_do_not_depend_on_the_width(tmp_path):
+    """swscale has a faster conversion for widths that are multiples of 8, which is two levels too dark."""
+    path = write_video(tmp_path / "v.mkv", [np.full((48, 64, 3), 180, np.uint8)] * 2, "ffv1", pix_fmt="yuv420p")
+    for size in (31, 32, 40, 45):
+        assert abs(data.read_clip(path, View(frames=2, size=size, short_side=size)).mean() - 180) < 1
 
 
 # -------------------------------------------------------------------------------------------------------------- patches
@@ -300,38 +375,154 @@ def test_missing_lists_and_folders(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- batches
 
-def fake_reader(bad=()):
-    def read(i):
-        if i in bad:
+class Fake:
+    """A source whose clip i is filled with i."""
+    cache, latent_shape, patch_shape, grid, decodes = None, None, (2, 3), (1, 1, 2), True
+
+    def __init__(self, n, bad=()):
+        self.n, self.bad = n, bad
+
+    def __len__(self):
+        return self.n
+
+    def name(self, i):
+        return str(i), 0
+
+    def decode(self, i, out):
+        if i in self.bad:
             raise data.VideoError(f"video {i} is broken")
-        return data.Sample(i, np.full((2, 3), i, np.uint8), None)
-    return read
+        out[:] = i
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_batches_keep_their_order_and_places(threads):
-    order = data.shuffled(22, 3, 1)
-    got = [batch.ids.tolist() for batch in data.batches(fake_reader(), order, 4, threads, substitutes=22)]
-    assert got == [order[i:i + 4] for i in range(0, 20, 4)]
-    assert order == data.shuffled(22, 3, 1) != data.shuffled(22, 3, 2) and sorted(order) == list(range(22))
+def contents(source, order, batch_size, **how):
+    """The clip numbers of each batch."""
+    got = []
+    for batch in data.batches(source, data.in_order(order, batch_size), **how):
+        assert batch.ids.tolist() == [data.sample_id(str(int(i))) for i in batch.patches[:, 0, 0]] and (batch.patches == batch.patches[:, :1, :1]).all()
+        got.append(batch.patches[:, 0, 0].tolist())
+    return got
+
+
+@pytest.mark.parametrize("threads, ahead", [(1, 1), (4, 2), (2, 5)])
+def test_batches_keep_their_order_and_places(threads, ahead):
+    order = [int(i) for _, records in data.shuffled(22, 4, 3, range(5)) for i in records]
+    assert contents(Fake(22), order, 4, threads=threads, ahead=ahead) == [order[i:i + 4] for i in range(0, 20, 4)]
+    assert contents(Fake(7), range(7), 4, threads=threads) == [[0, 1, 2, 3], [4, 5, 6]]
+
+
+def test_shuffled_takes_each_record_once_an_epoch_and_starts_anywhere():
+    epochs = {}
+    for epoch, records in data.shuffled(50, 7, 3, range(21)):  # 7 steps an epoch, one record left over
+        epochs.setdefault(epoch, []).append(records)
+    for number, steps in epochs.items():
+        assert len(steps) == 7 and len(set(np.concatenate(steps).tolist())) == 49
+    assert list(epochs) == [0, 1, 2] and not np.array_equal(epochs[0][0], epochs[1][0])
+    (epoch, records), = data.shuffled(50, 7, 3, [16])
+    assert epoch == 2 and np.array_equal(records, epochs[2][2])
+    assert not np.array_equal(next(data.shuffled(50, 7, 4, [0]))[1], epochs[0][0])
 
 
 def test_a_broken_video_costs_only_its_own_place():
     """In training the next readable sample stands in, whatever batch it is; in evaluation the batch is smaller."""
     heard = []
     listen = lambda i, error: heard.append((i, str(error)))
-    got = [batch.ids.tolist() for batch in data.batches(fake_reader({1, 5, 6}), [0, 1, 2, 3, 4, 5, 6, 7], 4, failed=listen, substitutes=8)]
-    assert got == [[0, 2, 2, 3], [4, 7, 7, 7]] and heard == [(i, f"video {i} is broken") for i in (1, 5, 6)]
-    assert [batch.ids.tolist() for batch in data.batches(fake_reader({7}), [7, 2], 1, failed=listen, substitutes=8)] == [[0], [2]]
-    got = [batch.ids.tolist() for batch in data.batches(fake_reader({1, 4, 5, 6}), range(7), 4, failed=listen)]
-    assert got == [[0, 2, 3]]
+    assert contents(Fake(8, {1, 5, 6}), range(8), 4, failed=listen, substitutes=True) == [[0, 2, 2, 3], [4, 7, 7, 7]]
+    assert heard == [(i, f"video {i} is broken") for i in (1, 5, 6)]
+    assert contents(Fake(8, {7}), [7, 2], 1, failed=listen, substitutes=True) == [[0], [2]]
+    assert contents(Fake(7, {1, 4, 5, 6}), range(7), 4, failed=listen) == [[0, 2, 3]]
     with pytest.raises(InputError, match="16 videos in a row could not be decoded; the first: video 3"):
-        list(data.batches(fake_reader(range(30)), [3], 1, failed=listen, substitutes=30))
+        contents(Fake(30, range(3, 30)), [1, 3], 2, failed=listen, substitutes=True)
     with pytest.raises(data.VideoError, match="video 1"):
-        list(data.batches(fake_reader({1}), range(4), 2))
+        contents(Fake(4, {1}), range(4), 2)
     with pytest.raises(InputError, match="fewer than a batch"):
         data.check_batch(3, 4)
-    assert [len(batch.ids) for batch in data.batches(fake_reader(), range(7), 4)] == [4, 3]
+
+
+def test_preparing_is_bounded_and_ends_with_the_caller():
+    """No more than `ahead` batches are prepared early, and a caller that stops leaves no thread behind."""
+    begun = []
+
+    class Counting(Fake):
+        def decode(self, i, out):
+            begun.append(i)
+            super().decode(i, out)
+
+    before = threading.active_count()
+    stream = data.batches(Counting(100), data.in_order(range(100), 2), threads=2, ahead=3)
+    for step in range(5):
+        next(stream)
+        assert len(begun) <= 2 * (step + 1 + 3)
+    stream.close()
+    assert threading.active_count() == before and len(begun) <= 16
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A cache of 40 clips on the 2x4x4 grid, and all that is in it."""
+    view, rng = View(frames=4, size=64, short_side=64), np.random.default_rng(0)
+    latents, patches = rng.normal(size=(40, 32, 6)).astype(np.float16), rng.integers(0, 256, (40, 32, 1536), dtype=np.uint8)
+    folder = tmp_path_factory.mktemp("cache") / "c"
+    writer = cache.Writer(folder, {
+        "split": "train", "list_count": 40, "list_sha256": "", "teacher": {"name": "t", "sha256": "ab", "mean": [0.5] * 3, "std": [0.2] * 3}, "view": view.to_dict(), "view_hash": view.hash(),
+        "views": 1, "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [32, 6], "patch_shape": [32, 1536], "clips": True, "clips_from": None})
+    with writer.shard(0) as shard:
+        for row in range(40):
+            shard.add(f"v{row}", 0, latents[row], None, patches[row])
+    writer.finish()
+    return cache.open_cache(folder), latents, patches
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_of_a_cache_hold_the_rows_that_the_masks_ask_for(made, threads, reference, monkeypatch):
+    opened, latents, patches = made
+    if reference:
+        monkeypatch.setattr(ops, "EXTENSION", {**ops.EXTENSION, "devices": []})
+        monkeypatch.setattr(ops, "File", ops.FileReference)
+        opened = cache.open_cache(opened.folder)
+    steps = list(data.shuffled(40, 5, 7, range(6, 11)))  # across the end of an epoch
+    stream = data.batches(data.Records(opened), steps, ["short", "long"], 7, patches=("context",), latents=("target",), threads=threads)
+    for (epoch, records), batch in zip(steps, stream, strict=True):
+        ids = torch.tensor([data.sample_id(f"v{record}") for record in records])
+        assert torch.equal(batch.ids, ids) and list(batch.masks) == ["short", "long"]
+        for family, drawn in batch.masks.items():
+            expected = ops.sample_masks(ids, epoch, 7, family, (2, 4, 4))
+            assert torch.equal(drawn.context, expected.context) and torch.equal(drawn.target, expected.target)
+            for place, record in enumerate(records):
+                assert np.array_equal(batch.patches[place, drawn.context[place]], patches[record][drawn.context[place]])
+                assert np.array_equal(batch.latents[place, drawn.target[place]], latents[record][drawn.target[place]])
+
+
+def test_other_rows_are_not_read(made, monkeypatch):
+    opened, latents, patches = made
+    asked = []
+    original = cache.Cache.read_rows
+
+    def listening(self, kind, records, out, wanted=None, threads=1):
+        out.view(torch.uint8).fill_(77)
+        original(self, kind, records, out, wanted, threads)
+        asked.append((kind, None if wanted is None else int(wanted.sum())))
+    monkeypatch.setattr(cache.Cache, "read_rows", listening)
+    sampler = list(data.in_order(range(4), 4))
+    batch = next(data.batches(data.Records(opened), sampler, ["short", "long"], patches=("context",), latents=()))
+    context = torch.zeros(4, 32, dtype=torch.bool)
+    for drawn in batch.masks.values():
+        context.scatter_(1, drawn.context, True)
+    assert batch.latents is None and asked == [("patches", int(context.sum()))]  # rows that both families want, once
+    assert (batch.patches[~context] == 77).all() and np.array_equal(batch.patches[context], torch.from_numpy(patches[:4])[context])
+    whole = next(data.batches(data.Records(opened), sampler, ["short"]))
+    assert np.array_equal(whole.patches, patches[:4]) and np.array_equal(whole.latents, latents[:4]) and asked[1:] == [("patches", None), ("latents", None)]
+
+
+def test_a_record_that_cannot_be_read_ends_the_run_with_shard_and_row(made, tmp_path):
+    folder = shutil.copytree(made[0].folder, tmp_path / "c")
+    opened = cache.open_cache(folder)
+    stream = data.batches(data.Records(opened), data.in_order(range(40), 4), ["short"], patches=("context",), latents=("target",))
+    next(stream)
+    with open(folder / "patches-00000.npy", "r+b") as file:
+        file.truncate(128 + 30 * 32 * 1536)
+    with pytest.raises(InputError, match=r"patches-00000.npy, row 3\d: the file is truncated"):
+        list(stream)
 
 
 def test_a_failing_disk_is_not_the_videos_fault(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_caching_again_changes_nothing_and_an_interrupted_cache_is_the_same(worl
     run(world, "cache_latents", "--data", "data", "--teacher", "none", *VIEW, "--out", "again", "--threads", "1")
     for path in (world / "clips").iterdir():
         assert path.read_bytes() == (world / "again" / path.name).read_bytes(), path.name
-    assert "every checksum fits" in run(world, "cache_latents", "--verify", "again")
+    assert "every checksum, count and id fits" in run(world, "cache_latents", "--verify", "again")
     content = bytearray((world / "again" / "patches-00000.npy").read_bytes())
     content[-1] ^= 1
     (world / "again" / "patches-00000.npy").write_bytes(content)

@@ -1,0 +1,47 @@
+// Rows of records that lie in files, copied into a batch by threads of its own.
+//
+// The file is mapped, and before a row is touched the kernel is asked to bring its pages in (MADV_POPULATE_READ, Linux 5.14), which
+// reports an error where touching them would be SIGBUS. Where that is not to be had, or fails, pread does the work and names the error.
+// From a warm page cache the map is twice as fast as pread: nothing is copied by the kernel, and rows are written past the caches.
+//
+// Bytes: each row asked for once in, once out. The limit is memory bandwidth where the pages are cached, else the disk's.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace salt {
+
+class File {
+ public:
+  explicit File(const std::string& path);  // throws std::system_error
+  ~File();
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+  void advise(int64_t start, int64_t bytes) const;  // read these into the page cache, and do not wait for it
+  const int fd;
+  int64_t mapped = 0;           // bytes, when it was opened
+  const char* map = nullptr;    // null where the file cannot be mapped
+};
+
+// One record: rows of row_bytes from byte `start` on. Row n goes to out + n * out_row_bytes where wanted[n] (all where it is null).
+struct Record {
+  const File* file;
+  int64_t start;
+  const uint8_t* wanted;
+  char* out;
+  const float* scale;  // null: the bytes as they are. [row_bytes]: int8 entries, written as float16 entry * scale
+};
+
+struct ReadError {
+  int64_t record = -1, row = 0;  // the first that failed; -1: none did
+  int number = 0;                // errno, or 0 where the file ended before the row did
+};
+
+ReadError read_rows(const std::vector<Record>& records, int64_t rows, int64_t row_bytes, int threads);
+
+// out[d] = float16(q[d] * scale[d]), rounded to nearest even. In cpu.cpp.
+void dequantise_row(const int8_t* q, const float* scale, int64_t D, uint16_t* out);
+
+}  // namespace salt
