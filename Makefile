@@ -28,9 +28,9 @@ sanitize: build/sanitize
 	SALT_SIMD=avx2 build/sanitize 100
 	SALT_SIMD=baseline build/sanitize 100
 
-build/sanitize: tests/sanitize.cpp $(wildcard csrc/*.h) csrc/cpu.cpp Makefile
+build/sanitize: tests/sanitize.cpp $(wildcard csrc/*.h) csrc/cpu.cpp csrc/files.cpp Makefile
 	mkdir -p build
-	$(SANITIZE) -o $@ tests/sanitize.cpp csrc/cpu.cpp
+	$(SANITIZE) -o $@ tests/sanitize.cpp csrc/cpu.cpp csrc/files.cpp -pthread
 
 emulate: build/emulation/run
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/emulation/run 1
@@ -39,12 +39,12 @@ build/emulation/run: $(wildcard tests/emulation/*) $(wildcard csrc/*) tests/sani
 	mkdir -p build/emulation
 	for kernels in masks rows loss; do sed -E -e 's/([A-Za-z0-9_]+(<[^<>()]*>)?)<<<([^;]*)>>>\(/salt_launch((\1), \3)(/' -e 's/__shared__ /static /' \
 	  -e 's/extern static uint64_t shared_scratch\[\];/uint64_t* shared_scratch = emulation::shared.data();/' csrc/$$kernels.cu > build/emulation/$$kernels.cpp || exit 1; done
-	$(SANITIZE) -DSALT_EMULATE -Itests/emulation -Icsrc -o $@ tests/sanitize.cpp csrc/cpu.cpp build/emulation/*.cpp
+	$(SANITIZE) -DSALT_EMULATE -Itests/emulation -Icsrc -o $@ tests/sanitize.cpp csrc/cpu.cpp csrc/files.cpp build/emulation/*.cpp -pthread
 
 cuda-check: $(CUDA_VENV)/stamp
 	rm -rf $(CUDA_BUILD) && mkdir -p $(CUDA_BUILD)/tests
 	cp -r setup.py ops.py config.py csrc $(CUDA_BUILD)
-	cp tests/__init__.py tests/conftest.py tests/test_ops.py tests/test_masks.py tests/test_gpu.py $(CUDA_BUILD)/tests
+	cp tests/__init__.py tests/conftest.py tests/test_ops.py tests/test_masks.py tests/test_rows.py tests/test_gpu.py $(CUDA_BUILD)/tests
 	cd $(CUDA_BUILD) && NVCC_APPEND_FLAGS="-Xptxas -v" ../../$(CUDA_VENV)/bin/python setup.py build_ext > build.log 2>&1 && ! grep '^setup.py:' build.log || (tail -40 build.log; false)
 	$(CUDA_VENV)/bin/python tests/ptxas_report.py $(CUDA_BUILD)/build.log
 	cd $(CUDA_BUILD) && ../../$(CUDA_VENV)/bin/python -c 'import ops; print(ops.extension_line()); assert "cuda" in ops.EXTENSION["devices"]'

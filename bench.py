@@ -1,251 +1,50 @@
-"""Speed, side by side:  python bench.py ops [--device cuda] [--json]
+"""Speed, side by side:  python bench.py ops|data|scale [--name value ...] [--json]
 
-Each op of the extension against eager PyTorch, torch.compile and what memory allows, in one process, taking turns: medians over the
-rounds, with the quartiles. Bytes of an op: each input row it needs once, each output once. Copy bandwidth: clone() of a tensor as large as
-the op's main operand, bytes read plus bytes written, in the same rounds. On a GPU four input sets take turns, so that all but the smallest
-cases come from memory and not from L2.
+    ops     each op of the extension against eager PyTorch, torch.compile and what memory allows; --device cuda for a GPU
+    data    decoding against bare PyAV, decord and torchcodec; batches from a cache against memcpy, warm, and against the disk, cold
+    scale   opening and shuffling caches of 168,913 and 10,000,000 records, simulated
+
+Competitors take turns in one process; figures are medians over the rounds, with the quartiles. `python bench.py PART --help` lists a part's settings.
+The parts are benchmarks/bench_PART.py; this file is what they share.
 """
 import datetime
-import functools
 import os
 import platform
+import runpy
 import statistics
 import subprocess
 import sys
 import time
 from json import dumps
 from pathlib import Path
-from typing import Literal
 
 import config
 
-device: Literal["cpu", "cuda"] = "cpu"  # where the ops run
-threads = 0                     # CPU threads; 0: torch's default
-rounds = 9                      # measurements of each competitor, of which the first is a warm-up
-batches = [24, 64]              # clips
-widths = [768, 1024, 1280]      # D, of latents and features
-dtypes = ["fp32", "bf16"]       # of predictions and features; latents are float16, as cached
-compiled = [768, 1024, 1280]    # widths at which torch.compile takes part, 0 for none; compiling takes longer than measuring
-mask_batch = 24                 # clips of one call in the measurement of masks
-json = False                    # write OUT/PART-DEVICE-DATE.json
-out = "benchmarks"              # folder for it
-seed = 0                        # of masks
-
-_words = sys.argv[1:]
-_part = _words.pop(0) if _words and not _words[0].startswith("-") else "ops"
-_settings = config.apply(globals(), _words, least={"threads": 0, "rounds": 3, "mask_batch": 1})
-if _part != "ops":
-    raise config.InputError(f"bench.py measures ops, not {_part!r}")
-if min(batches) < 1 or min(widths) < 3:
-    raise config.InputError(f"--batches are at least 1 and --widths at least 3, not {batches} and {widths}")
-if set(dtypes) - {"fp32", "bf16"}:
-    raise config.InputError(f"--dtypes takes fp32 and bf16, not {', '.join(dtypes)}")
-
-if not os.access("/dev/shm", os.W_OK):
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its worker processes want semaphores
-
-import numpy as np  # noqa: E402  after the settings, so that --help is quick
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import ops  # noqa: E402
-
-if device == "cuda" and not torch.cuda.is_available():
-    raise config.InputError("--device cuda: torch sees no GPU; run python -c 'import torch; torch.cuda.init()' for the reason, or use --device cpu")
-if not ops.has_kernel(torch.empty(0, device=device)):
-    raise config.InputError(f"there is nothing of our own to measure on {device}: {ops.extension_line(device)}")
-if threads:
-    torch.set_num_threads(threads)
-torch._dynamo.config.cache_size_limit = 10_000  # one compilation a shape is what a training run would have
-GRID, N = (8, 14, 14), 1568
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SETS = 4 if device == "cuda" else 1  # input sets that take turns
+PARTS = ("ops", "data", "scale")
+ROOT = Path(__file__).parent
 
 
-def host_milliseconds(call, turn):
+def take_turns(measures, rounds):
+    """{name: measure(turn) -> a number} -> {name: [lower quartile, median, upper quartile]}, the first round not counted."""
+    values = {name: [] for name in measures}
+    for turn in range(rounds):
+        for name, measure in measures.items():
+            values[name].append(measure(turn))
+    return {name: statistics.quantiles(kept[1:], n=4, method="inclusive") for name, kept in values.items()}
+
+
+def seconds(call):
+    """How long one call takes; what it makes is freed outside."""
     start = time.perf_counter()
-    result = call(turn)
-    taken = 1e3 * (time.perf_counter() - start)
+    result = call()
+    taken = time.perf_counter() - start
     del result
     return taken
 
 
-def milliseconds(call, turn):
-    """One call's time; on a GPU by events, with all launches queued while it sleeps, so that the host's part is not in it."""
-    if device == "cpu":
-        return host_milliseconds(call, turn)
-    before, after, repeats = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True), 2 * SETS
-    torch.cuda._sleep(20_000_000)  # cycles, about ten milliseconds
-    before.record()
-    for i in range(repeats):
-        call(turn + i)
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / repeats
-
-
-def take_turns(calls):
-    """{name: call(turn)} -> {name: [lower quartile, median, upper quartile]} in milliseconds."""
-    times = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name, call in calls.items():
-            times[name].append(milliseconds(call, turn))
-    return {name: statistics.quantiles(values[1:], n=4, method="inclusive") for name, values in times.items()}
-
-
-def report(op, what, shape, dtype, calls, count, copy_bytes):
-    """Measure one case, print its line and return it for the JSON file. `count`: the op's bytes."""
-    times = take_turns(calls)
-    median = {name: quartiles[1] for name, quartiles in times.items()}
-    bandwidth, copy = count / median["ours"] / 1e6, copy_bytes / median["copy"] / 1e6
-    ratios = {name: median[name] / median["ours"] for name in ("eager", "compile") if name in median}
-    low, _, high = times["ours"]
-    print(f"{op:15} {what:8} {str(list(shape)):18} {dtype:5} {median['ours']:9.3f} ms [{low:.3f}, {high:.3f}]  "
-          + "  ".join(f"{name} {ratio:5.2f}x" for name, ratio in ratios.items())
-          + f"   {bandwidth:7.1f} GB/s of {copy:7.1f} copy = {bandwidth / copy:4.0%}", flush=True)
-    return {"op": op, "pass": what, "shape": list(shape), "dtype": dtype, "bytes": count, "ms": times, "speedup": ratios,
-            "GB_per_s": bandwidth, "copy_GB_per_s": copy, "share_of_copy": bandwidth / copy}
-
-
-def forward_and_backward(forward, leaf):
-    """(loss, gradient) by autograd, as the layers before would get it."""
-    result = forward()
-    return result, torch.autograd.grad(result, leaf, ones(tuple(result.shape), result.dtype))
-
-
-@functools.lru_cache(2)
-def ones(shape, dtype):
-    return torch.ones(shape, dtype=dtype, device=device)
-
-
-def cases():
-    """(B, K context, K target, family, D, dtype name) of every case; masks as training draws them."""
-    return [(b, *ops.mask_counts(family, GRID), family, d, name) for b in batches for family in ("short", "long") for d in widths for name in dtypes]
-
-
-def eager_gather(x, index):
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-
-
-def eager_loss(prediction, target, index):
-    return F.mse_loss(prediction.float(), eager_gather(target, index).float())
-
-
-def eager_patches(patches, index, mean, std, dtype):
-    return ((eager_gather(patches, index).float() / 255 - mean) / std).to(dtype)
-
-
-def masks_of(b, family):
-    ids = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**63, b)).to(device)
-    return ops.sample_masks(ids, 0, seed, family, GRID)
-
-
-def bench_gather():
-    for b, k, _, family, d, name in cases():
-        dtype, index = DTYPES[name], masks_of(b, family).context
-        inputs = [torch.randn(b, N, d, device=device).to(dtype).requires_grad_() for _ in range(SETS)]
-        copies = [x[:, :k].detach().contiguous() for x in inputs]  # as large as the result; backward makes all N rows
-        rivals = {"ours": ops.masked_gather, "eager": eager_gather}
-        if d in compiled:
-            rivals["compile"] = torch.compile(eager_gather, dynamic=False, fullgraph=True)
-        copy = {"copy": lambda turn: copies[turn % SETS].clone()}
-        row = d * dtype.itemsize
-        with torch.no_grad():
-            calls = {n: lambda turn, f=f: f(inputs[turn % SETS], index) for n, f in rivals.items()}
-            yield report("masked_gather", "forward", (b, k, d), name, calls | copy, 2 * b * k * row, 2 * b * k * row)
-        calls = {n: lambda turn, f=f: forward_and_backward(lambda: f(inputs[turn % SETS], index), inputs[turn % SETS]) for n, f in rivals.items()}
-        copy = {"copy": lambda turn: inputs[turn % SETS].detach().clone()}
-        yield report("masked_gather", "fwd+bwd", (b, k, d), name, calls | copy, b * (3 * k + N) * row, 2 * b * N * row)
-
-
-def bench_loss():
-    for b, _, k, family, d, name in cases():
-        dtype, index = DTYPES[name], masks_of(b, family).target
-        predictions = [torch.randn(b, k, d, device=device).to(dtype).requires_grad_() for _ in range(SETS)]
-        targets = [torch.randn(b, N, d, device=device).half() for _ in range(SETS)]
-        rivals = {"ours": ops.masked_mse, "eager": eager_loss}
-        if d in compiled:
-            rivals["compile"] = torch.compile(eager_loss, dynamic=False, fullgraph=True)
-        copy = {"copy": lambda turn: predictions[turn % SETS].detach().clone()}
-        size = b * k * d
-        with torch.no_grad():
-            calls = {n: lambda turn, f=f: f(predictions[turn % SETS], targets[turn % SETS], index) for n, f in rivals.items()}
-            yield report("masked_mse", "forward", (b, k, d), name, calls | copy, size * (dtype.itemsize + 2), 2 * size * dtype.itemsize)
-        calls = {n: lambda turn, f=f: forward_and_backward(lambda: f(predictions[turn % SETS], targets[turn % SETS], index), predictions[turn % SETS])
-                 for n, f in rivals.items()}
-        yield report("masked_mse", "fwd+bwd", (b, k, d), name, calls | copy, size * (2 * dtype.itemsize + 2), 2 * size * dtype.itemsize)
-        calls["ours"] = lambda turn: ops.masked_mse_with_grad(predictions[turn % SETS], targets[turn % SETS], index)
-        yield report("..._with_grad", "fwd+bwd", (b, k, d), name, calls | copy, size * (2 * dtype.itemsize + 2), 2 * size * dtype.itemsize)
-
-
-def bench_patches():
-    d, mean, std = 1536, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    a_channel = [torch.tensor(values, device=device).repeat_interleave(d // 3) for values in (mean, std)]
-    for b in batches:
-        for family in ("short", "long"):
-            index = masks_of(b, family).context
-            k = index.shape[1]
-            inputs = [torch.randint(0, 256, (b, N, d), dtype=torch.uint8, device=device) for _ in range(SETS)]
-            for name in dtypes:
-                dtype = DTYPES[name]
-                copies = [torch.randn(b, k, d, device=device).to(dtype) for _ in range(SETS)]
-                plain = {"eager": eager_patches} | ({"compile": torch.compile(eager_patches, dynamic=False, fullgraph=True)} if any(compiled) else {})
-                calls = {"ours": lambda turn: ops.patch_normalise(inputs[turn % SETS], mean, std, index, dtype)}
-                calls |= {n: lambda turn, f=f: f(inputs[turn % SETS], index, *a_channel, dtype) for n, f in plain.items()}
-                yield report("patch_normalise", "forward", (b, k, d), name, calls | {"copy": lambda turn: copies[turn % SETS].clone()},
-                             b * k * d * (1 + dtype.itemsize), 2 * b * k * d * dtype.itemsize)
-
-
-def textbook_masks(b, family, generator):
-    """The collator as papers describe it: a block size a batch, blocks a clip at random places, torch.randint, nonzero, cut to the shortest."""
-    blocks, area = ops.FAMILIES[family].blocks[0], ops.FAMILIES[family].area
-    t, h, w = GRID
-    ratio = 0.75 + 0.75 * torch.rand(1, generator=generator).item()
-    height, width = (max(1, min(side, round((h * w * area * r) ** 0.5))) for side, r in ((h, ratio), (w, 1 / ratio)))
-    contexts, targets = [], []
-    for _ in range(b):
-        while True:
-            keep = torch.ones(GRID, dtype=torch.int32)
-            for _ in range(blocks):
-                y = torch.randint(0, h - height + 1, (1,), generator=generator)
-                x = torch.randint(0, w - width + 1, (1,), generator=generator)
-                block = torch.ones(GRID, dtype=torch.int32)
-                block[:, y:y + height, x:x + width] = 0
-                keep *= block
-            keep = keep.flatten()
-            context = torch.nonzero(keep).squeeze(1)
-            if len(context):
-                break
-        contexts.append(context)
-        targets.append(torch.nonzero(keep == 0).squeeze(1))
-    shortest = [min(map(len, lists)) for lists in (contexts, targets)]
-    return tuple(torch.stack([row[:length] for row in lists]) for lists, length in zip((contexts, targets), shortest))
-
-
-def bench_masks():
-    """Microseconds a clip and family, of calls in a row: on one CPU thread, or on the GPU."""
-    before, generator, calls_in_a_row = torch.get_num_threads(), torch.Generator().manual_seed(seed), 50 if device == "cpu" else 5
-    torch.set_num_threads(1)
-    ids = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**63, mask_batch)).to(device)
-    for family in ops.FAMILIES:
-        def drawn(turn):
-            for i in range(calls_in_a_row):
-                ops.sample_masks(ids, turn + i, seed, family, GRID)
-
-        calls = {"ours": drawn}
-        if ops.FAMILIES[family].area and device == "cpu":
-            calls["textbook"] = lambda turn: textbook_masks(mask_batch, family, generator)
-        clips = {"ours": mask_batch * calls_in_a_row, "textbook": mask_batch}
-        times = {name: [1e3 * value / clips[name] for value in quartiles] for name, quartiles in take_turns(calls).items()}
-        low, median, high = times["ours"]
-        against = f"   textbook collator {times['textbook'][1]:.0f} us = {times['textbook'][1] / median:.0f}x" if "textbook" in times else ""
-        print(f"sample_masks    {family:6} {mask_batch} clips a call   {median:.2f} us a clip [{low:.2f}, {high:.2f}]{against}", flush=True)
-        yield {"op": "sample_masks", "family": family, "clips": mask_batch, "us_per_clip": times}
-    torch.set_num_threads(before)
-
-
-def processor():
+def processor(device="cpu"):
     if device == "cuda":
+        import torch
         return torch.cuda.get_device_name()
     try:
         return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
@@ -254,23 +53,40 @@ def processor():
 
 
 def commit():
-    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks") else "")
+        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/*.json") else "")
     except OSError:
         return "unknown"
 
 
-machine = {"date": datetime.date.today().isoformat(), "commit": commit(), "device": processor(), "cores": os.cpu_count(),
-           "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "extension": ops.EXTENSION}
-print("  ".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
-print("to reach: masks <= 4 us; masked_mse forward + backward on CPU >= 4x eager and >= 70 % of copy, on a GPU >= 3x, >= 1.2x torch.compile and "
-      ">= 85 %. A forward alone writes nothing, so that its share of copy may pass 100 %. eager: torch.gather, as public code has it.", flush=True)
-results = []
-for measure in (bench_masks, bench_gather, bench_patches, bench_loss):
-    results += measure()
-if json:
-    Path(out).mkdir(parents=True, exist_ok=True)
-    path = Path(out) / f"{_part}-{device}-{machine['date']}.json"
-    path.write_text(dumps({"command": " ".join(["python", *sys.argv]), **machine, "settings": _settings, "results": results}, indent=1) + "\n")
+def machine(device="cpu"):
+    """Print and return what the figures were measured on."""
+    import torch
+
+    import ops
+    found = {"date": datetime.date.today().isoformat(), "commit": commit(), "device": processor(device), "cores": os.cpu_count(),
+             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "extension": ops.EXTENSION}
+    print("  ".join(f"{name}: {value}" for name, value in found.items()), flush=True)
+    return found
+
+
+def write(part, device, folder, found, settings, results):
+    """FOLDER/PART-DEVICE-DATE.json"""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / f"{part}-{device}-{found['date']}.json"
+    path.write_text(dumps({"command": " ".join(["python bench.py", part, *sys.argv[1:]]), **found, "settings": settings, "results": results}, indent=1) + "\n")
     print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    sys.excepthook = config.report_in_one_line
+    words = sys.argv[1:]
+    if not words or words[0].startswith("-"):
+        print(__doc__.strip())
+        sys.exit(0 if words and words[0] in ("-h", "--help") else 2)
+    if words[0] not in PARTS:
+        raise config.InputError(f"bench.py measures {', '.join(PARTS)}, not {words[0]!r}{config.nearest(words[0], PARTS)}")
+    path = ROOT / "benchmarks" / f"bench_{words[0]}.py"
+    sys.argv = [str(path), *words[1:]]
+    runpy.run_path(str(path), run_name="__main__")

@@ -20,7 +20,6 @@ from einops import rearrange
 
 import ops
 from config import InputError
-from ops import patchify  # noqa: F401  a public name here
 from views import View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  data.View and the others are public names here
 
 VIDEO_SUFFIXES = (".webm", ".mp4", ".mkv", ".avi")
@@ -323,6 +322,14 @@ class Scaler:
 
 # --------------------------------------------------------------------------------------------------------------- patches
 
+def patchify(clip, patch=16, tubelet=2):
+    """Clip [..., T, H, W, 3] -> patches [..., N, 3 * tubelet * patch * patch]: token n = (t * h + y) * w + x, vector (channel, dt, dy, dx).
+
+    That is how a Conv3d patch embedding flattens its kernel. Works on numpy arrays and tensors of any dtype.
+    """
+    return rearrange(clip, "... (t dt) (y dy) (x dx) c -> ... (t y x) (c dt dy dx)", dt=tubelet, dy=patch, dx=patch)
+
+
 def unpatchify(patches, grid=(8, 14, 14), patch=16, tubelet=2):
     """The inverse of patchify: patches [..., N, P] -> clip [..., T, H, W, 3]."""
     t, y, x = grid
@@ -424,11 +431,13 @@ def check_batch(n, batch_size):
 
 
 class Slots:
-    """Memory of one batch, used again and again; pinned where it goes on to a GPU."""
+    """Memory of one batch, used again and again: pinned where it goes on to a GPU, else numpy's, which asks for large pages."""
 
     def __init__(self, source, batch_size, with_latents, pin):
-        self.patches = torch.empty(batch_size, *source.patch_shape, dtype=torch.uint8, pin_memory=pin)
-        self.latents = torch.empty(batch_size, *source.latent_shape, dtype=torch.float16, pin_memory=pin) if with_latents else None
+        make = (lambda *shape, dtype: torch.empty(*shape, dtype=dtype, pin_memory=True)) if pin else (
+            lambda *shape, dtype: torch.from_numpy(np.empty(shape, {torch.uint8: np.uint8, torch.float16: np.float16}[dtype])))
+        self.patches = make(batch_size, *source.patch_shape, dtype=torch.uint8)
+        self.latents = make(batch_size, *source.latent_shape, dtype=torch.float16) if with_latents else None
         self.copied = None  # a CUDA event: the copy to the GPU that still reads these
 
 
@@ -468,7 +477,22 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
                 first = first or error
         return None, first
 
-    def assemble(slots, epoch, records, decoding):
+    def plan(epoch, records):
+        """(sample ids, masks, {kind: rows to read}) of a batch."""
+        ids = torch.tensor([sample_id(*source.name(int(record))) for record in records])
+        masks, wanted = {family: ops.sample_masks(ids, epoch, seed, family, source.grid) for family in families}, {}
+        for kind, parts in (("patches", patches), ("latents", latents)):
+            wanted[kind] = None if parts is None or not masks else torch.zeros(len(ids), n, dtype=torch.bool)
+            for drawn in masks.values() if parts else ():
+                for part in parts:
+                    wanted[kind].scatter_(1, getattr(drawn, part), True)
+        return ids, masks, wanted
+
+    def look_ahead(epoch, records):
+        cache.advise(records, reads)
+        return plan(epoch, records)
+
+    def assemble(slots, epoch, records, decoding, planned):
         """(Batch or None, [(record, error)]) of one batch."""
         kept, errors = records, []
         if slots.copied:
@@ -485,16 +509,9 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
                         slots.patches[place] = slots.patches[good]
         if not len(kept):
             return None, errors
-        ids = torch.tensor([sample_id(*source.name(int(record))) for record in kept])
-        masks = {family: ops.sample_masks(ids, epoch, seed, family, source.grid) for family in families}
+        ids, masks, wanted = planned.result() if planned and not errors else plan(epoch, kept)
         for kind in reads:
-            parts, wanted = patches if kind == "patches" else latents, None
-            if parts is not None and masks:
-                wanted = torch.zeros(len(ids), n, dtype=torch.bool)
-                for drawn in masks.values():
-                    for part in parts:
-                        wanted.scatter_(1, getattr(drawn, part), True)
-            cache.read_rows(kind, kept, getattr(slots, kind)[:len(ids)], wanted, threads)
+            cache.read_rows(kind, kept, getattr(slots, kind)[:len(ids)], wanted[kind], threads)
         batch = Batch(ids, slots.patches[:len(ids)], slots.latents[:len(ids)] if "latents" in reads else None, masks)
         if side:
             with torch.cuda.stream(side):
@@ -517,7 +534,7 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
                     x.record_stream(stream)
         return batch
 
-    with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as assembler, ThreadPoolExecutor(1) as adviser:
+    with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as assembler, ThreadPoolExecutor(1) as planner:
         free, pending = deque(), deque()
         try:
             made = 0
@@ -532,13 +549,12 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
                     free.append(slots)
                 slots = free.popleft()
                 records = np.asarray(records)
-                if reads:
-                    adviser.submit(cache.advise, records, reads)
+                planned = planner.submit(look_ahead, epoch, records) if reads else None
                 decoding = [decoders.submit(decode, slots, place, int(i)) for place, i in enumerate(records)] if source.decodes and patches != () else []
-                pending.append((slots, assembler.submit(assemble, slots, epoch, records, decoding)))
+                pending.append((slots, assembler.submit(assemble, slots, epoch, records, decoding, planned)))
             while pending:
                 if batch := hand_over(*pending.popleft()):
                     yield batch
         finally:
-            for pool in (assembler, decoders, adviser):
+            for pool in (assembler, decoders, planner):
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
 from config import InputError
 
@@ -404,20 +403,13 @@ def masked_mse_reference(prediction, target, index=None, kind="mse", normalise="
 
 # ------------------------------------------------------------------------------------------------------------- the data path
 
-def patchify(clip, patch=16, tubelet=2):
-    """Clip [..., T, H, W, 3] -> patches [..., N, 3 * tubelet * patch * patch]: token n = (t * h + y) * w + x, vector (channel, dt, dy, dx).
-
-    That is how a Conv3d patch embedding flattens its kernel. Works on numpy arrays and tensors of any dtype; a view where that can be.
-    """
-    return rearrange(clip, "... (t dt) (y dy) (x dx) c -> ... (t y x) (c dt dy dx)", dt=tubelet, dy=patch, dx=patch)
-
-
 def patchify_into(clip, out, patch=16, tubelet=2):
-    """patchify of one clip, uint8 array [T, H, W, 3], written to the uint8 array `out` [N, P]: a slot of a batch."""
+    """data.patchify of one clip, uint8 array [T, H, W, 3], written to the uint8 array `out` [N, P]: a place in a batch."""
     if EXTENSION["devices"]:
         salt_ops.patchify(torch.from_numpy(np.ascontiguousarray(clip)), patch, tubelet, torch.from_numpy(out))
     else:
-        out[:] = patchify(clip, patch, tubelet)
+        t, h, w = clip.shape[0] // tubelet, clip.shape[1] // patch, clip.shape[2] // patch
+        out.reshape(t, h, w, 3, tubelet, patch, patch)[:] = clip.reshape(t, tubelet, h, patch, w, patch, 3).transpose(0, 2, 4, 6, 1, 3, 5)
 
 
 def add_moments(rows, total, squares):

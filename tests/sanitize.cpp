@@ -1,6 +1,8 @@
 // The kernels alone, for `make sanitize`: AddressSanitizer watches arrays of exactly the size promised, UndefinedBehaviorSanitizer the
 // arithmetic, and every result is compared with a plain loop. Random shapes, odd widths, no rows at all, every type, loss and normalisation,
 // arrays an element off alignment. With SALT_EMULATE the CUDA kernels, which emulation/cuda_runtime.h runs on the CPU, else the CPU's.
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +12,7 @@
 #include <random>
 #include <vector>
 
+#include "../csrc/files.h"
 #include "../csrc/kernels.h"
 
 using namespace salt;
@@ -74,7 +77,8 @@ void put(Array& array, int64_t i, Type type, double value) {
 double get(Array& array, int64_t i, Type type) {
   if (type == Type::f32) return array.as<float>()[i];
   if (type == Type::f64) return array.as<double>()[i];
-  const uint32_t u = static_cast<uint32_t>(array.as<uint16_t>()[i]) << 16;  // bf16
+  uint32_t u = static_cast<uint32_t>(array.as<uint16_t>()[i]) << 16;  // bf16
+  if (type == Type::f16 && (u & 0x7fff0000u)) u = (u & 0x80000000u) | (((u & 0x7fff0000u) >> 3) + (112u << 23));  // no subnormal, infinity or nan here
   float f;
   std::memcpy(&f, &u, 4);
   return f;
@@ -208,12 +212,88 @@ void check_masks() {
   }
 }
 
+#ifndef SALT_EMULATE
+void check_patchify() {
+  const int64_t tubelet = whole(1, 3), patch = whole(1, 17), T = tubelet * whole(1, 3), H = patch * whole(1, 3), W = patch * whole(1, 3);
+  const int64_t N = T / tubelet * (H / patch) * (W / patch), P = 3 * tubelet * patch * patch;
+  Array clip(T * H * W * 3, 1), out(N * P, 1);
+  for (int64_t i = 0; i < T * H * W * 3; ++i) clip.as<uint8_t>()[i] = static_cast<uint8_t>(whole(0, 255));
+  in_parts(patchify_cpu, Tubelets{clip.as<uint8_t>(), T, H, W, patch, tubelet, out.as<uint8_t>()}, N);
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t y = 0; y < H; ++y)
+      for (int64_t x = 0; x < W; ++x)
+        for (int64_t c = 0; c < 3; ++c) {
+          const int64_t n = (t / tubelet * (H / patch) + y / patch) * (W / patch) + x / patch, entry = ((c * tubelet + t % tubelet) * patch + y % patch) * patch + x % patch;
+          expect(out.as<uint8_t>()[n * P + entry] == clip.as<uint8_t>()[((t * H + y) * W + x) * 3 + c], "patchify");
+        }
+}
+
+void check_moments() {
+  const int64_t n = whole(0, 5), D = whole(1, 1200);
+  Array rows(n * D, 2), sum(D, 8), squares(D, 8);
+  for (int64_t i = 0; i < n * D; ++i) put(rows, i, Type::f16, static_cast<double>(whole(-4, 4)));
+  for (int64_t d = 0; d < D; ++d) sum.as<double>()[d] = 1, squares.as<double>()[d] = 2;
+  in_parts(moments_cpu, Moments{rows.as<char>(), n, D, sum.as<double>(), squares.as<double>()}, D);
+  for (int64_t d = 0; d < D; ++d) {
+    double wanted = 1, wanted_squares = 2;
+    for (int64_t i = 0; i < n; ++i) wanted += get(rows, i * D + d, Type::f16), wanted_squares += get(rows, i * D + d, Type::f16) * get(rows, i * D + d, Type::f16);
+    expect(sum.as<double>()[d] == wanted && squares.as<double>()[d] == wanted_squares, "moments");
+  }
+}
+
+void check_permute() {
+  const int64_t n = whole(1, 300);
+  std::vector<int64_t> index(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) index[static_cast<size_t>(i)] = i;
+  Array out(n, 8);
+  Permute work{index.data(), static_cast<uint64_t>(n), {}, out.as<int64_t>()};
+  for (uint32_t& key : work.keys) key = static_cast<uint32_t>(engine());
+  in_parts(permute_cpu, work, n);
+  std::vector<char> taken(static_cast<size_t>(n), 0);
+  for (int64_t i = 0; i < n; ++i) expect(out.as<int64_t>()[i] >= 0 && out.as<int64_t>()[i] < n && !taken[static_cast<size_t>(out.as<int64_t>()[i])]++, "permute");
+}
+
+// A file of records, rows of any width, read by several threads: through the map, and, where it has grown since it was opened, without it.
+void check_files() {
+  const int64_t R = whole(1, 4), N = whole(1, 900), D = whole(0, 1) ? 64 * whole(1, 4) : whole(1, 200), head = whole(0, 200);
+  const bool scaled = whole(0, 1), grows = whole(0, 3) == 0;
+  std::vector<char> content(static_cast<size_t>(head + R * N * D));
+  for (char& byte : content) byte = static_cast<char>(whole(-128, 127));
+  char path[] = "/tmp/salt-sanitize-XXXXXX";
+  const int made = mkstemp(path);
+  const size_t first = grows ? content.size() / 2 : content.size();
+  expect(made >= 0 && write(made, content.data(), first) == static_cast<ssize_t>(first), "a temporary file");
+  const File file(path);
+  expect(write(made, content.data() + first, content.size() - first) == static_cast<ssize_t>(content.size() - first), "a temporary file");
+  Array wanted(R * N, 1), out(R * N * D, scaled ? 2 : 1), scale(R * D, 4);
+  for (int64_t i = 0; i < R * N; ++i) wanted.as<uint8_t>()[i] = whole(0, 2) > 0;
+  for (int64_t i = 0; i < R * D; ++i) scale.as<float>()[i] = static_cast<float>(whole(1, 4));
+  std::vector<Record> records;
+  for (int64_t r = 0; r < R; ++r)
+    records.push_back({&file, head + r * N * D, wanted.as<uint8_t>() + r * N, out.as<char>() + r * N * D * (scaled ? 2 : 1), scaled ? scale.as<float>() + r * D : nullptr});
+  file.advise(0, 100);
+  expect(read_rows(records, N, D, static_cast<int>(whole(1, 3))).record < 0, "reading a file");
+  for (int64_t i = 0; i < R * N; ++i)
+    for (int64_t d = 0; wanted.as<uint8_t>()[i] && d < D; ++d) {
+      const char stored = content[static_cast<size_t>(head + i * D + d)];
+      expect(scaled ? get(out, i * D + d, Type::f16) == static_cast<double>(stored) * scale.as<float>()[i / N * D + d] : out.as<char>()[i * D + d] == stored, "a row of a file");
+    }
+  expect(ftruncate(made, head + (R * N - 1) * D) == 0, "a temporary file");
+  wanted.as<uint8_t>()[R * N - 1] = 1;
+  expect(read_rows(records, N, D, 2).record == R - 1, "the error of a file cut short");
+  close(made), unlink(path);
+}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
   for (int round = 0; round < rounds; ++round) {
     for (int i = 0; i < 20; ++i) check_rows(), check_patches(), check_masks();
+#ifndef SALT_EMULATE
+    for (int i = 0; i < 5; ++i) check_patchify(), check_moments(), check_permute(), check_files();
+#endif
     for (const Type p : {Type::bf16, Type::f32, Type::f64})
       for (const Type y : {Type::u8, Type::f16, Type::bf16, Type::f32, Type::f64})
         for (const Kind kind : {Kind::mse, Kind::l1, Kind::smooth_l1})

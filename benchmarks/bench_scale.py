@@ -1,0 +1,104 @@
+"""Caches of any size, simulated:  python bench.py scale [--records 168913,10000000] [--json]
+
+An index as cache_latents.py makes it, metadata.json, ids.txt and every shard, but with shards that are sparse files: their headers and sizes are
+right, and they take no disk. A process of its own opens it, makes the sampler and reads the first batches' places; time and the growth of its
+memory are counted from after the imports. Then the whole order of one epoch is made, in pieces of one batch's size times 1024.
+"""
+import json as json_format
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import bench
+import config
+
+records = [168_913, 10_000_000]  # cache sizes
+folder = "out/bench"             # where the index is written, and removed again
+rounds = 4                       # measurements, of which the first is a warm-up
+json = False                     # write OUT/scale-cpu-DATE.json
+out = "benchmarks"               # folder for it
+inside: str | None = None        # (the process that is measured: the cache to open)
+
+_settings = config.apply(globals(), least={"rounds": 3})
+sys.path.insert(0, str(Path(bench.__file__).parent))
+
+import numpy as np  # noqa: E402  after the settings, so that --help is quick
+import torch  # noqa: E402, F401  its import is not what is measured
+
+import cache  # noqa: E402
+import data  # noqa: E402
+import ops  # noqa: E402
+from views import View  # noqa: E402
+
+if inside:
+    def memory(which="VmHWM"):
+        return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(which))
+
+    before, start = memory("VmRSS"), time.perf_counter()
+    opened = cache.open_cache(inside)
+    source = data.Records(opened)
+    opening = time.perf_counter() - start
+    sampler = data.shuffled(len(source), 24, 0, range(10**9))
+    _, first = next(sampler)
+    names = [source.name(int(record)) for record in first]
+    ready = time.perf_counter() - start
+    places = opened.places("latents", first)
+    start = time.perf_counter()
+    for i in range(0, len(source), 24 << 10):
+        ops.permute(np.arange(i, min(i + (24 << 10), len(source))), len(source), 0, 1)
+    print(json_format.dumps({"open_s": opening, "open_and_sampler_s": ready, "peak_growth_bytes": memory() - before, "own_growth_bytes": memory("RssAnon"),
+                             "epoch_order_s": time.perf_counter() - start, "first": names[0][0], "files_open": len(places[0])}))
+    sys.exit(0)
+
+VIEW, N, P, D = View(), 1568, 1536, 768
+
+
+def make_index(where, count):
+    """A finished cache whose shards are holes."""
+    where.mkdir()
+    shards = []
+    formats = {"latents": ((N, D), np.dtype(np.float16)), "patches": ((N, P), np.dtype(np.uint8))}
+    for number in range(-(-count // cache.SHARD_ROWS)):
+        rows, entry = min(cache.SHARD_ROWS, count - number * cache.SHARD_ROWS), {}
+        for kind, (shape, dtype) in formats.items():
+            header = cache.npy_header((rows, *shape), dtype)
+            with open(where / cache.shard_name(kind, number), "wb") as file:
+                file.write(header)
+                file.truncate(len(header) + rows * cache.record_bytes(shape, dtype))
+            entry[kind] = {"bytes": len(header) + rows * cache.record_bytes(shape, dtype), "sha256": "0" * 64}
+        shards.append({"rows": rows, **entry})
+    (where / "ids.txt").write_text("".join(f"{i}\t0\n" for i in range(count)))
+    (where / "metadata.json").write_text(json_format.dumps({
+        "format_version": cache.FORMAT_VERSION, "split": "train", "list_count": count, "list_sha256": "", "teacher": {"name": "t", "sha256": "", "dim": D, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "view": VIEW.to_dict(), "view_hash": VIEW.hash(), "views": 1, "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [N, D], "patch_shape": [N, P],
+        "clips": True, "clips_from": None, "count": count, "failures": 0, "ids_sha256": "", "failures_sha256": "", "stats_sha256": "", "shards": shards}, indent=1))
+
+
+found, results = bench.machine(), []
+print("to reach: 168,913 records opened and a sampler made in < 1 s; 10,000,000 in < 5 s and < 1 GB more memory; their order < 1 s", flush=True)
+Path(folder).mkdir(parents=True, exist_ok=True)
+for count in records:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="scale-") as temporary:
+        where = Path(temporary) / "cache"
+        try:
+            make_index(where, count)
+        except OSError as error:  # holes take no blocks, but names and large sizes may be refused
+            raise config.InputError(f"an index of {count} records cannot be made in {folder} ({error.strerror}); give another --folder") from None
+        command = [sys.executable, str(Path(bench.__file__)), "scale", "--inside", str(where)]
+
+        def measure(_):
+            return json_format.loads(subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout.splitlines()[-1])
+
+        runs = [measure(turn) for turn in range(rounds)][1:]
+        middle = {name: sorted(run[name] for run in runs)[len(runs) // 2] for name in ("open_s", "open_and_sampler_s", "peak_growth_bytes", "epoch_order_s")}
+        size = sum(file.stat().st_blocks * 512 for file in where.iterdir())
+        metadata = (where / "metadata.json").stat().st_size
+        print(f"{count:>10,} records, {-(-count // cache.SHARD_ROWS):,} shards of each kind ({size / 1e6:.0f} MB of disk here, metadata.json {metadata / 1e6:.1f} MB): opened in {middle['open_s']:.2f} s, "
+              f"with sampler and first batch {middle['open_and_sampler_s']:.2f} s; memory grew by at most {middle['peak_growth_bytes'] / 1e6:.0f} MB; order of an epoch "
+              f"{middle['epoch_order_s']:.2f} s", flush=True)
+        results.append({"records": count, **middle, "runs": runs})
+if json:
+    bench.write("scale", "cpu", out, found, _settings, results)
