@@ -557,14 +557,14 @@ class Writer:
             before = json.loads(before.read_text())
             if before["shards"] == shards and sha256(path) == before["stats_sha256"]:
                 return
-        for number, shard in self.progress(list(enumerate(shards))):
-            if not (self.partial / f"stats-{number:05d}.npz").is_file():  # a shard that a repair left alone
-                latents = np.load(self.folder / shard_name("latents", number), mmap_mode="r")
-                scales = np.load(self.folder / shard_name("scales", number)) if self.plan["dtype"] == "int8" else [None] * shard["rows"]
-                moments = Moments(self.plan["latent_shape"])
-                for stored, scale in zip(latents, scales):
-                    moments.add(from_stored(np.array(stored), scale))
-                moments.save(self.partial / f"stats-{number:05d}.npz")
+        left_alone = [number for number in range(len(shards)) if not (self.partial / f"stats-{number:05d}.npz").is_file()]  # by a repair
+        for number in self.progress(left_alone) if left_alone else ():
+            latents = np.load(self.folder / shard_name("latents", number), mmap_mode="r")
+            scales = np.load(self.folder / shard_name("scales", number)) if self.plan["dtype"] == "int8" else [None] * len(latents)
+            moments = Moments(self.plan["latent_shape"])
+            for stored, scale in zip(latents, scales):
+                moments.add(from_stored(np.array(stored), scale))
+            moments.save(self.partial / f"stats-{number:05d}.npz")
         content = io.BytesIO()
         np.savez(content, **join_statistics(load_moments(self.partial / f"stats-{k:05d}.npz") for k in range(self.shard_count)))
         write_whole(path, content.getvalue())

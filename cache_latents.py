@@ -92,6 +92,8 @@ log(ops.extension_line(device), flush=True)
 
 if clips == "off" and teacher.lower() == "none":
     raise InputError("--teacher none keeps nothing but clips; leave --clips off out")
+if latents == "i8" and teacher.lower() == "none":
+    raise InputError("--teacher none keeps no latents; leave --latents out")
 shared = {"data", "split", "frames", "resolution", "patch", "sampling", "stride", "crop", "interpolation", "limit", "views"} & config.given
 if clips_from and (shared or clips == "on"):
     names = ", ".join(f"--{name}" for name in sorted(shared)) or "--clips on"

@@ -3,6 +3,8 @@
 An index as cache_latents.py makes it, metadata.json, ids.txt and every shard, but with shards that are sparse files: their headers and sizes are
 right, and they take no disk. A process of its own opens it, makes the sampler and reads the first batches' places; time and the growth of its
 memory are counted from after the imports. Then the whole order of one epoch is made, in pieces of one batch's size times 1024.
+
+Before that a table: what data sets take of disk, cores and GPUs, by arithmetic from the rates in the settings. docs/SCALE.md discusses it.
 """
 import json as json_format
 import os
@@ -18,6 +20,12 @@ import config
 records = [168_913, 10_000_000]  # cache sizes
 folder = "out/bench"             # where the index is written, and removed again
 rounds = 4                       # measurements, of which the first is a warm-up
+clips = [168_913, 2_000_000, 100_000_000]  # data sets of the table
+epochs = 10                      # passes of training in it
+decode_ms = 67.0                 # a clip from video, one core (bench.py data)
+matrix_rate = 790.0              # dense bf16 TFLOP/s of one GPU; an H200 multiplying large matrices
+utilisation = 0.5                # share of it that teacher and student reach: a goal, not a measurement
+needed_mb = 2.60                 # MB a clip that both mask families look at, of latents in float16 and clips (bench.py data)
 json = False                     # write OUT/scale-cpu-DATE.json
 out = "benchmarks"               # folder for it
 inside: str | None = None        # (the process that is measured: the cache to open)
@@ -77,6 +85,30 @@ def make_index(where, count):
         "clips": True, "clips_from": None, "count": count, "failures": 0, "ids_sha256": "", "failures_sha256": "", "stats_sha256": "", "shards": shards}, indent=1))
 
 
+def forward_flops(tokens, dim, blocks):
+    """Of a ViT: 12 D^2 multiply-adds a token and block in its matrices (MLP 4x), 2 N D in attention."""
+    return 2 * blocks * tokens * (12 * dim ** 2 + 2 * tokens * dim)
+
+
+def print_table():
+    """Bytes, core-hours and GPU-hours; ViT-B teacher, ViT-L student with a predictor of 12 blocks and width 512, masks short and long."""
+    latents, patches = N * D * 2, N * P
+    teacher = forward_flops(N, D, 12) + 2 * N * P * D
+    step = 3 * sum(forward_flops(context, 1024, 24) + 2 * context * (P + 512) * 1024 + forward_flops(context + target, 512, 12) + 2 * target * 512 * D
+                   for context, target in (ops.mask_counts(family, (8, 14, 14)) for family in ("short", "long")))
+    speed = {name: utilisation * matrix_rate * 1e12 / flops for name, flops in (("teacher", teacher), ("student", step))}
+    print(f"a clip: latents {latents / 1e6:.2f} MB float16, {(latents / 2 + 4 * D) / 1e6:.2f} int8; pixels {patches / 1e6:.2f} MB; both, whole {(latents + patches) / 1e6:.2f}, "
+          f"looked at {needed_mb:.2f}; teacher {teacher / 1e9:.0f} GFLOP, a training step {step / 1e9:.0f}")
+    print(f"one GPU at {utilisation:.0%} of {matrix_rate:.0f} TFLOP/s: teacher {speed['teacher']:.0f} clips/s, training {speed['student']:.0f} clips/s, which reads "
+          f"{speed['student'] * needed_mb / 1e3:.2f} GB/s from memory, {speed['student'] * (latents + patches) / 1e9:.2f} GB/s from a disk; decoding for it takes "
+          f"{speed['student'] * decode_ms / 1e3:.0f} cores, for the teacher {speed['teacher'] * decode_ms / 1e3:.0f}")
+    print(f"{'clips':>12} {'latents TB f16':>15} {'i8':>7} {'pixels TB':>10} {'decoding core-h':>16} {'teacher GPU-h':>14} {f'training GPU-h, {epochs} epochs':>27}")
+    for count in clips:
+        print(f"{count:>12,} {count * latents / 1e12:15.2f} {count * (latents / 2 + 4 * D) / 1e12:7.2f} {count * patches / 1e12:10.2f} {count * decode_ms / 3.6e6:16.0f} "
+              f"{count / speed['teacher'] / 3600:14.1f} {epochs * count / speed['student'] / 3600:27.1f}")
+
+
+print_table()
 found, results = bench.machine(), []
 print("to reach: 168,913 records opened and a sampler made in < 1 s; 10,000,000 in < 5 s and < 1 GB more memory; their order < 1 s", flush=True)
 Path(folder).mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,25 @@ def test_rotation_is_honoured(tmp_path, turn):
     assert np.abs(clip[0].astype(int) - np.rot90(frame, -turn // 90 + 1)).mean() > 30
 
 
+@pytest.mark.parametrize("turn", [90, 180, 270])
+def test_a_turned_video_is_cropped_where_the_upright_one_is(tmp_path, turn):
+    """The same picture stored upright and stored turned with a display matrix: a jittered, off-centre view cuts the same place out of both."""
+    y, x = np.mgrid[0:96, 0:160]
+    upright = np.stack([x * 255 / 159, y * 255 / 95, (x + y) % 64 * 4], -1).astype(np.uint8)
+    clips = []
+    for name, frame, matrix in (("u", upright, (1, 0, 0, 1)), ("t", np.ascontiguousarray(np.rot90(upright, turn // 90)), {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[turn])):
+        path = tmp_path / f"{name}.mp4"
+        write_video(path, [frame] * 4, "mpeg4", options={"qscale": "1"}, bit_rate=20_000_000)
+        content = bytearray(path.read_bytes())
+        at = content.index(b"tkhd") + 4 + 40
+        a, b, c, d = matrix
+        content[at:at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+        path.write_bytes(content)
+        clips.append(data.read_clip(str(path), View(frames=2, size=48, short_side=64, view=3), "some id").astype(int))
+    assert np.abs(clips[0][..., :2] - clips[1][..., :2]).mean() < 4
+    assert abs(clips[0][..., 0].mean() - 127) > 8 and abs(clips[0][..., 1].mean() - 127) > 8  # it is not the middle
+
+
 YUV = {  # (matrix, range, bits) -> the luma weights of red and blue, and how codes map to [0, 1]
     "601": (0.299, 0.114), "709": (0.2126, 0.0722)}
 

@@ -208,3 +208,33 @@ def test_a_wrong_index_is_a_device_assert():
     for case, run in runs.items():
         out, error = run.communicate(timeout=300)
         assert out.strip() == "True", (case, out, error)
+
+
+def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path):
+    """Pinned memory, a stream of its own and its reuse, while the caller's stream is busy."""
+    pytest.importorskip("einops")
+    import cache
+    import data
+    view, rng = data.View(frames=4, size=64, short_side=64), np.random.default_rng(0)
+    latents, patches = rng.normal(size=(64, 32, 256)).astype(np.float16), rng.integers(0, 256, (64, 32, 1536), dtype=np.uint8)
+    writer = cache.Writer(tmp_path / "c", {
+        "split": "train", "list_count": 64, "list_sha256": "", "teacher": {"name": "t", "sha256": "ab", "mean": [0.5] * 3, "std": [0.2] * 3}, "view": view.to_dict(), "view_hash": view.hash(),
+        "views": 1, "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [32, 256], "patch_shape": [32, 1536], "clips": True, "clips_from": None})
+    with writer.shard(0) as shard:
+        for row in range(64):
+            shard.add(f"v{row}", 0, latents[row], None, patches[row])
+    writer.finish()
+    opened = cache.open_cache(tmp_path / "c")
+    steps = list(data.shuffled(64, 16, 0, range(24)))
+    how = {"families": ["short", "long"], "seed": 3, "patches": ("context",), "latents": ("target",)}
+    busy, kept = torch.randn(4096, 4096, device="cuda"), []
+    for (_, records), batch in zip(steps, data.batches(data.Records(opened), steps, **how, device="cuda"), strict=True):
+        assert batch.patches.is_cuda and batch.latents.is_cuda and batch.ids.is_cuda
+        busy = busy @ busy / 4096  # the caller's stream lags behind the copies
+        found = [(batch.patches.gather(1, drawn.context[..., None].expand(-1, -1, 1536)), batch.latents.gather(1, drawn.target[..., None].expand(-1, -1, 256)), drawn)
+                 for drawn in batch.masks.values()]
+        kept.append((records, found))
+    for records, found in kept:
+        for rows, targets, drawn in found:
+            for place, record in enumerate(records):
+                assert np.array_equal(rows[place].cpu(), patches[record][drawn.context[place].cpu()]) and np.array_equal(targets[place].cpu(), latents[record][drawn.target[place].cpu()])

@@ -1,10 +1,13 @@
 """The scripts as a user runs them: every stage on real encoded video, resuming, and wrong inputs."""
+import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +114,77 @@ def test_ranks_make_the_same_cache(world):
                            "--teacher", "none", *VIEW, "--out", "ranks"], cwd=world, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert all(path.read_bytes() == (world / "ranks" / path.name).read_bytes() for path in (world / "clips").iterdir())
+
+
+@pytest.fixture(scope="module")
+def large(world):
+    """1,140 records in three shards: 60 views of each video, latents as int8."""
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    flags = ["--data", "data", "--teacher", teacher, "--views", "60", "--latents", "i8", "--clips", "on"]
+    run(world, "cache_latents", *flags, "--out", "large")
+    return flags
+
+
+def test_many_views_are_cut_as_one_by_one_and_int8_latents_are_close(world, large):
+    opened, teacher = cache.open_cache(world / "large"), model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")))
+    assert len(opened) == 17 * 60 and opened.metadata["list_count"] == 19 * 60 and len(opened.metadata["shards"]) == 3
+    assert opened.ids.fields(0) == ("0", 0) and opened.ids.fields(61) == ("1", 1)
+    for record in (0, 7, 511, 1000):
+        name, number = opened.ids.fields(record)
+        clip = model.data.read_clip(str(world / "data" / "videos" / f"{name}.webm"), dataclasses.replace(opened.view, view=number), name)
+        assert np.array_equal(opened.patches(record), model.data.patchify(clip))
+        with torch.no_grad():
+            exact = teacher.encode(torch.from_numpy(clip)[None])[0].numpy()
+        assert (np.abs(opened.latents(record) - exact) <= np.abs(exact).max(0) / 254 + 2e-3 * np.abs(exact) + 1e-6).all()
+    run(world, "train", "--cache", "large", "--val_cache", "held_out", "--max_steps", "4", *SMALL)
+
+
+def test_a_killed_cache_goes_on_to_the_same_bits(world, large, tmp_path):
+    for wait in (0.0, 0.4):
+        out = tmp_path / f"killed-{wait}"
+        process = subprocess.Popen([sys.executable, str(ROOT / "cache_latents.py"), *map(str, large), "--out", str(out)], cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while process.poll() is None and not list(out.glob("partial/shard-*.json")):
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not (out / "metadata.json").exists()
+        said = run(world, "cache_latents", *large, "--out", out)
+        assert re.search(r"in 3 shards, [12] to make", said)
+        for path in (world / "large").iterdir():
+            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+        assert {path.name for path in out.iterdir()} == {path.name for path in (world / "large").iterdir()}
+
+
+def test_verify_names_the_broken_shard_and_repair_makes_it_again(world, large, tmp_path):
+    out = shutil.copytree(world / "large", tmp_path / "large")
+    content = bytearray((out / "latents-00001.npy").read_bytes())
+    content[5000] ^= 4
+    (out / "latents-00001.npy").write_bytes(content)
+    (out / "patches-00002.npy").unlink()
+    said = run(world, "cache_latents", "--verify", out, code=1)
+    assert "latents-00001.npy does not have the checksum" in said and "patches-00002.npy cannot be read" in said and "to rebuild: shards 1, 2" in said
+    assert "patches-00002.npy is missing" in error_of(world, "train", "--cache", out, "--max_steps", "1", *SMALL)
+    said = run(world, "cache_latents", *large, "--out", out, "--repair")
+    assert "2 to make" in said
+    for path in (world / "large").iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    assert "nothing to repair" in run(world, "cache_latents", *large, "--out", out, "--repair")
+    assert "was begun with another dtype" in error_of(world, "cache_latents", *large, "--latents", "f16", "--out", out, "--repair")
+
+
+def test_merged_caches_train(world, tmp_path):
+    said = run(world, "cache_latents", "--merge", "latents", "held_out", "--out", tmp_path / "all")
+    assert "25 records of 2 caches, 2 failures" in said
+    assert "every checksum, count and id fits" in run(world, "cache_latents", "--verify", tmp_path / "all")
+    run(world, "train", "--cache", tmp_path / "all", "--max_steps", "2", *SMALL)
+    assert "another dtype: float16 and int8" in error_of(world, "cache_latents", "--merge", "latents", "large", "--out", tmp_path / "never")
+    assert "takes two caches or more" in error_of(world, "cache_latents", "--merge", "latents", "--out", tmp_path / "never")
+
+
+def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_it_starts(world, tmp_path):
+    text = error_of(world, "cache_latents", "--data", "data", "--teacher", "none", "--frames", "16", "--resolution", 2**18, "--out", tmp_path / "huge")
+    assert "GB free; free some, or try" in text and not (tmp_path / "huge").exists()
 
 
 def test_a_run_leaves_its_checkpoints_and_log(world):
