@@ -65,7 +65,7 @@ demo-short: setup
 	$(PY) demo/run.py --short --out out/demo-short
 
 $(REQUIREMENTS): requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "SALT-VLA needs Python 3.10 or newer; give make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "SALT-VLA needs Python 3.11 or newer; give make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@

@@ -42,12 +42,14 @@ class Ids:
     """The video ids of a cache, read lazily from ids.txt: ten million of them take 80 MB of line offsets, not a list of str."""
 
     def __init__(self, path):
+        self.path, parts, at = path, [], 0
         try:
-            self.text = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.zeros(0, np.uint8)
+            self.file = open(path, "rb", buffering=0)  # read, not mapped: a failing disk is an error here, not SIGBUS
+            while chunk := self.file.read(1 << 24):
+                parts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at)
+                at += len(chunk)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
-        step = 1 << 24  # bytes looked at together
-        parts = [np.flatnonzero(self.text[at:at + step] == ord("\n")) + at for at in range(0, len(self.text), step)]
         self.ends = np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def __len__(self):
@@ -58,9 +60,14 @@ class Ids:
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a list of {len(self)} ids")
         row %= len(self)
-        start = self.ends[row - 1] + 1 if row else 0
-        name, _, view = self.text[start:self.ends[row]].tobytes().decode().partition("\t")
-        return name, int(view)
+        start = int(self.ends[row - 1]) + 1 if row else 0
+        try:
+            line = os.pread(self.file.fileno(), int(self.ends[row]) - start, start)
+            name, _, view = line.decode().partition("\t")
+            return name, int(view)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}, line {row}: {getattr(error, 'strerror', None) or 'it is cut short or damaged'}; check the disk, then the cache with "
+                             f"`python cache_latents.py --verify {Path(self.path).parent}`") from None
 
     def __getitem__(self, row):
         return self.fields(row)[0]
@@ -113,8 +120,8 @@ class Cache:
         self.ids = Ids(self.folder / "ids.txt")
         if len(self.ids) != m["count"]:
             raise InputError(f"{self.folder / 'ids.txt'} has {len(self.ids)} lines, metadata.json says {m['count']}; make the cache again, or mend it with --repair")
-        open_files = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # of the most this process may have
-        self.open_shard = functools.lru_cache(open_files)(self.open_shard)
+        # An open shard costs a file of this process's limit, and 2.4 MB of page tables once all of it was read.
+        self.open_shard = functools.lru_cache(min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))(self.open_shard)
 
     def files(self):
         """(name, shape, dtype, entry of the shard table) of every shard file."""
@@ -163,9 +170,9 @@ class Cache:
         opened, size = [self.open_shard(kind, int(number)) for number in numbers], record_bytes(*self.formats[kind])
         return [file for file, _ in opened], [start + int(row) * size for (_, start), row in zip(opened, rows)], list(zip(numbers.tolist(), rows.tolist()))
 
-    def advise(self, records, kinds=KINDS):
+    def advise(self, records, kinds=("latents", "patches")):
         """Have whole records read into the page cache, without waiting for them."""
-        for kind in kinds:
+        for kind in (*kinds, *(("scales",) if "latents" in kinds else ())):
             owner = self.clips if kind == "patches" else self
             if kind in owner.formats:
                 files, starts, _ = owner.places(kind, records)
@@ -186,7 +193,7 @@ class Cache:
         scale = None
         if dtype == np.int8:
             scale = torch.empty(len(records), 1, shape[1])
-            self.read_rows("scales", records, scale)
+            self.read_rows("scales", records, scale, threads=threads)
             scale = scale[:, 0]
         files, starts, at = self.places(kind, records)
         try:
@@ -559,11 +566,12 @@ class Writer:
                 return
         left_alone = [number for number in range(len(shards)) if not (self.partial / f"stats-{number:05d}.npz").is_file()]  # by a repair
         for number in self.progress(left_alone) if left_alone else ():
-            latents = np.load(self.folder / shard_name("latents", number), mmap_mode="r")
-            scales = np.load(self.folder / shard_name("scales", number)) if self.plan["dtype"] == "int8" else [None] * len(latents)
-            moments = Moments(self.plan["latent_shape"])
-            for stored, scale in zip(latents, scales):
-                moments.add(from_stored(np.array(stored), scale))
+            moments, shape, dtype = Moments(self.plan["latent_shape"]), *row_formats(self.plan)["latents"]
+            scales = np.load(self.folder / shard_name("scales", number)) if dtype == np.int8 else [None] * shards[number]["rows"]
+            with open(self.folder / shard_name("latents", number), "rb") as file:
+                np.lib.format.read_magic(file), np.lib.format.read_array_header_1_0(file)
+                for scale in scales:
+                    moments.add(from_stored(np.fromfile(file, dtype, math.prod(shape)).reshape(shape), scale))
             moments.save(self.partial / f"stats-{number:05d}.npz")
         content = io.BytesIO()
         np.savez(content, **join_statistics(load_moments(self.partial / f"stats-{k:05d}.npz") for k in range(self.shard_count)))

@@ -4,6 +4,7 @@ av is imported only where a video is decoded, so that training from a cache with
 """
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -184,11 +185,12 @@ def read_clip(path, view=View(), video_id=None):
 def read_clips(path, views, video_id=None):
     """The clips that several views cut out of one video, from one decode; a list of what read_clip gives.
 
-    Frames are numbered by the packets that carry them. Decoding stops after the last frame that a view keeps; a kept frame is cropped, then
-    resized and converted in one swscale pass, with the colour matrix and range that the file states, and turned upright.
+    A video's frames are counted by the packets that carry them, and again by decoding where a packet gives none. Decoding stops after the last
+    frame that a view keeps; a kept frame is cropped, then resized and converted in one swscale pass, with the colour matrix and range that the file states, and turned upright.
     """
     import av
     name = os.path.splitext(os.path.basename(path))[0] if video_id is None else video_id
+    clips = [None] * len(views)
     try:
         with av.open(path, metadata_errors="ignore") as container:
             stream = video_stream(container, path)
@@ -198,20 +200,21 @@ def read_clips(path, views, video_id=None):
                 size += packet.size
                 if size <= HELD_BYTES:
                     held.append(packet)
+                else:
+                    held.clear()
             if n == 0:
                 raise VideoError(f"{path} holds no frame")
             if size <= HELD_BYTES:
-                clips, decoded = cut(held, views, name, n, path)
-                if clips:
-                    return clips
-                n = decoded
-        for _ in range(2):  # a packet gave no frame of its own, or a broken one: count what did come, and cut again
+                n = cut(held, stream, views, clips, name, n, path)
+        for _ in range(3):
+            if all(clip is not None for clip in clips) or n == 0:
+                break
             with av.open(path, metadata_errors="ignore") as container:
-                clips, decoded = cut(container.demux(video_stream(container, path)), views, name, n, path) if n else (None, 0)
-            if clips:
-                return clips
-            n = decoded
-        raise VideoError(f"{path}: no frame could be decoded" if n == 0 else f"{path} decodes to another number of frames each time")
+                stream = video_stream(container, path)
+                n = cut(container.demux(stream), stream, views, clips, name, n, path)
+        if any(clip is None for clip in clips):
+            raise VideoError(f"{path}: no frame could be decoded" if n == 0 else f"{path} decodes to another number of frames each time")
+        return clips
     except av.error.FFmpegError as error:
         check_disk(path)
         raise VideoError(f"{path} cannot be decoded: {error.strerror or error}") from None
@@ -242,38 +245,48 @@ def check_disk(path):
         raise VideoError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def cut(packets, views, name, n, path):
-    """Cut the clips of `views` out of a video of n frames: (clips, None), or (None, the frames it has) where they are not n."""
+def cut(packets, stream, views, clips, name, n, path):
+    """Cut those of `views` that have no clip yet out of a video that is said to have n frames, into `clips`; returns how many it turned out to have.
+
+    A view is done when its last frame has come and every packet so far has given its frame: then n is right as far as that view looks, and what
+    comes after does not matter. Else it is done at the end, where n was right, or left without a clip. No view's clip depends on the others.
+    """
     import av
-    wanted, places = [], []
-    for view in views:
-        random = ops.Random(view.seed, 0, sample_id(name, view.view), ops.STREAMS["view"]) if view.view > 0 else None
-        wanted.append(frame_numbers(n, view, random))
-        places.append((random.uniform(), random.uniform()) if random else None)
-    clips = [np.empty((view.frames, view.size, view.size, 3), np.uint8) for view in views]
-    takers = {}  # frame number -> [(clip, place in it)]
-    for i, numbers in enumerate(wanted):
-        for place, number in enumerate(numbers.tolist()):
+    asked, made, takers = [i for i, clip in enumerate(clips) if clip is None], {}, {}  # takers: frame number -> [(view, place in its clip)]
+    places, last = {}, {}
+    for i in asked:
+        random = ops.Random(views[i].seed, 0, sample_id(name, views[i].view), ops.STREAMS["view"]) if views[i].view > 0 else None
+        numbers = frame_numbers(n, views[i], random).tolist()
+        places[i], last[i] = (random.uniform(), random.uniform()) if random else None, numbers[-1]
+        made[i] = np.empty((views[i].frames, views[i].size, views[i].size, 3), np.uint8)
+        for place, number in enumerate(numbers):
             takers.setdefault(number, []).append((i, place))
-    last, fed, decoded, delay, scaler = max(takers), 0, 0, None, Scaler(path)
+    fed, decoded, delay, broken, scaler = 0, 0, None, False, Scaler(path)
     for packet in packets:
         fed += shows(packet)
         try:
             frames = packet.decode()
         except av.error.InvalidDataError:
-            continue  # a broken packet is passed over, as players do; then the frames are not n, or fall short of the packets
+            broken = True  # passed over, as players do
+            continue
         for frame in frames:
-            made = {}
+            converted = {}
             for i, place in takers.get(decoded, ()):
-                if i not in made:
-                    made[i] = scaler.convert(frame, views[i], places[i])
-                clips[i][place] = made[i]
+                if i not in converted:
+                    converted[i] = scaler.convert(frame, views[i], places[i])
+                made[i][place] = converted[i]
             decoded += 1
         if decoded and delay is None:
-            delay = fed - decoded  # packets that the codec holds back to reorder frames
-        if decoded > last and fed - decoded <= delay:
-            return clips, None  # so far each packet gave its frame
-    return (clips, None) if decoded == n else (None, decoded)
+            delay = fed - decoded if stream.codec_context.has_b_frames else 0  # packets that the codec holds back to reorder frames
+        if decoded and not broken and fed - decoded <= delay:
+            for i in [i for i in asked if decoded > last[i]]:
+                clips[i] = made[i]
+                asked.remove(i)
+            if not asked:
+                return n
+    for i in asked if decoded == n else ():
+        clips[i] = made[i]
+    return decoded
 
 
 class Scaler:
@@ -310,6 +323,7 @@ class Scaler:
         key = frame.width, frame.height, frame.format.name, side, y, x
         if key not in self.graphs:
             graph = av.filter.Graph()
+            graph.threads = 1
             source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000))
             crop, sink = graph.add("crop", f"{side}:{side}:{x}:{y}:exact=1"), graph.add("buffersink")
             source.link_to(crop)
@@ -403,7 +417,7 @@ class Records:
 
 class Batch(NamedTuple):
     ids: torch.Tensor      # int64 [B], sample ids
-    patches: torch.Tensor  # uint8 [B, N, P]
+    patches: torch.Tensor | None  # uint8 [B, N, P]
     latents: torch.Tensor | None  # float16 [B, N, D]
     masks: dict            # {family: Masks} of these clips
 
@@ -441,6 +455,12 @@ class Slots:
         self.copied = None  # a CUDA event: the copy to the GPU that still reads these
 
 
+@functools.lru_cache
+def copy_stream(device):
+    """The stream on which batches go over to a GPU: one for all, since the memory allocator keeps a pool for each."""
+    return torch.cuda.Stream(device)
+
+
 def batches(source, sampler, families=(), seed=0, patches=None, latents=None, threads=4, ahead=2, device="cpu", failed=None, substitutes=False):
     """Batches of clips with their masks, prepared by threads while the caller works on the one before. No processes: no shared memory.
 
@@ -451,7 +471,7 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
                  Other rows hold what an earlier batch left there. A row that several families ask for is read once
     threads      decoding and reading threads
     ahead        batches prepared early; memory for one more is kept
-    device       where the batches go; to a GPU on a stream beside the caller's
+    device       where the batches go; to a GPU on a stream beside the caller's, whole, since PCIe has the room: 116 MB for 24 clips
     failed       called with (record, VideoError) in the order of the batches; by default the error is raised
     substitutes  True (training): the place of a video that cannot be decoded goes to the next readable of records i + 1, i + 2, ..., which
                  depends on i alone. False (evaluation): it is left out of its batch
@@ -459,7 +479,7 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
     videos in a row fail, and, naming shard and row, where a cache cannot be read.
     """
     device, cache = torch.device(device), source.cache
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    side = copy_stream(device) if device.type == "cuda" else None
     n = source.patch_shape[0]
     reads = [kind for kind, rows in (("patches", patches), ("latents", latents)) if rows != () and cache and (not source.decodes if kind == "patches" else source.latent_shape)]
 
@@ -512,12 +532,14 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
         ids, masks, wanted = planned.result() if planned and not errors else plan(epoch, kept)
         for kind in reads:
             cache.read_rows(kind, kept, getattr(slots, kind)[:len(ids)], wanted[kind], threads)
-        batch = Batch(ids, slots.patches[:len(ids)], slots.latents[:len(ids)] if "latents" in reads else None, masks)
-        if side:
-            with torch.cuda.stream(side):
-                to = lambda x: x if x is None else x.to(device, non_blocking=True)
-                batch = Batch(to(batch.ids), to(batch.patches), to(batch.latents), {name: ops.Masks(*map(to, drawn)) for name, drawn in masks.items()})
-                slots.copied = side.record_event()
+        clips, made = (None if x is None else x[:len(ids)] for x in (None if patches == () else slots.patches, slots.latents))
+        if not side:
+            return Batch(ids, clips, made, masks), errors
+        with torch.cuda.stream(side):
+            to = lambda x: None if x is None else x.to(device, non_blocking=True)
+            few = to(ids), {family: ops.Masks(*map(to, drawn)) for family, drawn in masks.items()}  # first: from pageable memory these wait for the stream
+            batch = Batch(few[0], to(clips), to(made), few[1])
+            slots.copied = side.record_event()
         return batch, errors
 
     def hand_over(slots, future):

@@ -1,7 +1,8 @@
 // Rows of records that lie in files, copied into a batch by threads of its own.
 //
-// The file is mapped, and before a row is touched the kernel is asked to bring its pages in (MADV_POPULATE_READ, Linux 5.14), which
+// The file is mapped, and before rows are touched the kernel is asked to bring their pages in (MADV_POPULATE_READ, Linux 5.14), which
 // reports an error where touching them would be SIGBUS. Where that is not to be had, or fails, pread does the work and names the error.
+// (What is left: a file that is cut short, or a page that is evicted and then fails to be read again, in the microseconds before the copy.)
 // From a warm page cache the map is twice as fast as pread: nothing is copied by the kernel, and rows are written past the caches.
 //
 // Bytes: each row asked for once in, once out. The limit is memory bandwidth where the pages are cached, else the disk's.
@@ -35,7 +36,7 @@ struct Record {
 };
 
 struct ReadError {
-  int64_t record = -1, row = 0;  // the first that failed; -1: none did
+  int64_t record = -1, row = 0;  // the first that failed, and the first row of the piece that did; -1: none
   int number = 0;                // errno, or 0 where the file ended before the row did
 };
 

@@ -10,6 +10,7 @@ trap 'rm -f "$log"' EXIT
 
 TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') "$PYTHON" setup.py -q build_ext
 "$PYTHON" -c 'import ops, sys; print(ops.extension_line("cuda")); sys.exit("cuda" not in ops.EXTENSION["devices"] and "gpu-check: the extension has no CUDA kernels: see above")'
+"$PYTHON" -c 'import einops' 2> /dev/null || echo "gpu-check: einops is not installed, so the test of batches that go over to the GPU is skipped"
 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
 "$PYTHON" bench.py ops --device cuda --json --compiled 768 "$@"
 

@@ -244,7 +244,7 @@ def test_a_repair_on_other_hardware_makes_statistics_that_fit(made, copy):
     assert open_cache(copy).verify() == ([], [])
 
 
-def test_int8_latents_come_back_within_half_a_step(tmp_path, made):
+def test_int8_latents_come_back_within_half_a_step(tmp_path, made, monkeypatch):
     writer = Writer(tmp_path / "c", {**PLAN, "dtype": "int8"})
     fill(writer)
     writer.finish()
@@ -256,6 +256,10 @@ def test_int8_latents_come_back_within_half_a_step(tmp_path, made):
         assert got.dtype == np.float16 and (np.abs(got - exact) <= 0.5 * step + 2e-3 * np.abs(exact) + 1e-6).all() and not np.array_equal(got, exact.astype(np.float16))
         stored, scale = (np.load(tmp_path / "c" / f"{kind}-{record // 510:05d}.npy")[record % 510 if record < 510 else record - 510 - (511 if record > 1020 else 0)] for kind in ("latents", "scales"))
         assert np.array_equal(got, from_stored(stored, scale))
+    asked = []
+    monkeypatch.setattr(ops, "advise", lambda files, starts, count: asked.append(count))
+    opened.advise([3, 4])
+    assert asked == [8 * 6, 8 * 1536, 6 * 4]  # the scales too
     assert opened.verify() == ([], [])
     stats, exact = opened.stats, open_cache(made).stats
     np.testing.assert_allclose(stats["mean"], exact["mean"], atol=2e-3)
@@ -289,6 +293,15 @@ def test_merging(made, tmp_path):
     damage(third, "metadata", lambda m: m["teacher"].update(sha256="ff"))
     with pytest.raises(InputError, match="another teacher: {'sha256': 'ab'} and {'sha256': 'ff'}"):
         cache.merge([made, third], tmp_path / "never")
+
+
+def test_an_id_list_cut_short_while_open_is_an_error(copy):
+    opened = open_cache(copy)
+    with open(copy / "ids.txt", "r+b") as file:
+        file.truncate(20)
+    assert opened.ids[0] == "v0"
+    with pytest.raises(InputError, match="ids.txt, line 900: it is cut short"):
+        opened.ids.fields(900)
 
 
 @pytest.mark.parametrize("reference", [False, True])

@@ -137,12 +137,13 @@ YUV = {  # (matrix, range, bits) -> the luma weights of red and blue, and how co
 @pytest.mark.parametrize("matrix", ["601", "709"])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("bits", [8, 10])
-def test_colour_matrix_range_and_depth(tmp_path, matrix, full, bits):
+@pytest.mark.parametrize("size", [(32, 32), (80, 48)])  # whole, and through the crop
+def test_colour_matrix_range_and_depth(tmp_path, matrix, full, bits, size):
     """Constant YUV codes against the equations of BT.601 / BT.709."""
     codes = np.array([(120, 90, 170), (60, 160, 110), (200, 128, 128), (180, 100, 140)]) * 2 ** (bits - 8)
     frames = []
     for y, u, v in codes:
-        frame = av.VideoFrame(32, 32, "yuv444p" if bits == 8 else "yuv444p10le")
+        frame = av.VideoFrame(*size, "yuv444p" if bits == 8 else "yuv444p10le")
         for plane, value in zip(frame.planes, (y, u, v)):
             plane.update(np.full(plane.buffer_size // (1 if bits == 8 else 2), value, np.uint8 if bits == 8 else "<u2").tobytes())
         frame.colorspace = 1 if matrix == "709" else 6
@@ -235,21 +236,31 @@ def test_decoding_stops_after_the_last_kept_frame(tmp_path, monkeypatch, codec, 
     assert 19 <= len(decoded) <= 19 + 1 + 4  # frame 18 is the last; some codecs hold a few back
 
 
-def test_a_packet_that_gives_no_frame_is_not_counted(tmp_path):
-    """A packet that the decoder refuses, in the middle: the clip is cut out of the frames that there are."""
+@pytest.mark.parametrize("broken", [[0], [9], [23], [0, 5, 22]])
+def test_a_packet_that_gives_no_frame_is_not_counted(tmp_path, broken):
+    """A packet that the decoder refuses: the clip is cut out of the frames that there are."""
     path = write_video(tmp_path / "v.mkv", numbered_frames(24), "mjpeg", options={"qscale": "2"}, pix_fmt="yuvj420p")
     with av.open(path) as source, av.open(str(tmp_path / "w.mkv"), "w") as sink:
         stream = sink.add_stream_from_template(source.streams.video[0])
         for i, packet in enumerate(source.demux(source.streams.video[0])):
             if packet.size:
-                if i == 9:
-                    broken = av.Packet(b"\x00" * 5)
-                    broken.pts, broken.dts, broken.time_base = packet.pts, packet.dts, packet.time_base
-                    packet = broken
+                if i in broken:
+                    empty = av.Packet(b"\x00" * 5)
+                    empty.pts, empty.dts, empty.time_base = packet.pts, packet.dts, packet.time_base
+                    packet = empty
                 packet.stream = stream
                 sink.mux(packet)
-    there = [i for i in range(24) if i != 9]
-    assert numbers_in(data.read_clip(str(tmp_path / "w.mkv"), SMALL)) == [there[int((i + 0.5) * 23 / 8)] for i in range(8)]
+    there = [i for i in range(24) if i not in broken]
+    took = lambda view, have: [have[i] for i in data.frame_numbers(len(have), view).tolist()]
+    whole = list(range(24))
+    expected = took(SMALL, whole if broken == [23] else there)  # what comes after the last frame that is kept does not matter
+    assert numbers_in(data.read_clip(str(tmp_path / "w.mkv"), SMALL)) == expected
+    # Cut beside others, each view's clip is what it is alone.
+    views = [SMALL, View(frames=4, size=32, short_side=32, window=(0, 0.4)), View(frames=24, size=32, short_side=32), View(frames=8, size=32, short_side=32, view=2)]
+    alone = [data.read_clip(str(tmp_path / "w.mkv"), view) for view in views]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0]):
+        assert all(np.array_equal(clip, alone[i]) for clip, i in zip(data.read_clips(str(tmp_path / "w.mkv"), [views[i] for i in order]), order, strict=True))
+    assert numbers_in(alone[2]) == took(views[2], there)
 
 
 @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p10le", "bgr0", "gray"])
@@ -531,6 +542,15 @@ def test_other_rows_are_not_read(made, monkeypatch):
     assert (batch.patches[~context] == 77).all() and np.array_equal(batch.patches[context], torch.from_numpy(patches[:4])[context])
     whole = next(data.batches(data.Records(opened), sampler, ["short"]))
     assert np.array_equal(whole.patches, patches[:4]) and np.array_equal(whole.latents, latents[:4]) and asked[1:] == [("patches", None), ("latents", None)]
+
+
+def test_whole_records_are_asked_for_ahead(made, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "advise", lambda files, starts, count: asked.append((len(files), count)))
+    stream = data.batches(data.Records(made[0]), data.in_order(range(40), 4), ["short"], patches=("context",), latents=("target",), ahead=2)
+    next(stream)
+    stream.close()
+    assert asked[:2] == [(4, 32 * 1536), (4, 32 * 6 * 2)] and 4 <= len(asked) <= 8  # patches and latents of the first batches, no further than `ahead`
 
 
 def test_a_record_that_cannot_be_read_ends_the_run_with_shard_and_row(made, tmp_path):

@@ -210,8 +210,9 @@ def test_a_wrong_index_is_a_device_assert():
         assert out.strip() == "True", (case, out, error)
 
 
-def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path):
-    """Pinned memory, a stream of its own and its reuse, while the caller's stream is busy."""
+@pytest.mark.parametrize("slow", ["copies", "caller"])
+def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, slow):
+    """Pinned memory, the copies' stream and the reuse of both: one of the two streams lags behind the other."""
     pytest.importorskip("einops")
     import cache
     import data
@@ -227,10 +228,18 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path):
     opened = cache.open_cache(tmp_path / "c")
     steps = list(data.shuffled(64, 16, 0, range(24)))
     how = {"families": ["short", "long"], "seed": 3, "patches": ("context",), "latents": ("target",)}
-    busy, kept = torch.randn(4096, 4096, device="cuda"), []
+    original, kept = cache.Cache.read_rows, []
+
+    def read_rows(self, *arguments, **others):  # the last thing before a batch goes over
+        original(self, *arguments, **others)
+        if slow == "copies":
+            with torch.cuda.stream(data.copy_stream(torch.device("cuda"))):
+                torch.cuda._sleep(20_000_000)
+    monkeypatch.setattr(cache.Cache, "read_rows", read_rows)
     for (_, records), batch in zip(steps, data.batches(data.Records(opened), steps, **how, device="cuda"), strict=True):
         assert batch.patches.is_cuda and batch.latents.is_cuda and batch.ids.is_cuda
-        busy = busy @ busy / 4096  # the caller's stream lags behind the copies
+        if slow == "caller":
+            torch.cuda._sleep(20_000_000)
         found = [(batch.patches.gather(1, drawn.context[..., None].expand(-1, -1, 1536)), batch.latents.gather(1, drawn.target[..., None].expand(-1, -1, 256)), drawn)
                  for drawn in batch.masks.values()]
         kept.append((records, found))
