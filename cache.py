@@ -12,6 +12,7 @@ While a cache is being made its partial/ folder holds the plan and what each fin
 so a cache with metadata is whole. Nothing in a cache depends on when or in how many runs it was made.
 """
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -77,7 +78,7 @@ class Ids:
 
 
 class Cache:
-    """An open cache: len(), .ids, .metadata, .view, .stats, .latents(row), .patches(row), .read_rows(), .verify(). Threads may share it.
+    """An open cache: len(), .ids, .metadata, .view, .stats, .latents(row), .patches(row), .read_rows(). Threads may share it.
 
     Opening checks metadata, names and sizes of all files, and the headers of the first HEADERS; a shard is opened when it is first read.
     """
@@ -120,8 +121,8 @@ class Cache:
         self.ids = Ids(self.folder / "ids.txt")
         if len(self.ids) != m["count"]:
             raise InputError(f"{self.folder / 'ids.txt'} has {len(self.ids)} lines, metadata.json says {m['count']}; make the cache again, or mend it with --repair")
-        # An open shard costs a file of this process's limit, and 2.4 MB of page tables once all of it was read.
-        self.open_shard = functools.lru_cache(min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))(self.open_shard)
+        largest = max((entry["bytes"] for _, _, _, entry in self.files()), default=1)
+        self.open_shard = functools.lru_cache(open_at_once(len(sizes), largest))(self.open_shard)
 
     def files(self):
         """(name, shape, dtype, entry of the shard table) of every shard file."""
@@ -168,7 +169,8 @@ class Cache:
         numbers = np.searchsorted(self.first_rows, records, side="right") - 1
         rows = records - self.first_rows[numbers]
         opened, size = [self.open_shard(kind, int(number)) for number in numbers], record_bytes(*self.formats[kind])
-        return [file for file, _ in opened], [start + int(row) * size for (_, start), row in zip(opened, rows)], list(zip(numbers.tolist(), rows.tolist()))
+        starts = [start + int(row) * size for (_, start), row in zip(opened, rows)]
+        return [file for file, _ in opened], starts, list(zip(numbers.tolist(), rows.tolist()))
 
     def advise(self, records, kinds=("latents", "patches")):
         """Have whole records read into the page cache, without waiting for them."""
@@ -188,7 +190,8 @@ class Cache:
         if kind == "patches" and self.clips is not self:
             return self.clips.read_rows(kind, records, out, wanted, threads)
         if kind not in self.formats:
-            raise InputError(f"the cache {self.folder} holds no {'clips (it was made with --clips off)' if kind == 'patches' else 'latents (it was made with --teacher none)'}")
+            why = "clips (it was made with --clips off)" if kind == "patches" else "latents (it was made with --teacher none)"
+            raise InputError(f"the cache {self.folder} holds no {why}")
         shape, dtype = self.formats[kind]
         scale = None
         if dtype == np.int8:
@@ -215,13 +218,6 @@ class Cache:
         self.read_rows("patches", [row], out)
         return out[0].numpy()
 
-    def verify(self, progress=lambda files: files):
-        """Read every byte and compare checksums, counts and ids.
-
-        Returns (problems, a line each; numbers of the shards to rebuild); both empty where the cache is sound.
-        """
-        return verify(self.folder, progress)
-
 
 def open_cache(folder):
     """Open a cache for reading: checks metadata, names, sizes and headers, not the payload. Raises InputError on anything amiss."""
@@ -237,14 +233,30 @@ def read_metadata(folder):
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
         version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); if another program wrote this cache, make it again: the view of its "
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be used ({error!r}); if another program wrote this cache, make it again: the view of its "
                          f"clips is unknown") from None
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         raise InputError(f"{folder} was made by {'a newer' if newer else 'an older'} version of this code: it has cache format {version}, this code "
                          f"reads {FORMAT_VERSION}; {'update the code' if newer else 'make the cache again'}")
     return metadata
+
+
+def open_at_once(files, largest):
+    """How many of a cache's files to keep open: all, as far as the process's limit on files allows, which is raised for it, and their page tables
+    (1/512 of what was read through a map) stay below 1 % of the memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 2 * files:
+        wanted = min(2 * files + 256, 1 << 16)
+        soft = max(soft, wanted if hard == resource.RLIM_INFINITY else min(wanted, hard))
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(16, min(files, soft // 2, memory // 100 // max(4096, largest // 512)))
 
 
 def row_formats(metadata):
@@ -310,61 +322,6 @@ def list_digest(ids):
     return digest.hexdigest()
 
 
-def read_failures(folder):
-    """{row of the list: failure} of the rows that a cache leaves out."""
-    try:
-        return {failure["row"]: failure for failure in map(json.loads, (folder / "failures.jsonl").read_text(encoding="utf-8").splitlines())}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"failures.jsonl cannot be read ({error})") from None
-
-
-def whole_list(ids, failures, count):
-    """The rows of the list that a cache was made from, one after another: its ids, and those left out in their rows."""
-    kept = iter(ids)
-    for row in range(count):
-        yield (failures[row]["id"], failures[row]["view"]) if row in failures else next(kept)
-
-
-def verify(folder, progress=lambda files: files):
-    """Read every byte of the cache in `folder` and compare checksums, counts and ids.
-
-    Returns (problems, a line each; numbers of the shards to rebuild). Raises InputError where metadata.json itself cannot be used.
-    """
-    folder, problems, bad = Path(folder), [], set()
-    metadata = read_metadata(folder)
-
-    def sound(name, entry):
-        try:
-            fits = sha256(folder / name) == entry
-        except OSError as error:
-            problems.append(f"{name} cannot be read: {error.strerror}")
-            return False
-        if not fits:
-            problems.append(f"{name} does not have the checksum in metadata.json")
-        return fits
-
-    try:
-        lists = [sound("ids.txt", metadata["ids_sha256"]), sound("failures.jsonl", metadata["failures_sha256"])]
-        if metadata["latent_shape"]:
-            sound("stats.npz", metadata["stats_sha256"])
-        if all(lists):
-            ids, failures = Ids(folder / "ids.txt"), read_failures(folder)
-            if not len(ids) == metadata["count"] == metadata["list_count"] - len(failures) == sum(shard["rows"] for shard in metadata["shards"]):
-                problems.append(f"ids.txt has {len(ids)} records and failures.jsonl {len(failures)} of {metadata['list_count']} rows; the shard table says "
-                                f"{sum(shard['rows'] for shard in metadata['shards'])} and the count {metadata['count']}")
-            elif list_digest(whole_list(map(ids.fields, range(len(ids))), failures, metadata["list_count"])) != metadata["list_sha256"]:
-                problems.append("ids.txt and failures.jsonl do not make up the list that the cache was made from")
-        files = [(number, kind) for number, shard in enumerate(metadata["shards"]) for kind in row_formats(metadata)]
-        for number, kind in progress(files):
-            if not sound(shard_name(kind, number), metadata["shards"][number][kind]["sha256"]):
-                bad.add(number)
-        if metadata["clips_from"]:
-            problems += [f"{metadata['clips_from']}: {problem}" for problem in verify(folder / metadata["clips_from"], progress)[0]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'metadata.json'} is damaged ({error!r}); make the cache again") from None
-    return problems, sorted(bad)
-
-
 # --------------------------------------------------------------------------------------------------------------- writing
 
 def write_whole(path, content):
@@ -410,26 +367,37 @@ class RowFile:
 
     def __init__(self, path, row_shape, dtype):
         self.path, self.part, self.row_shape, self.dtype, self.rows = path, Path(f"{path}.part"), tuple(row_shape), np.dtype(dtype), 0
-        self.file = open(self.part, "wb")
-        self.header_bytes = self.file.write(npy_header((SHARD_ROWS, *self.row_shape), self.dtype))
+        with self.naming():
+            self.file = open(self.part, "wb")
+            self.header_bytes = self.file.write(npy_header((SHARD_ROWS, *self.row_shape), self.dtype))
+
+    @contextlib.contextmanager
+    def naming(self):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error.strerror}; make room, or see to the disk, and run the same command again: "
+                             f"it goes on at this shard") from None
 
     def add(self, row):
         if row.shape != self.row_shape or row.dtype != self.dtype:
             raise ValueError(f"a row of {self.path.name} is {self.dtype} {self.row_shape}, not {row.dtype} {row.shape}")
-        self.file.write(np.ascontiguousarray(row).data)
+        with self.naming():
+            self.file.write(np.ascontiguousarray(row).data)
         self.rows += 1
 
     def finish(self):
         """Flush, checksum, rename; returns {'bytes', 'sha256'}."""
         header = npy_header((self.rows, *self.row_shape), self.dtype)
         assert len(header) == self.header_bytes, "numpy pads .npy headers to a fixed length for any number of rows up to a shard's"
-        self.file.seek(0)
-        self.file.write(header)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        entry = {"bytes": self.part.stat().st_size, "sha256": sha256(self.part)}
-        os.replace(self.part, self.path)
+        with self.naming():
+            self.file.seek(0)
+            self.file.write(header)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            entry = {"bytes": self.part.stat().st_size, "sha256": sha256(self.part)}
+            os.replace(self.part, self.path)
         return entry
 
     def discard(self):
@@ -460,7 +428,7 @@ class Writer:
     def __init__(self, folder, plan, progress=lambda items: items):
         self.folder, self.partial, self.progress = Path(folder), Path(folder) / "partial", progress
         self.plan = json.loads(json.dumps({"format_version": FORMAT_VERSION, **plan}))
-        begun, finished = begun_plan(self.folder), (self.folder / "metadata.json").is_file()
+        begun = begun_plan(self.folder)
         if begun:
             for name, value in self.plan.items():
                 if begun.get(name) != value:
@@ -468,10 +436,30 @@ class Writer:
                                      f"{brief(value, begun.get(name))} asked for; choose another --out")
         elif self.folder.is_dir() and any(entry.name not in ("partial", "plan.json.part") for entry in self.folder.rglob("*")):
             raise InputError(f"{self.folder} is not empty and holds no cache; choose another --out")
-        self.finished = finished
         if not begun:
             self.partial.mkdir(parents=True, exist_ok=True)
             write_whole(self.partial / "plan.json", json.dumps(self.plan, indent=1).encode())
+
+    @property
+    def finished(self):
+        """Whether the cache is whole, and no repair of it is under way."""
+        return (self.folder / "metadata.json").is_file() and not (self.partial / "before.json").is_file()
+
+    def tidy(self):
+        """Remove what a process that was killed at its very end left of a finished cache's partial/."""
+        if self.finished:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def lock(self):
+        """Keep other processes from writing here as long as this one lives. Raises InputError where one does already."""
+        self.partial.mkdir(exist_ok=True)
+        self.locked = open(self.partial / "lock", "w")
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {self.folder}; wait for it, or end it") from None
+        except OSError:
+            pass  # a file system without locks
 
     @property
     def shard_count(self):
@@ -484,55 +472,17 @@ class Writer:
     def shard(self, number):
         return ShardWriter(self, number)
 
-    def reopen(self, ids):
-        """Turn a finished cache with broken parts back into one that lacks them, to be finished as if it had died.
-
-        ids: [(video id, view number)] of every row of the list. Returns verify's problems, of which nothing is left to be done where there are none.
-        """
-        if self.finished:
-            metadata = read_metadata(self.folder)
-            if "merged_from" in metadata:
-                raise InputError(f"{self.folder} was merged from {', '.join(metadata['merged_from'])}; repair those, and merge them again")
-            problems, bad = verify(self.folder, self.progress)
-            if not problems:
-                return []
-            if metadata["clips_from"] and any(problem.startswith(f"{metadata['clips_from']}: ") for problem in problems):
-                raise InputError(f"{self.folder} uses the clips of {metadata['clips_from']}, which are broken; repair those first")
-            failures = self.failures_of(metadata, ids)
-            kept = {row: entry for row, entry in enumerate(ids) if row not in failures}
-            if len(kept) != metadata["count"]:
-                raise InputError(f"{self.folder}: ids.txt and failures.jsonl are both broken, so what its shards hold is unknown; make the cache again")
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir()
-            write_whole(self.partial / "plan.json", json.dumps(self.plan, indent=1).encode())
-            for number, shard in enumerate(metadata["shards"]):
-                rows = range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, len(ids)))
-                if number not in bad:
-                    entry = {"ids": [kept[row] for row in rows if row in kept], "failures": [failures[row] for row in rows if row in failures],
-                             "files": {kind: shard[kind] for kind in row_formats(metadata)}}
-                    write_whole(self.partial / f"shard-{number:05d}.json", json.dumps(entry).encode())
-            write_whole(self.partial / "before.json", json.dumps(metadata).encode())
-            (self.folder / "metadata.json").unlink()  # last: from here on the cache is one that was begun
-            self.finished = False
-            return problems
-        return [f"shard {number} is missing" for number in self.missing()]
-
-    def failures_of(self, metadata, ids):
-        """The failures of a finished cache, from whichever of failures.jsonl and ids.txt is sound."""
-        try:
-            if sha256(self.folder / "failures.jsonl") == metadata["failures_sha256"]:
-                return read_failures(self.folder)
-            if sha256(self.folder / "ids.txt") == metadata["ids_sha256"]:
-                records = Ids(self.folder / "ids.txt")
-                kept = set(map(records.fields, range(len(records))))
-                return {row: {"row": row, "id": name, "view": view, "reason": "(lost with failures.jsonl)"} for row, (name, view) in enumerate(ids) if (name, view) not in kept}
-        except OSError:
-            pass
-        return {}
-
     def finish(self):
-        """Join what the shards left in partial/ into ids.txt, stats.npz, failures.jsonl and, last, metadata.json."""
+        """Join what the shards left in partial/ into ids.txt, stats.npz, failures.jsonl and, last, metadata.json.
+
+        Raises InputError where no video could be decoded, or a shard's file is gone or cut short.
+        """
         done = [json.loads((self.partial / f"shard-{k:05d}.json").read_text()) for k in range(self.shard_count)]
+        for number, shard in enumerate(done):
+            for kind, entry in shard["files"].items():
+                path = self.folder / shard_name(kind, number)
+                if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                    raise InputError(f"{path} is gone or cut short since it was made; run the same command with --repair")
         ids = "".join(f"{name}\t{view}\n" for shard in done for name, view in shard["ids"]).encode()
         failures = [failure for shard in done for failure in shard["failures"]]
         if not ids:
@@ -553,8 +503,8 @@ class Writer:
             write_stats(shards)
             metadata["stats_sha256"] = sha256(self.folder / "stats.npz")
         write_whole(self.folder / "metadata.json", json.dumps(metadata, indent=1).encode())
+        (self.partial / "before.json").unlink(missing_ok=True)
         shutil.rmtree(self.partial)
-        self.finished = True
         return metadata
 
     def write_stats(self, shards):
@@ -594,8 +544,9 @@ def to_stored(latents, dtype, names=None):
     latents = latents.float()
     largest = latents.abs().amax(1, keepdim=True)  # [B, 1, D]
     if not (top := largest.max().item()) <= FLOAT16_MAX:
-        worst = [name for name, value in zip(names or (), largest.amax((1, 2)).tolist()) if not value <= FLOAT16_MAX]
-        raise InputError(f"the teacher's latents{f' of the video {worst[0]!r}' if worst else ''} reach {top}, beyond float16 ({FLOAT16_MAX:.0f}); check the teacher's weights, or its compute (--dtype)")
+        worst = [f" of the video {name!r}" for name, value in zip(names or (), largest.amax((1, 2)).tolist()) if not value <= FLOAT16_MAX]
+        raise InputError(f"the teacher's latents{worst[0] if worst else ''} reach {top}, beyond float16 ({FLOAT16_MAX:.0f}); check the teacher's weights, "
+                         f"or its compute (--dtype)")
     if dtype == "float16":
         return latents.half().cpu().numpy(), None
     scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
@@ -630,8 +581,14 @@ class ShardWriter:
         self.writer, self.number, self.ids, self.failures = writer, number, [], []
         self.formats, self.files = row_formats(writer.plan), {}
         self.moments = Moments(writer.plan["latent_shape"]) if "latents" in self.formats else None
-        for kind, (shape, dtype) in self.formats.items():
-            self.files[kind] = RowFile(writer.folder / shard_name(kind, number), shape, dtype)
+        held = writer.partial / f"held-{number:05d}.json"  # of a repair: what this shard must hold again
+        self.held = {tuple(entry) for entry in json.loads(held.read_text())} if held.is_file() else set()
+        try:
+            for kind, (shape, dtype) in self.formats.items():
+                self.files[kind] = RowFile(writer.folder / shard_name(kind, number), shape, dtype)
+        except InputError:
+            self.discard()
+            raise
 
     def add(self, video_id, view, stored=None, scale=None, patches=None):
         """stored and scale: one clip's of to_stored; patches uint8 [N, P]."""
@@ -643,6 +600,10 @@ class ShardWriter:
         self.ids.append((video_id, view))
 
     def fail(self, row, video_id, view, reason):
+        """Leave a row out. Raises InputError where the shard held it before a repair: what is broken stays until it can be replaced."""
+        if (video_id, view) in self.held:
+            raise InputError(f"shard {self.number} of {self.writer.folder} held the video {video_id!r}, which cannot be decoded now ({reason}); bring it back, and run "
+                             "the same command again")
         self.failures.append({"row": row, "id": video_id, "view": view, "reason": reason})
 
     def __enter__(self):
@@ -662,9 +623,12 @@ class ShardWriter:
 
     def finish(self):
         partial = self.writer.partial
-        if self.moments:
-            self.moments.save(partial / f"stats-{self.number:05d}.npz")
-        files = {name: file.finish() for name, file in self.files.items()}
+        try:
+            if self.moments:
+                self.moments.save(partial / f"stats-{self.number:05d}.npz")
+            files = {name: file.finish() for name, file in self.files.items()}
+        finally:
+            self.discard()
         entry = {"ids": self.ids, "failures": self.failures, "files": files}
         write_whole(partial / f"shard-{self.number:05d}.json", json.dumps(entry).encode())  # last: the shard counts from here on
 
@@ -682,61 +646,3 @@ def join_statistics(parts):
             delta, total = part_mean - mean, count + n
             mean, m2, count = mean + delta * (n / total), m2 + part_m2 + delta * delta * (count * n / total), total
     return {"mean": np.float32(mean), "variance": np.float32(m2 / count), "count": np.int64(count)}
-
-
-def merge(folders, out):
-    """Join caches of one view, one teacher and different videos into the new cache `out`; their shards are linked, or copied to another disk.
-
-    Returns the metadata. Raises InputError, naming the field, where two of them do not fit together, and on an id that is in two.
-    """
-    caches, out = [open_cache(folder) for folder in folders], Path(out)
-    first = caches[0].metadata
-    for cache in caches:
-        if cache.metadata["clips_from"]:
-            raise InputError(f"{cache.folder} uses the clips of another cache; merge the caches that hold the clips, and cache the latents with --clips_from again")
-        for name in ("view", "patch", "tubelet", "teacher", "dtype", "latent_shape", "patch_shape", "clips"):
-            mine, theirs = first[name], cache.metadata[name]
-            if name == "teacher" and mine and theirs:  # whatever its file was called
-                mine, theirs = ({field: value for field, value in teacher.items() if field != "name"} for teacher in (mine, theirs))
-            if mine != theirs:
-                raise InputError(f"{caches[0].folder} and {cache.folder} have another {name}: {brief(mine, theirs)} and {brief(theirs, mine)}; caches of one view and "
-                                 f"teacher can be merged")
-    seen = {}
-    for cache in caches:
-        for entry in map(cache.ids.fields, range(len(cache))):
-            if entry in seen:
-                raise InputError(f"the video {entry[0]!r} (view {entry[1]}) is in {seen[entry]} and in {cache.folder}; caches of different videos can be merged")
-            seen[entry] = cache.folder
-    failures, rows = [], 0
-    for cache in caches:
-        failures += [{**failure, "row": row + rows} for row, failure in sorted(read_failures(cache.folder).items())]
-        rows += cache.metadata["list_count"]
-    ids = "".join(f"{name}\t{view}\n" for name, view in seen).encode()
-    plan = {name: first[name] for name in ("format_version", "teacher", "view", "view_hash", "views", "patch", "tubelet", "dtype", "batch_size", "latent_shape", "patch_shape",
-                                           "clips", "clips_from")}
-    plan |= {"split": "+".join(dict.fromkeys(cache.metadata["split"] for cache in caches)), "list_count": rows,
-             "list_sha256": list_digest(whole_list(seen, {failure["row"]: failure for failure in failures}, rows)),
-             "merged_from": [cache.folder.name for cache in caches]}
-    writer = Writer(out, plan)
-    if writer.finished:
-        return read_metadata(out)
-    shards = []
-    for cache in caches:
-        for number, shard in enumerate(cache.metadata["shards"]):
-            for kind in cache.formats:
-                part = out / f"{shard_name(kind, len(shards))}.part"
-                part.unlink(missing_ok=True)
-                source = (cache.folder / shard_name(kind, number)).resolve()
-                try:
-                    os.link(source, part)
-                except OSError:  # another disk, or one without links
-                    shutil.copyfile(source, part)
-                os.replace(part, out / shard_name(kind, len(shards)))
-            shards.append(shard)
-
-    def write_stats(shards):
-        parts, content = [cache.stats for cache in caches], io.BytesIO()
-        np.savez(content, **join_statistics((part["count"], part["mean"].astype(np.float64), part["variance"].astype(np.float64) * part["count"]) for part in parts))
-        write_whole(out / "stats.npz", content.getvalue())
-
-    return writer.complete(ids, failures, shards, write_stats)

@@ -58,23 +58,24 @@ from tqdm import tqdm  # noqa: E402
 import cache  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
+import upkeep  # noqa: E402
 from config import InputError  # noqa: E402
 from data import VideoError, load_split, prefetch, read_clips  # noqa: E402
 from views import View, grid_of  # noqa: E402
 
 files_bar = lambda files: tqdm(files, unit="file", dynamic_ncols=True)
 if verify:
-    problems, bad = cache.verify(verify, files_bar)
+    problems, bad = upkeep.verify(verify, files_bar)
     for problem in problems:
         print(f"{verify}: {problem}")
     if bad:
-        print(f"{verify}: to rebuild: shards {', '.join(map(str, bad))} of {cache.SHARD_ROWS} rows")
-    print(f"{verify}: {f'{len(problems)} problems; run the command that made it with --repair' if problems else 'every checksum, count and id fits'}")
+        print(f"{verify}: to rebuild: shards {', '.join(map(str, bad))} ({cache.SHARD_ROWS} rows of the list each)")
+    print(f"{verify}: {f'problems: {len(problems)}; {upkeep.remedy(verify)}' if problems else 'every checksum, count and id fits'}")
     sys.exit(1 if problems else 0)
 if merge:
     if out is None or len(merge) < 2:
         raise InputError("--merge takes two caches or more, and --out the one to make")
-    metadata = cache.merge(merge, out)
+    metadata = upkeep.merge(merge, out, files_bar)
     print(f"{out}: {metadata['count']} records of {len(merge)} caches, {metadata['failures']} failures")
     sys.exit(0)
 
@@ -125,68 +126,10 @@ else:
     videos = load_split(data, split, splits_dir, log)[:limit]
     ids = [(video.id, number) for video in videos for number in range(views)]  # a video's views lie side by side, and are cut from one decode
 
-# ---- disk: what is needed, what is there
-begun = cache.begun_plan(out)
-kept_bytes = {"f16": 2, "i8": 1}[latents] if encoder else 0
-latent_bytes, clip_bytes = tokens * (shape.dim * kept_bytes if encoder else 0), tokens * patch_dim  # a record
-at = os.path.abspath(out)
-while not os.path.exists(at):
-    at = os.path.dirname(at)
-free = shutil.disk_usage(at).free
-if source or not shape:
-    keep_clips = not source
-elif clips == "auto":
-    keep_clips = begun["clips"] if begun else len(ids) * (latent_bytes + clip_bytes) < 0.95 * free
-else:
-    keep_clips = clips == "on"
-log(f"clips: {f'those of {clips_from}' if source else 'kept' if keep_clips else 'left out, training will decode the videos'}")
-
-plan = {
-    "split": source.metadata["split"] if source else split, "list_count": len(ids), "list_sha256": cache.list_digest(ids),
-    "teacher": encoder and {"name": encoder.name, "sha256": encoder.sha256, "dim": shape.dim, "mean": shape.mean, "std": shape.std, "compute": dtype},
-    "view": view.to_dict(), "view_hash": view.hash(), "views": views, "patch": patch, "tubelet": tubelet, "dtype": {"f16": "float16", "i8": "int8"}[latents],
-    "batch_size": batch_size, "latent_shape": [tokens, shape.dim] if shape else None, "patch_shape": [tokens, patch_dim], "clips": bool(keep_clips),
-    "clips_from": os.path.relpath(os.path.realpath(clips_from), os.path.realpath(out)) if source else None}
-
-
-def check_disk_space(rows):
-    needed = rows * (latent_bytes + keep_clips * clip_bytes)
-    log(f"disk: {needed / 1e9:.2f} GB needed ({rows * latent_bytes / 1e9:.2f} latents, {rows * keep_clips * clip_bytes / 1e9:.2f} clips), {free / 1e9:.1f} GB free")
-    if needed > free:
-        raise InputError(f"{out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; free some, or try --latents i8, --clips off or --limit")
-
-
-# ---- make the missing shards
-if rank == 0:
-    if not begun:
-        check_disk_space(len(ids))
-    writer = cache.Writer(out, plan, files_bar)
-    if repair:
-        problems = writer.reopen(ids)
-        for problem in problems:
-            log(f"{out}: {problem}")
-        log(f"{out}: {len(problems)} problems to repair" if problems else f"{out}: every checksum, count and id fits; nothing to repair")
-if world > 1:
-    dist.barrier()
-if rank > 0:
-    writer = cache.Writer(out, plan)
-if writer.finished:
-    log(f"{out} is already whole: {len(cache.open_cache(out))} records")
-    sys.exit(0)
+# ---- what is decided once, by rank 0: whether clips are kept, whether the disk has room, which shards are to be made
+kept_bytes = {"f16": 2 * shape.dim, "i8": shape.dim}[latents] if encoder else 0
+latent_bytes, clip_bytes = tokens * kept_bytes + (4 * shape.dim if encoder and latents == "i8" else 0), tokens * patch_dim  # a record
 rows_of = lambda number: range(number * cache.SHARD_ROWS, min((number + 1) * cache.SHARD_ROWS, len(ids)))
-missing = writer.missing()
-to_make = sum(len(rows_of(number)) for number in missing)
-if begun and rank == 0:
-    check_disk_space(to_make)
-log(f"teacher {teacher} on {device}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)} to make; view {view.hash()}", flush=True)
-mine = missing[rank::world]
-
-
-def groups():
-    """Rows that are decoded together: the views of one video, as far as they lie in one shard."""
-    for number in mine:
-        for _, together in itertools.groupby(rows_of(number), lambda row: row // views):
-            yield list(together)
 
 
 def clips_of(together):
@@ -206,6 +149,75 @@ def clips_of(together):
     return patches
 
 
+def check_disk_space(rows):
+    statistics = -(-rows // cache.SHARD_ROWS) * 8 * tokens * shape.dim if encoder else 0  # of each shard, until the cache is whole
+    needed = rows * (latent_bytes + keep_clips * clip_bytes) + statistics
+    log(f"disk: {needed / 1e9:.2f} GB needed ({rows * latent_bytes / 1e9:.2f} latents, {rows * keep_clips * clip_bytes / 1e9:.2f} clips, {statistics / 1e9:.2f} while it "
+        f"is being made), {free / 1e9:.1f} GB free")
+    if needed > free:
+        raise InputError(f"{out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; free some, or try --latents i8, --clips off or --limit")
+
+
+def plan_with(keep_clips):
+    return {
+        "split": source.metadata["split"] if source else split, "list_count": len(ids), "list_sha256": cache.list_digest(ids),
+        "teacher": encoder and {"name": encoder.name, "sha256": encoder.sha256, "dim": shape.dim, "mean": shape.mean, "std": shape.std, "compute": dtype},
+        "view": view.to_dict(), "view_hash": view.hash(), "views": views, "patch": patch, "tubelet": tubelet,
+        "dtype": {"f16": "float16", "i8": "int8"}[latents], "batch_size": batch_size, "latent_shape": [tokens, shape.dim] if shape else None,
+        "patch_shape": [tokens, patch_dim], "clips": bool(keep_clips), "clips_from": os.path.relpath(os.path.realpath(clips_from), os.path.realpath(out)) if source else None}
+
+
+decided = [None, None]  # whether clips are kept; numbers of the shards to make, or None where the cache is whole
+if rank == 0:
+    begun, at = cache.begun_plan(out), os.path.abspath(out)
+    while not os.path.exists(at):
+        at = os.path.dirname(at)
+    free = shutil.disk_usage(at).free
+    if source or not shape:
+        keep_clips = not source
+    elif clips == "auto":
+        keep_clips = begun["clips"] if begun else len(ids) * (latent_bytes + clip_bytes) < 0.95 * free
+    else:
+        keep_clips = clips == "on"
+    log(f"clips: {f'those of {clips_from}' if source else 'kept' if keep_clips else 'left out, training will decode the videos'}")
+    if not begun:
+        check_disk_space(len(ids))
+    elif repair:  # shards are replaced one by one
+        check_disk_space(min(len(ids), world * cache.SHARD_ROWS))
+    writer = cache.Writer(out, plan_with(keep_clips), files_bar)
+    if repair or writer.partial.is_dir():
+        writer.lock()
+    if repair:
+        problems = upkeep.reopen(writer, ids, lambda row: not isinstance(clips_of([row])[0], VideoError))
+        for problem in problems:
+            log(f"{out}: {problem}")
+        log(f"{out}: problems to repair: {len(problems)}" if problems else f"{out}: every checksum, count and id fits; nothing to repair")
+    writer.tidy()
+    decided = [keep_clips, None if writer.finished else writer.missing()]
+    if begun and not repair and decided[1]:
+        check_disk_space(sum(len(rows_of(number)) for number in decided[1]))
+if world > 1:
+    dist.broadcast_object_list(decided)
+keep_clips, missing = decided
+if missing is None:
+    log(f"{out} is already whole: {len(cache.open_cache(out))} records")
+    sys.exit(0)
+
+# ---- make the missing shards
+if rank > 0:
+    writer = cache.Writer(out, plan_with(keep_clips))
+to_make = sum(len(rows_of(number)) for number in missing)
+log(f"teacher {teacher} on {device}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)} to make; view {view.hash()}", flush=True)
+mine = missing[rank::world]
+
+
+def groups():
+    """Rows that are decoded together: the views of one video, as far as they lie in one shard."""
+    for number in mine:
+        for _, together in itertools.groupby(rows_of(number), lambda row: row // views):
+            yield list(together)
+
+
 def keep(shard, rows, clips, stored, scales):
     """Write one teacher batch, row by row."""
     done = 0
@@ -219,7 +231,9 @@ def keep(shard, rows, clips, stored, scales):
 
 # Decoding, the teacher, writing, and flushing with its checksum each have threads of their own; this one sees to the teacher.
 autocast = model.autocast_on(device, dtype)
-bar = tqdm(total=len(ids), initial=len(ids) - to_make, unit="clip", dynamic_ncols=True, disable=rank > 0)
+share = sum(len(rows_of(number)) for number in mine)
+done_before = len(ids) - to_make if world == 1 else 0
+bar = tqdm(total=share + done_before, initial=done_before, unit="clip", dynamic_ncols=True, disable=rank > 0, desc=f"rank 0 of {world}" if world > 1 else None)
 stream = itertools.chain.from_iterable(prefetch(clips_of, groups(), threads, max(threads, 2 * batch_size // views)))
 begin, waited, shard, finishing = time.perf_counter(), 0.0, None, None
 with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
@@ -236,11 +250,12 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
                 if encoder and good:
                     with torch.no_grad(), autocast():
                         made = encoder.encode(torch.from_numpy(np.stack(good)).to(device))  # [b, N, D]
-                    stored, scales = cache.to_stored(made, plan["dtype"], [ids[row][0] for row, clip in zip(rows, batch) if not isinstance(clip, VideoError)])
+                    names = [ids[row][0] for row, clip in zip(rows, batch) if not isinstance(clip, VideoError)]
+                    stored, scales = cache.to_stored(made, writer.plan["dtype"], names)
                 writing.append(keeper.submit(keep, shard, rows, batch, stored, scales))
                 if len(writing) > 2:
                     writing.popleft().result()
-                bar.update(len(rows) * world)
+                bar.update(len(rows))
                 bar.set_postfix_str(f"waiting for video {waited / (time.perf_counter() - begin):.0%}", refresh=False)
             for job in writing:
                 job.result()
@@ -255,12 +270,13 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
             keeper.shutdown(cancel_futures=True)
             shard.discard()
 bar.close()
-if to_make:
-    log(f"{to_make / (time.perf_counter() - begin):.1f} clips/s; {waited / (time.perf_counter() - begin):.0%} of the time waiting for video")
+taken = time.perf_counter() - begin
 if world > 1:
     dist.barrier()
+if to_make:
+    log(f"{to_make / (time.perf_counter() - begin):.1f} clips/s; rank 0 waited for video {waited / taken:.0%} of its time")
 if rank == 0:
     metadata = writer.finish()
     size = sum(file.stat().st_size for file in writer.folder.iterdir()) / 1e9
     log(f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape {json.dumps(metadata['latent_shape'])}"
-        + (f"; {metadata['failures']} videos failed, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else ""))
+        + (f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else ""))

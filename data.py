@@ -61,10 +61,15 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
                 optional label a row) beside the videos, which lie in the folder itself, videos/ or 20bn-something-something-v2/.
                 Without a list: a folder of videos; its subfolder named by the split, or else a tenth of the ids, drawn by
                 their hash, as 'validation' and the rest as 'train'. A CSV file itself is split in the same way.
-    split       'train', 'validation' or 'test'
+    split       'train', 'validation' or 'test'; 'train+validation', as a merged cache has it, is one after the other
     log         called with one line that says which file was used
     Raises InputError, naming file and row, on a missing or malformed list, an id that is no plain name, or no video at all.
     """
+    if "+" in split:
+        rows = [row for part in split.split("+") for row in load_split(folder, part, splits_dir, log)]
+        if len({row.id for row in rows}) < len(rows):
+            raise InputError(f"the splits {split} of {folder} share ids")
+        return rows
     folder = os.path.expanduser(folder)
     if os.path.isfile(folder) and folder.lower().endswith(".json"):
         raise InputError(f"--data {folder} is a list; --data names the folder of the videos, and --splits_dir that of their lists")
@@ -186,7 +191,8 @@ def read_clips(path, views, video_id=None):
     """The clips that several views cut out of one video, from one decode; a list of what read_clip gives.
 
     A video's frames are counted by the packets that carry them, and again by decoding where a packet gives none. Decoding stops after the last
-    frame that a view keeps; a kept frame is cropped, then resized and converted in one swscale pass, with the colour matrix and range that the file states, and turned upright.
+    frame that a view keeps; a kept frame is cropped, then resized and converted in one swscale pass, with the colour matrix and range that the
+    file states, and turned upright.
     """
     import av
     name = os.path.splitext(os.path.basename(path))[0] if video_id is None else video_id
@@ -236,7 +242,9 @@ def shows(packet):
 
 
 def check_disk(path):
-    """After a video failed: read it plainly. A file that is not there is the video's fault; a failing disk is not, and ends the run as OSError."""
+    """After a video failed: read it plainly. A file that is not there is the video's fault; a failing disk or a folder that is gone is not, and
+    ends the run as OSError."""
+    os.stat(os.path.dirname(path) or ".")
     try:
         with open(path, "rb") as file:
             while file.read(1 << 22):
@@ -481,7 +489,8 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
     device, cache = torch.device(device), source.cache
     side = copy_stream(device) if device.type == "cuda" else None
     n = source.patch_shape[0]
-    reads = [kind for kind, rows in (("patches", patches), ("latents", latents)) if rows != () and cache and (not source.decodes if kind == "patches" else source.latent_shape)]
+    stored = {"patches": not source.decodes, "latents": source.latent_shape is not None}
+    reads = [kind for kind, rows in (("patches", patches), ("latents", latents)) if stored[kind] and rows != ()]  # from the cache
 
     def decode(slots, place, i):
         """Fill a place with clip i, or in training with the next readable one: (the record or None, the first error or None)."""
@@ -523,7 +532,8 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
             kept = [record for record, _ in results if record is not None]
             if len(kept) < len(records):
                 if substitutes:
-                    raise InputError(f"16 videos in a row could not be decoded; the first: {next(error for record, error in results if record is None)}")
+                    first = next(error for record, error in results if record is None)
+                    raise InputError(f"16 videos in a row could not be decoded; the first: {first}")
                 for place, good in enumerate([place for place, (record, _) in enumerate(results) if record is not None]):
                     if place != good:
                         slots.patches[place] = slots.patches[good]
@@ -572,7 +582,8 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
                 slots = free.popleft()
                 records = np.asarray(records)
                 planned = planner.submit(look_ahead, epoch, records) if reads else None
-                decoding = [decoders.submit(decode, slots, place, int(i)) for place, i in enumerate(records)] if source.decodes and patches != () else []
+                to_decode = enumerate(records.tolist()) if source.decodes and patches != () else ()
+                decoding = [decoders.submit(decode, slots, place, record) for place, record in to_decode]
                 pending.append((slots, assembler.submit(assemble, slots, epoch, records, decoding, planned)))
             while pending:
                 if batch := hand_over(*pending.popleft()):

@@ -156,10 +156,10 @@ if deterministic:
     torch.use_deterministic_algorithms(True)
 
 # ---- data: the clips come under the view of the cache, and under no other
-if split == "test":
+if "test" in split.split("+"):
     raise InputError("--split test: the test split has no labels and is not for training; use train")
 source, on_the_fly = open_cache(cache) if cache else None, None
-if source and source.metadata["split"] == "test":
+if source and "test" in source.metadata["split"].split("+"):
     raise InputError(f"{cache} was made from the test split, which is not for training; use one of the train split")
 if source:
     view, patch_size, tubelet = source.view, source.patch, source.tubelet

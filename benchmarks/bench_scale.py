@@ -1,7 +1,7 @@
 """Caches of any size, simulated:  python bench.py scale [--records 168913,10000000] [--json]
 
 An index as cache_latents.py makes it, metadata.json, ids.txt and every shard, but with shards that are sparse files: their headers and sizes are
-right, and they take no disk. A process of its own opens it, makes the sampler and reads the first batches' places; time and the growth of its
+right, and they take no disk. A process of its own opens it, makes the sampler and opens the shards of the first batch; time and the growth of its
 memory are counted from after the imports. Then the whole order of one epoch is made, in pieces of one batch's size times 1024.
 
 Before that a table: what data sets take of disk, cores and GPUs, by arithmetic from the rates in the settings. docs/SCALE.md discusses it.
@@ -52,13 +52,13 @@ if inside:
     sampler = data.shuffled(len(source), 24, 0, range(10**9))
     _, first = next(sampler)
     names = [source.name(int(record)) for record in first]
+    places = [opened.places(kind, first)[0] for kind in ("latents", "patches")]
     ready = time.perf_counter() - start
-    places = opened.places("latents", first)
     start = time.perf_counter()
     for i in range(0, len(source), 24 << 10):
         ops.permute(np.arange(i, min(i + (24 << 10), len(source))), len(source), 0, 1)
     print(json_format.dumps({"open_s": opening, "open_and_sampler_s": ready, "peak_growth_bytes": memory() - before, "own_growth_bytes": memory("RssAnon"),
-                             "epoch_order_s": time.perf_counter() - start, "first": names[0][0], "files_open": len(places[0])}))
+                             "epoch_order_s": time.perf_counter() - start, "first": names[0][0], "files_open": sum(map(len, places))}))
     sys.exit(0)
 
 VIEW, N, P, D = View(), 1568, 1536, 768

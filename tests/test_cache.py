@@ -1,5 +1,7 @@
 """The cache's format, resuming, and what happens to broken ones."""
+import itertools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 
 import cache
 import ops
+import upkeep
 from cache import Writer, from_stored, list_digest, open_cache, to_stored
 from config import InputError
 from views import View
@@ -66,7 +69,7 @@ def test_records_come_back(made):
         assert opened.latents(record).dtype == np.float16 and opened.patches(record).dtype == np.uint8
     with pytest.raises(IndexError):
         opened.latents(len(rows))
-    assert opened.view == VIEW and opened.mean == [0.5, 0.5, 0.5] and opened.verify() == ([], [])
+    assert opened.view == VIEW and opened.mean == [0.5, 0.5, 0.5] and upkeep.verify(opened.folder) == ([], [])
 
 
 def test_plain_numpy_reads_it(made):
@@ -155,8 +158,8 @@ def test_clips_from_another_cache(made, tmp_path):
 
 
 def damage(folder, name, change):
-    metadata = json.loads((folder / "metadata.json").read_text())
     if name == "metadata":
+        metadata = json.loads((folder / "metadata.json").read_text())
         change(metadata)
         (folder / "metadata.json").write_text(json.dumps(metadata))
     else:
@@ -169,7 +172,7 @@ def damage(folder, name, change):
     ("metadata", lambda m: m.update(format_version=1), "an older version of this code: .* make the cache again"), ("metadata", lambda m: m.update(format_version="x"), "older"),
     ("metadata", lambda m: m.pop("view"), "damaged"), ("metadata", lambda m: m["shards"][1]["latents"].pop("bytes"), "damaged"), ("metadata", lambda m: m.update(shards=3), "damaged"),
     ("metadata", lambda m: m["view"].update(seed=64), "view does not fit its hash"), ("metadata", lambda m: m["view"].update(size=64), "metadata.json is damaged .a view's short_side"), ("metadata", lambda m: m.update(count=3), "does not add up"),
-    ("metadata.json", lambda b: b[:40], "cannot be read"), ("ids.txt", lambda b: b[:-8], "ids.txt has 1095 lines"), ("latents-00001.npy", lambda b: b[:-100], "metadata.json says"),
+    ("metadata.json", lambda b: b[:40], "cannot be used"), ("ids.txt", lambda b: b[:-8], "ids.txt has 1095 lines"), ("latents-00001.npy", lambda b: b[:-100], "metadata.json says"),
     ("patches-00000.npy", lambda b: b"\x00" * len(b), "broken header"), ("latents-00002.npy", lambda b: b.replace(b"<f2", b"<i2", 1), "metadata.json says float16")])
 def test_broken_caches_are_refused_in_one_line(copy, name, change, message):
     damage(copy, name, change)
@@ -206,10 +209,12 @@ def test_a_file_truncated_while_open_is_an_error_with_shard_and_row(copy):
 @pytest.mark.parametrize("name, bad", [("latents-00001.npy", [1]), ("patches-00000.npy", [0]), ("stats.npz", []), ("ids.txt", []), ("failures.jsonl", [])])
 def test_verify_finds_a_flipped_bit_and_repair_puts_it_right(made, copy, name, bad):
     damage(copy, name, lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-    problems, found = open_cache(copy).verify()
-    assert problems == [f"{name} does not have the checksum in metadata.json"] and found == bad
+    problems, found = upkeep.verify(copy)
+    assert problems == [f"{name} does not have its checksum"] and found == bad
     writer = Writer(copy, PLAN)
-    assert writer.reopen(LIST) == problems and writer.missing() == bad
+    writer.lock()
+    assert upkeep.reopen(writer, LIST) == problems and writer.missing() == bad
+    assert len(open_cache(copy)) == 1096 or name == "ids.txt"  # until it is repaired the cache is what it was
     writer = Writer(copy, PLAN)  # the repair dies, and is taken up again
     assert writer.missing() == bad
     fill(writer)
@@ -217,7 +222,7 @@ def test_verify_finds_a_flipped_bit_and_repair_puts_it_right(made, copy, name, b
     for path in made.iterdir():
         if name != "failures.jsonl" or path.name not in ("failures.jsonl", "metadata.json"):  # its reasons are lost
             assert path.read_bytes() == (copy / path.name).read_bytes(), path.name
-    assert open_cache(copy).verify() == ([], []) and Writer(copy, PLAN).reopen(LIST) == []
+    assert upkeep.verify(copy) == ([], []) and upkeep.reopen(Writer(copy, PLAN), LIST) == []
 
 
 def test_verify_compares_ids_with_the_list(copy):
@@ -225,13 +230,14 @@ def test_verify_compares_ids_with_the_list(copy):
     lines = (copy / "ids.txt").read_text().splitlines(keepends=True)
     (copy / "ids.txt").write_text("".join([lines[1], lines[0], *lines[2:]]))
     damage(copy, "metadata", lambda m: m.update(ids_sha256=cache.sha256(copy / "ids.txt")))
-    assert "do not make up the list" in open_cache(copy).verify()[0][0]
+    assert "do not make up the list" in upkeep.verify(copy)[0][0]
 
 
 def test_a_repair_on_other_hardware_makes_statistics_that_fit(made, copy):
     damage(copy, "latents-00001.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     writer = Writer(copy, PLAN)
-    writer.reopen(LIST)
+    writer.lock()
+    upkeep.reopen(writer, LIST)
     with writer.shard(1) as shard:
         for row in range(512, 1024):
             if row in FAILING:
@@ -241,7 +247,177 @@ def test_a_repair_on_other_hardware_makes_statistics_that_fit(made, copy):
     writer.finish()
     everything = np.concatenate([np.load(copy / f"latents-{k:05d}.npy") for k in range(3)]).astype(np.float64)
     np.testing.assert_allclose(open_cache(copy).stats["mean"], everything.mean(0), rtol=1e-5, atol=1e-6)
-    assert open_cache(copy).verify() == ([], [])
+    assert upkeep.verify(copy) == ([], [])
+
+
+def test_what_a_broken_shard_held_must_be_there_again(made, copy):
+    """Videos that are gone: the repair stops, and neither it nor what it began takes anything away."""
+    damage(copy, "latents-00001.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    broken = (copy / "latents-00001.npy").read_bytes()
+    writer = Writer(copy, PLAN)
+    writer.lock()
+    upkeep.reopen(writer, LIST)
+    for _ in range(2):
+        with pytest.raises(InputError, match="shard 1 of .* held the video 'v513', which cannot be decoded now .gone."), Writer(copy, PLAN).shard(1) as shard:
+            shard.fail(512, "v512", 0, "broken, as before")
+            shard.fail(513, "v513", 0, "gone")
+    assert len(open_cache(copy)) == 1096 and (copy / "latents-00001.npy").read_bytes() == broken and not list(copy.glob("*.part"))
+    writer = Writer(copy, PLAN)
+    fill(writer)
+    writer.finish()
+    assert all(path.read_bytes() == (copy / path.name).read_bytes() for path in made.iterdir())
+
+
+def test_a_repair_takes_up_videos_that_are_back(made, tmp_path):
+    writer = Writer(tmp_path / "c", PLAN)
+    for number in writer.missing():
+        with writer.shard(number) as shard:
+            for row in range(512 * number, min(512 * number + 512, 1100)):
+                if row in FAILING or row == 600:
+                    shard.fail(row, f"v{row}", 0, "broken")
+                else:
+                    shard.add(f"v{row}", 0, to_stored(torch.from_numpy(latents_of(row))[None], "float16")[0][0], None, patches_of(row))
+    writer.finish()
+    writer = Writer(tmp_path / "c", PLAN)
+    writer.lock()
+    assert upkeep.reopen(writer, LIST, lambda row: row == 600) == ["the video 'v600', which was left out, can be decoded now"] and writer.missing() == [1]
+    fill(writer)
+    writer.finish()
+    for path in made.iterdir():
+        assert path.name == "metadata.json" or path.read_bytes() == (tmp_path / "c" / path.name).read_bytes(), path.name
+
+
+def test_a_repair_of_an_unfinished_cache_looks_at_what_is_done(made, tmp_path):
+    writer = Writer(tmp_path / "c", PLAN)
+    fill(writer, shards=2)
+    damage(tmp_path / "c", "patches-00000.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    assert upkeep.reopen(writer, LIST) == ["patches-00000.npy does not have its checksum"] and writer.missing() == [0, 2]
+    fill(writer)
+    (tmp_path / "c" / "latents-00001.npy").unlink()
+    with pytest.raises(InputError, match="latents-00001.npy is gone or cut short since it was made; run the same command with --repair"):
+        writer.finish()
+    upkeep.reopen(writer, LIST)
+    fill(writer)
+    writer.finish()
+    assert all(path.read_bytes() == (tmp_path / "c" / path.name).read_bytes() for path in made.iterdir())
+
+
+def test_one_process_at_a_time(tmp_path):
+    first, second = Writer(tmp_path / "c", PLAN), Writer(tmp_path / "c", PLAN)
+    first.lock()
+    with pytest.raises(InputError, match="another process is writing"):
+        second.lock()
+    first.locked.close()
+    second.lock()
+
+
+def killed_at(number, work):
+    """Run work() in a process that ends at once, as if killed, before or after its number-th change to the disk; whether it came that far."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    seen = itertools.count(1)
+
+    def deadly(call):
+        def wrapped(*arguments, **others):
+            if next(seen) == number:
+                os._exit(9)
+            result = call(*arguments, **others)
+            if next(seen) == number:
+                os._exit(9)
+            return result
+        return wrapped
+    try:
+        for name in ("replace", "fsync", "unlink", "mkdir", "rmdir", "link"):
+            setattr(os, name, deadly(getattr(os, name)))
+        work()
+    finally:
+        os._exit(0)
+
+
+def everything_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_killed_at_any_change_to_the_disk(tmp_path, monkeypatch):
+    """Making, repairing and merging: whatever was done when the process died, the same call goes on to the same bits, and leaves nothing beside them."""
+    monkeypatch.setattr(cache, "SHARD_ROWS", 8)
+    monkeypatch.setattr(upkeep, "SHARD_ROWS", 8)
+    ids = LIST[:20]
+    plan = {**PLAN, "list_count": 20, "list_sha256": list_digest(ids)}
+
+    def make(folder, repair=False):
+        writer = Writer(folder, plan)
+        if repair or writer.partial.is_dir():
+            writer.lock()
+        if repair:
+            upkeep.reopen(writer, ids)
+        writer.tidy()
+        if not writer.finished:
+            for number in writer.missing():
+                with writer.shard(number) as shard:
+                    for row in range(8 * number, min(8 * number + 8, 20)):
+                        if row == 3:
+                            shard.fail(row, "v3", 0, "broken")
+                        else:
+                            shard.add(f"v{row}", 0, latents_of(row).astype(np.float16), None, patches_of(row))
+            writer.finish()
+
+    make(tmp_path / "whole")
+    expected = everything_in(tmp_path / "whole")
+    points = 0
+    for name in (None, "latents-00001.npy", "ids.txt"):
+        for number in itertools.count(1):
+            folder = tmp_path / f"{name}-{number}"
+            if name:
+                shutil.copytree(tmp_path / "whole", folder)
+                damage(folder, name, lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+            killed = killed_at(number, lambda: make(folder, repair=bool(name)))
+            make(folder, repair=bool(name))
+            assert everything_in(folder) == expected and not (folder / "partial").exists(), (name, number)
+            points += killed
+            if not killed:
+                break
+    other = [(f"w{row}", 0) for row in range(8)]
+    writer = Writer(tmp_path / "other", {**plan, "list_count": 8, "list_sha256": list_digest(other)})
+    with writer.shard(0) as shard:
+        for row in range(8):
+            shard.add(f"w{row}", 0, latents_of(row).astype(np.float16), None, patches_of(row))
+    writer.finish()
+    both = [tmp_path / "whole", tmp_path / "other"]
+    upkeep.merge(both, tmp_path / "merged")
+    expected = everything_in(tmp_path / "merged")
+    for number in itertools.count(1):
+        folder = tmp_path / f"merged-{number}"
+        killed = killed_at(number, lambda: upkeep.merge(both, folder))
+        if not (folder / "metadata.json").is_file():
+            upkeep.merge(both, folder)
+        assert everything_in(folder) == expected, number
+        points += killed
+        if not killed:
+            break
+    assert points > 150
+
+
+@pytest.mark.parametrize("same_disk", [True, False])
+def test_a_merge_that_copies_is_checked(made, tmp_path, monkeypatch, same_disk):
+    if not same_disk:
+        def refuse(*arguments):
+            raise OSError(18, "Invalid cross-device link")
+        monkeypatch.setattr(os, "link", refuse)
+    other = shutil.copytree(made, tmp_path / "b")
+    (other / "ids.txt").write_text((other / "ids.txt").read_text().replace("v", "w"))
+    failures = (other / "failures.jsonl").read_text().replace('"id": "v', '"id": "w')
+    (other / "failures.jsonl").write_text(failures)
+    damage(other, "metadata", lambda m: m.update(ids_sha256=cache.sha256(other / "ids.txt"), failures_sha256=cache.sha256(other / "failures.jsonl")))
+    upkeep.merge([made, other], tmp_path / "all")
+    assert upkeep.verify(tmp_path / "all") == ([], []) and not list((tmp_path / "all").glob("*.part"))
+    assert ((tmp_path / "all" / "latents-00000.npy").stat().st_ino == (made / "latents-00000.npy").stat().st_ino) == same_disk
+    if not same_disk:
+        damage(other, "patches-00001.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(InputError, match="patches-00001.npy does not have its checksum; repair that cache first"):
+            upkeep.merge([made, other], tmp_path / "again")
+        assert not list((tmp_path / "again").glob("*.part"))
 
 
 def test_int8_latents_come_back_within_half_a_step(tmp_path, made, monkeypatch):
@@ -260,7 +436,7 @@ def test_int8_latents_come_back_within_half_a_step(tmp_path, made, monkeypatch):
     monkeypatch.setattr(ops, "advise", lambda files, starts, count: asked.append(count))
     opened.advise([3, 4])
     assert asked == [8 * 6, 8 * 1536, 6 * 4]  # the scales too
-    assert opened.verify() == ([], [])
+    assert upkeep.verify(opened.folder) == ([], [])
     stats, exact = opened.stats, open_cache(made).stats
     np.testing.assert_allclose(stats["mean"], exact["mean"], atol=2e-3)
     assert (tmp_path / "c" / "latents-00000.npy").stat().st_size < 0.51 * (made / "latents-00000.npy").stat().st_size
@@ -276,23 +452,25 @@ def test_merging(made, tmp_path):
                 else:
                     shard.add(f"w{row}", 0, latents_of(row + 5000).astype(np.float16), None, patches_of(row))
     other.finish()
-    metadata = cache.merge([made, tmp_path / "b"], tmp_path / "all")
+    metadata = upkeep.merge([made, tmp_path / "b"], tmp_path / "all")
     assert metadata["count"] == 1096 + 599 and metadata["split"] == "train+extra" and metadata["merged_from"] == ["c", "b"]
     merged = open_cache(tmp_path / "all")
-    assert merged.verify() == ([], []) and not (tmp_path / "all" / "partial").exists()
+    assert upkeep.verify(merged.folder) == ([], []) and not (tmp_path / "all" / "partial").exists()
     assert merged.ids[1096] == "w0" and np.array_equal(merged.latents(1096 + 7), latents_of(5008).astype(np.float16)) and np.array_equal(merged.patches(0), patches_of(0))
     everything = np.concatenate([np.load(tmp_path / "all" / f"latents-{k:05d}.npy") for k in range(5)]).astype(np.float64)
     np.testing.assert_allclose(merged.stats["mean"], everything.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(merged.stats["variance"], everything.var(0), rtol=1e-4)
     with pytest.raises(InputError, match="'v0' .view 0. is in .* caches of different videos"):
-        cache.merge([made, made], tmp_path / "twice")
+        upkeep.merge([made, made], tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
-    with pytest.raises(InputError, match="was merged from c, b; repair those"):
-        Writer(tmp_path / "all", {name: metadata[name] for name in PLAN}).reopen(LIST)
+    with pytest.raises(InputError, match="was merged from c, b; repair c and b, delete .*all, and merge them again"):
+        upkeep.reopen(Writer(tmp_path / "all", {name: metadata[name] for name in PLAN}), LIST)
+    with pytest.raises(InputError, match="is a cache already"):
+        upkeep.merge([made, tmp_path / "b"], tmp_path / "all")
     third = shutil.copytree(tmp_path / "b", tmp_path / "third")
     damage(third, "metadata", lambda m: m["teacher"].update(sha256="ff"))
     with pytest.raises(InputError, match="another teacher: {'sha256': 'ab'} and {'sha256': 'ff'}"):
-        cache.merge([made, third], tmp_path / "never")
+        upkeep.merge([made, third], tmp_path / "never")
 
 
 def test_an_id_list_cut_short_while_open_is_an_error(copy):
