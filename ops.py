@@ -404,9 +404,12 @@ def masked_mse_reference(prediction, target, index=None, kind="mse", normalise="
 # ------------------------------------------------------------------------------------------------------------- the data path
 
 def patchify_into(clip, out, patch=16, tubelet=2):
-    """data.patchify of one clip, uint8 array [T, H, W, 3], written to the uint8 array `out` [N, P]: a place in a batch."""
+    """data.patchify of one clip, uint8 array [T, H, W, 3], written to the uint8 array `out` [N, P]: a place in a batch.
+
+    Fastest for a clip whose channels lie in planes, as data.read_clip gives it.
+    """
     if EXTENSION["devices"]:
-        salt_ops.patchify(torch.from_numpy(np.ascontiguousarray(clip)), patch, tubelet, torch.from_numpy(out))
+        salt_ops.patchify(torch.from_numpy(np.ascontiguousarray(clip.transpose(0, 3, 1, 2))), patch, tubelet, torch.from_numpy(out))
     else:
         t, h, w = clip.shape[0] // tubelet, clip.shape[1] // patch, clip.shape[2] // patch
         out.reshape(t, h, w, 3, tubelet, patch, patch)[:] = clip.reshape(t, tubelet, h, patch, w, patch, 3).transpose(0, 2, 4, 6, 1, 3, 5)

@@ -34,11 +34,12 @@ batch_size = 24                 # clips a batch
 threads = 1                     # reading threads of the comparison with memcpy
 most_threads = max(1, (os.cpu_count() or 1))  # of the table of clips a second
 rounds = 6                      # measurements of each competitor, of which the first is a warm-up
-decode_rounds = 4               # likewise, of decoding
+decode_rounds = 5               # likewise, of decoding
+cold_rounds = 11                # likewise, of the disk, whose speed varies most
 json = False                    # write OUT/data-cpu-DATE.json
 out = "benchmarks"              # folder for it
 
-_settings = config.apply(globals(), least={"made": 1, "records": 1, "shard_rows": 1, "batch_size": 1, "threads": 1, "most_threads": 1, "rounds": 3, "decode_rounds": 3})
+_settings = config.apply(globals(), least={"made": 1, "records": 1, "shard_rows": 1, "batch_size": 1, "threads": 1, "most_threads": 1, "rounds": 3, "decode_rounds": 3, "cold_rounds": 3})
 if records < batch_size:
     raise config.InputError(f"--records {records} do not make a batch of {batch_size}")
 
@@ -301,7 +302,7 @@ def bench_cold(where):
         measures["sequential, direct"] = through(os.O_DIRECT, False)
     except (AttributeError, OSError):  # this file system has no direct reads
         pass
-    rate = bench.take_turns(measures, rounds)
+    rate = bench.take_turns(measures, cold_rounds)
     best = max(values[1] for name, values in rate.items() if name != "ours")
     print("cached, cold (whole records): " + "; ".join(f"{name} {median:.2f} GB/s [{low:.2f}, {high:.2f}]" for name, (low, median, high) in rate.items())
           + f"; ours = {rate['ours'][1] / best:.0%} of the better", flush=True)

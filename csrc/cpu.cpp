@@ -348,12 +348,10 @@ inline SALT_INLINE void patchify_tokens(const Tubelets& a, int64_t begin, int64_
   for (int64_t n = begin; n < end; ++n) {
     const int64_t t = n / (h * w), y = n / w % h, x = n % w;
     uint8_t* __restrict__ out = a.out + n * 3 * span;
-    for (int64_t dt = 0; dt < a.tubelet; ++dt)
-      for (int64_t dy = 0; dy < p; ++dy) {
-        const uint8_t* __restrict__ from = a.clip + (((t * a.tubelet + dt) * a.H + y * p + dy) * a.W + x * p) * 3;
-        uint8_t* __restrict__ to = out + (dt * p + dy) * p;
-        for (int64_t dx = 0; dx < p; ++dx) to[dx] = from[3 * dx], to[span + dx] = from[3 * dx + 1], to[2 * span + dx] = from[3 * dx + 2];
-      }
+    for (int64_t c = 0; c < 3; ++c)
+      for (int64_t dt = 0; dt < a.tubelet; ++dt)
+        for (int64_t dy = 0; dy < p; ++dy)
+          std::memcpy(out + c * span + (dt * p + dy) * p, a.clip + (((t * a.tubelet + dt) * 3 + c) * a.H + y * p + dy) * a.W + x * p, static_cast<size_t>(p));
   }
 }
 

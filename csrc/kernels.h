@@ -63,7 +63,7 @@ struct Loss {
   void* gradient;
 };
 
-// A clip uint8 [T, H, W, 3] as patches [N, 3 * tubelet * patch * patch]: token n = (t * H / patch + y) * W / patch + x, vector (channel, dt, dy, dx).
+// A clip uint8 [T, 3, H, W] as patches [N, 3 * tubelet * patch * patch]: token n = (t * H / patch + y) * W / patch + x, vector (channel, dt, dy, dx).
 struct Tubelets {
   const uint8_t* clip;
   int64_t T, H, W, patch, tubelet;

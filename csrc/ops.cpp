@@ -242,9 +242,9 @@ void check_host(const Tensor& x, at::ScalarType type, const char* name) {
 
 void patchify(const Tensor& clip, int64_t patch, int64_t tubelet, const Tensor& out) {
   check_host(clip, at::kByte, "clip"), check_host(out, at::kByte, "out");
-  TORCH_CHECK(clip.dim() == 4 && clip.size(3) == 3 && patch > 0 && tubelet > 0 && clip.size(0) % tubelet == 0 && clip.size(1) % patch == 0 && clip.size(2) % patch == 0,
-              "clip has shape ", clip.sizes(), "; it must be [T, H, W, 3] and divide into patches of ", patch, " and tubelets of ", tubelet);
-  const int64_t T = clip.size(0), H = clip.size(1), W = clip.size(2), N = T / tubelet * (H / patch) * (W / patch), P = 3 * tubelet * patch * patch;
+  TORCH_CHECK(clip.dim() == 4 && clip.size(1) == 3 && patch > 0 && tubelet > 0 && clip.size(0) % tubelet == 0 && clip.size(2) % patch == 0 && clip.size(3) % patch == 0,
+              "clip has shape ", clip.sizes(), "; it must be [T, 3, H, W] and divide into patches of ", patch, " and tubelets of ", tubelet);
+  const int64_t T = clip.size(0), H = clip.size(2), W = clip.size(3), N = T / tubelet * (H / patch) * (W / patch), P = 3 * tubelet * patch * patch;
   TORCH_CHECK(out.dim() == 2 && out.size(0) == N && out.size(1) == P, "out has shape ", out.sizes(), "; it must be [", N, ", ", P, "]");
   salt::patchify_cpu({clip.const_data_ptr<uint8_t>(), T, H, W, patch, tubelet, out.mutable_data_ptr<uint8_t>()}, 0, N);
 }

@@ -224,7 +224,7 @@ void check_patchify() {
       for (int64_t x = 0; x < W; ++x)
         for (int64_t c = 0; c < 3; ++c) {
           const int64_t n = (t / tubelet * (H / patch) + y / patch) * (W / patch) + x / patch, entry = ((c * tubelet + t % tubelet) * patch + y % patch) * patch + x % patch;
-          expect(out.as<uint8_t>()[n * P + entry] == clip.as<uint8_t>()[((t * H + y) * W + x) * 3 + c], "patchify");
+          expect(out.as<uint8_t>()[n * P + entry] == clip.as<uint8_t>()[((t * 3 + c) * H + y) * W + x], "patchify");
         }
 }
 
