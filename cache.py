@@ -22,6 +22,8 @@ import math
 import os
 import resource
 import shutil
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +142,7 @@ class Cache:
         try:
             with np.load(self.folder / "stats.npz") as file:
                 return {"mean": file["mean"], "variance": file["variance"], "count": int(file["count"])}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{self.folder / 'stats.npz'} cannot be read ({error}); make the cache again, or mend it with --repair") from None
 
     @property
@@ -246,17 +248,16 @@ def read_metadata(folder):
 
 
 def open_at_once(files, largest):
-    """How many of a cache's files to keep open: all, as far as the process's limit on files allows, which is raised for it, and their page tables
-    (1/512 of what was read through a map) stay below 1 % of the memory."""
+    """How many of a cache's files to keep open: all, as far as a quarter of the process's limit on files allows, which is raised as far as it may
+    be, and their page tables (1/512 of what was read through a map) stay below 1 % of the memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < 2 * files:
-        wanted = min(2 * files + 256, 1 << 16)
-        soft = max(soft, wanted if hard == resource.RLIM_INFINITY else min(wanted, hard))
+    most = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    if soft < most:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(16, min(files, soft // 2, memory // 100 // max(4096, largest // 512)))
+    return max(16, min(files, soft // 4, memory // 100 // max(4096, largest // 512)))
 
 
 def row_formats(metadata):
@@ -292,7 +293,9 @@ def check_header(path, shape, dtype, size):
                 raise ValueError("the header has another length")
     except FileNotFoundError:
         raise InputError(f"{path} is missing; make the cache again, or mend it with --repair") from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise InputError(f"{path} has a broken header ({error}); make the cache again, or mend it with --repair") from None
     if header != (shape, False, dtype):
         raise InputError(f"{path} holds {header[2]} {list(header[0])}, metadata.json says {dtype} {list(shape)}; make the cache again, or mend it with --repair")

@@ -70,7 +70,7 @@ if verify:
         print(f"{verify}: {problem}")
     if bad:
         print(f"{verify}: to rebuild: shards {', '.join(map(str, bad))} ({cache.SHARD_ROWS} rows of the list each)")
-    print(f"{verify}: {f'problems: {len(problems)}; {upkeep.remedy(verify)}' if problems else 'every checksum, count and id fits'}")
+    print(f"{verify}: {f'problems: {len(problems)}; {upkeep.remedy(verify, problems)}' if problems else 'every checksum, count and id fits'}")
     sys.exit(1 if problems else 0)
 if merge:
     if out is None or len(merge) < 2:
@@ -167,8 +167,9 @@ def plan_with(keep_clips):
         "patch_shape": [tokens, patch_dim], "clips": bool(keep_clips), "clips_from": os.path.relpath(os.path.realpath(clips_from), os.path.realpath(out)) if source else None}
 
 
-decided = [None, None]  # whether clips are kept; numbers of the shards to make, or None where the cache is whole
-if rank == 0:
+def decide():
+    """(whether clips are kept, numbers of the shards to make or None where the cache is whole, the Writer)."""
+    global keep_clips, free
     begun, at = cache.begun_plan(out), os.path.abspath(out)
     while not os.path.exists(at):
         at = os.path.dirname(at)
@@ -182,8 +183,6 @@ if rank == 0:
     log(f"clips: {f'those of {clips_from}' if source else 'kept' if keep_clips else 'left out, training will decode the videos'}")
     if not begun:
         check_disk_space(len(ids))
-    elif repair:  # shards are replaced one by one
-        check_disk_space(min(len(ids), world * cache.SHARD_ROWS))
     writer = cache.Writer(out, plan_with(keep_clips), files_bar)
     if repair or writer.partial.is_dir():
         writer.lock()
@@ -193,12 +192,27 @@ if rank == 0:
             log(f"{out}: {problem}")
         log(f"{out}: problems to repair: {len(problems)}" if problems else f"{out}: every checksum, count and id fits; nothing to repair")
     writer.tidy()
-    decided = [keep_clips, None if writer.finished else writer.missing()]
-    if begun and not repair and decided[1]:
-        check_disk_space(sum(len(rows_of(number)) for number in decided[1]))
+    missing = None if writer.finished else writer.missing()
+    if begun and missing:  # what is there is replaced, a shard a rank at a time
+        new = [number for number in missing if not any((writer.folder / name).exists() for name in cache.shard_names(number))]
+        check_disk_space(sum(len(rows_of(number)) for number in new) + min(world, len(missing) - len(new)) * min(cache.SHARD_ROWS, len(ids)))
+    return keep_clips, missing, writer
+
+
+decided = [None, None, None]  # of rank 0, for all: keep_clips, missing, and what went wrong
+if rank == 0:
+    try:
+        *decided[:2], writer = decide()
+    except (InputError, OSError) as error:
+        decided[2] = str(error)
+        if world > 1:
+            dist.broadcast_object_list(decided)
+        raise
 if world > 1:
     dist.broadcast_object_list(decided)
-keep_clips, missing = decided
+keep_clips, missing, refused = decided
+if refused:  # rank 0 says it
+    os._exit(1)
 if missing is None:
     log(f"{out} is already whole: {len(cache.open_cache(out))} records")
     sys.exit(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import (SHARD_ROWS, Ids, Writer, brief, join_statistics, list_digest, open_cache, read_metadata, row_formats, sha256, shard_name, write_whole)
+from cache import (SHARD_ROWS, Ids, Writer, brief, check_header, join_statistics, list_digest, open_cache, read_metadata, row_formats, sha256, shard_name, write_whole)
 from config import InputError
 
 
@@ -25,6 +25,9 @@ def whole_list(ids, failures, count):
     kept = iter(ids)
     for row in range(count):
         yield (failures[row]["id"], failures[row]["view"]) if row in failures else next(kept)
+
+
+CHANGED = "metadata.json does not fit its files"
 
 
 def checksums(jobs, progress):
@@ -62,6 +65,13 @@ def verify(folder, progress=lambda files: files):
                                 f"and the count {metadata['count']}")
             elif list_digest(whole_list(map(ids.fields, range(len(ids))), failures, metadata["list_count"])) != metadata["list_sha256"]:
                 problems.append("ids.txt and failures.jsonl do not make up the list that the cache was made from")
+        if not problems:  # every file is what it was; does metadata.json describe them?
+            try:
+                opened = open_cache(folder)
+                for name, shape, dtype, entry in opened.files():
+                    check_header(folder / name, shape, dtype, entry["bytes"])
+            except InputError as error:
+                problems.append(f"{CHANGED}: {error}")
         if metadata["clips_from"]:
             problems += [f"{metadata['clips_from']}: {problem}" for problem in verify(folder / metadata["clips_from"], progress)[0]]
     except (KeyError, TypeError, AttributeError) as error:
@@ -69,9 +79,11 @@ def verify(folder, progress=lambda files: files):
     return problems, sorted(broken - {"ids", "failures", "stats"})
 
 
-def remedy(folder):
+def remedy(folder, problems):
     """What to do about the problems of a cache."""
     metadata = read_metadata(Path(folder))
+    if any(problem.startswith(CHANGED) for problem in problems):
+        return "put back the metadata.json that was made with the files, or make the cache again"
     if "merged_from" in metadata:
         return f"repair {' and '.join(metadata['merged_from'])}, delete {folder}, and merge them again"
     if metadata["clips_from"]:
@@ -89,16 +101,19 @@ def reopen(writer, ids, readable=lambda row: False):
     """
     folder, partial = writer.folder, writer.partial
     if not writer.finished:  # begun, or under repair: the shards that count as done are looked at
-        done = {number: json.loads((partial / f"shard-{number:05d}.json").read_text()) for number in range(writer.shard_count) if number not in set(writer.missing())}
+        done = {number: json.loads((partial / f"shard-{number:05d}.json").read_text()) for number in sorted(set(range(writer.shard_count)) - set(writer.missing()))}
         jobs = [(number, folder / shard_name(kind, number), entry["sha256"]) for number, shard in done.items() for kind, entry in shard["files"].items()]
         found = [(number, problem) for number, problem in checksums(jobs, writer.progress) if problem]
         for number in {number for number, _ in found}:
+            write_whole(partial / f"held-{number:05d}.json", json.dumps(done[number]["ids"]).encode())
             (partial / f"shard-{number:05d}.json").unlink()
         return [problem for _, problem in found]
     metadata = read_metadata(folder)
     if "merged_from" in metadata:
-        raise InputError(f"{folder} was merged from {', '.join(metadata['merged_from'])}; {remedy(folder)}")
+        raise InputError(f"{folder} was merged from {', '.join(metadata['merged_from'])}; {remedy(folder, ())}")
     problems, bad = verify(folder, writer.progress)
+    if any(problem.startswith(CHANGED) for problem in problems):
+        raise InputError(f"{folder}: {problems[0]}; {remedy(folder, problems)}")
     if metadata["clips_from"] and any(problem.startswith(f"{metadata['clips_from']}: ") for problem in problems):
         raise InputError(f"{folder} uses the clips of {metadata['clips_from']}, which are broken; repair those first")
     failures = failures_of(folder, metadata, ids)
@@ -128,16 +143,19 @@ def reopen(writer, ids, readable=lambda row: False):
 
 def failures_of(folder, metadata, ids):
     """{row: failure} of a cache, from whichever of failures.jsonl and ids.txt is sound; empty where neither is."""
-    try:
-        if sha256(folder / "failures.jsonl") == metadata["failures_sha256"]:
-            return read_failures(folder)
-        if sha256(folder / "ids.txt") == metadata["ids_sha256"]:
-            records = Ids(folder / "ids.txt")
-            kept = set(map(records.fields, range(len(records))))
-            lost = {row: entry for row, entry in enumerate(ids) if entry not in kept}
-            return {row: {"row": row, "id": name, "view": view, "reason": "(lost with failures.jsonl)"} for row, (name, view) in lost.items()}
-    except OSError:
-        pass
+    def sound(name):
+        try:
+            return sha256(folder / name) == metadata[f"{name.partition('.')[0]}_sha256"]
+        except OSError:
+            return False
+
+    if sound("failures.jsonl"):
+        return read_failures(folder)
+    if sound("ids.txt"):
+        records = Ids(folder / "ids.txt")
+        kept = set(map(records.fields, range(len(records))))
+        lost = {row: entry for row, entry in enumerate(ids) if entry not in kept}
+        return {row: {"row": row, "id": name, "view": view, "reason": "(lost with failures.jsonl)"} for row, (name, view) in lost.items()}
     return {}
 
 
@@ -147,7 +165,7 @@ def merge(folders, out, progress=lambda files: files):
     Returns the metadata. Raises InputError, naming the field, where two of them do not fit together, and on an id that is in two.
     """
     caches, out = [open_cache(folder) for folder in folders], Path(out)
-    first = caches[0].metadata
+    first, stats = caches[0].metadata, [cache.stats for cache in caches if cache.has_latents]
     for cache in caches:
         if cache.metadata["clips_from"]:
             raise InputError(f"{cache.folder} uses the clips of another cache; merge the caches that hold the clips, and cache the latents with --clips_from again")
@@ -171,26 +189,25 @@ def merge(folders, out, progress=lambda files: files):
     ids = "".join(f"{name}\t{view}\n" for name, view in seen).encode()
     kept = ("format_version", "teacher", "view", "view_hash", "views", "patch", "tubelet", "dtype", "batch_size", "latent_shape", "patch_shape", "clips", "clips_from")
     plan = {name: first[name] for name in kept}
-    plan |= {"split": "+".join(dict.fromkeys(cache.metadata["split"] for cache in caches)), "list_count": rows,
+    plan |= {"split": "+".join(dict.fromkeys(part for cache in caches for part in cache.metadata["split"].split("+"))), "list_count": rows,
              "list_sha256": list_digest(whole_list(seen, {failure["row"]: failure for failure in failures}, rows)),
              "merged_from": [cache.folder.name for cache in caches]}
     if (out / "metadata.json").is_file():
         raise InputError(f"{out} is a cache already; delete it to merge again")
     writer = Writer(out, plan)
     writer.lock()
-    jobs = [(cache.folder / shard_name(kind, number), kind, entry) for cache in caches for number, shard in enumerate(cache.metadata["shards"]) for kind, entry in
-            ((kind, shard[kind]) for kind in cache.formats)]
+    jobs = [(cache.folder / shard_name(kind, number), kind, shard[kind]) for cache in caches for number, shard in enumerate(cache.metadata["shards"])
+            for kind in cache.formats]
     to_copy = sum(entry["bytes"] for source, _, entry in jobs if source.stat().st_dev != out.stat().st_dev)
     if to_copy > shutil.disk_usage(out).free:
         raise InputError(f"{out} is on another disk, so {to_copy / 1e9:.1f} GB must be copied, and it has {shutil.disk_usage(out).free / 1e9:.1f} GB free")
-    shards, numbers = [shard for cache in caches for shard in cache.metadata["shards"]], dict.fromkeys(caches[0].formats, 0)
+    shards, numbers = [shard for cache in caches for shard in cache.metadata["shards"]], dict.fromkeys(caches[0].formats, 0)  # numbers: of the next shard
     for source, kind, entry in progress(jobs):
         place(source.resolve(), out / shard_name(kind, numbers[kind]), entry["sha256"])
         numbers[kind] += 1
 
     def write_stats(shards):
-        parts, content = [cache.stats for cache in caches], io.BytesIO()
-        wide = ((part["count"], part["mean"].astype(np.float64), part["variance"].astype(np.float64)) for part in parts)
+        content, wide = io.BytesIO(), ((part["count"], part["mean"].astype(np.float64), part["variance"].astype(np.float64)) for part in stats)
         np.savez(content, **join_statistics((count, mean, variance * count) for count, mean, variance in wide))
         write_whole(out / "stats.npz", content.getvalue())
 

@@ -268,6 +268,53 @@ def test_what_a_broken_shard_held_must_be_there_again(made, copy):
     assert all(path.read_bytes() == (copy / path.name).read_bytes() for path in made.iterdir())
 
 
+def test_what_was_held_is_kept_through_interrupted_repairs_and_in_unfinished_caches(made, copy, tmp_path):
+    flip = lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+    damage(copy, "latents-00000.npy", flip)
+    writer = Writer(copy, PLAN)
+    writer.lock()
+    upkeep.reopen(writer, LIST)
+    damage(copy, "latents-00001.npy", flip)  # while the repair is under way
+    assert upkeep.reopen(writer, LIST) == ["latents-00001.npy does not have its checksum"] and writer.missing() == [0, 1]
+    unfinished = Writer(tmp_path / "c", PLAN)
+    fill(unfinished, shards=2)
+    damage(tmp_path / "c", "latents-00001.npy", flip)
+    upkeep.reopen(unfinished, LIST)
+    for each in (writer, unfinished):
+        with pytest.raises(InputError, match="held the video 'v600'"), each.shard(1) as shard:
+            shard.fail(600, "v600", 0, "gone")
+
+
+@pytest.mark.parametrize("name", ["failures.jsonl", "ids.txt", "stats.npz"])
+def test_a_file_that_is_gone_is_made_again(made, copy, name):
+    (copy / name).unlink()
+    writer = Writer(copy, PLAN)
+    writer.lock()
+    assert upkeep.reopen(writer, LIST) == [f"{name} cannot be read: No such file or directory"] and writer.missing() == []
+    writer.finish()
+    assert upkeep.verify(copy) == ([], []) and (name == "failures.jsonl" or (copy / name).read_bytes() == (made / name).read_bytes())
+
+
+@pytest.mark.parametrize("change", [lambda m: m["shards"][0].update(rows=509) or m["shards"][1].update(rows=512), lambda m: m["shards"][1]["latents"].update(bytes=7), lambda m: m["view"].update(seed=3)])
+def test_verify_finds_metadata_that_does_not_fit_its_files(copy, change):
+    damage(copy, "metadata", change)
+    problems, bad = upkeep.verify(copy)
+    assert len(problems) == 1 and "metadata.json does not fit its files" in problems[0] and bad == [] and "--repair" not in upkeep.remedy(copy, problems)
+    with pytest.raises(InputError, match="does not fit its files"):
+        upkeep.reopen(Writer(copy, {**PLAN, "view": json.loads((copy / "metadata.json").read_text())["view"]}), LIST)
+
+
+def test_broken_statistics_are_one_line(made, copy, tmp_path):
+    content = bytearray((copy / "stats.npz").read_bytes())
+    content[300] ^= 1
+    (copy / "stats.npz").write_bytes(content)
+    with pytest.raises(InputError, match="stats.npz cannot be read"):
+        assert open_cache(copy).stats
+    with pytest.raises(InputError, match="stats.npz cannot be read"):
+        upkeep.merge([copy, made], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
 def test_a_repair_takes_up_videos_that_are_back(made, tmp_path):
     writer = Writer(tmp_path / "c", PLAN)
     for number in writer.missing():

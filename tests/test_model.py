@@ -258,8 +258,8 @@ def test_loss_and_r2_match_their_formulas(target, normalise, kind):
     for family, expected in zip(gradients, torch.autograd.grad(sum(errors), list(predictions.values()), retain_graph=True), strict=True):
         torch.testing.assert_close(gradients[family], expected, rtol=1e-3, atol=1e-7)
 
-    batch = data.Batch(torch.arange(3), patches, latents)
-    found = model.clip_errors(salt, space, batch, ["short", "long"], 0, model.autocast_on(torch.device("cpu"), "fp32"))
+    batch = data.Batch(torch.arange(3), patches, latents, masks)
+    found = model.clip_errors(salt, space, batch, ["short", "long"], model.autocast_on(torch.device("cpu"), "fp32"))
     expected = 1 - sum(squares) / sum(spreads)
     if kind == "mse":
         assert model.mse(found.values()) == pytest.approx(loss.item(), rel=1e-4)
