@@ -4,7 +4,7 @@
     CACHE/ids.txt            `video id<TAB>view number` a record
     CACHE/stats.npz          per-position mean and variance of the latents, float32 [N, D], and the count
     CACHE/latents-00000.npy  float16 [n, N, D]; or int8, with
-    CACHE/scales-00000.npy   float32 [n, D]: a latent is its entry times the scale of its clip and channel, rounded to float16
+    CACHE/scales-00000.npy   float32 [n, 1, D]: a latent is its entry times the scale of its clip and channel, rounded to float16
     CACHE/patches-00000.npy  uint8 [n, N, P]   (--clips on)
     CACHE/failures.jsonl     videos left out, with the reason
 
