@@ -149,7 +149,7 @@ def clips_of(together):
     return patches
 
 
-def check_disk_space(rows):
+def check_disk_space(rows, keep_clips, free):
     statistics = -(-rows // cache.SHARD_ROWS) * 8 * tokens * shape.dim if encoder else 0  # of each shard, until the cache is whole
     needed = rows * (latent_bytes + keep_clips * clip_bytes) + statistics
     log(f"disk: {needed / 1e9:.2f} GB needed ({rows * latent_bytes / 1e9:.2f} latents, {rows * keep_clips * clip_bytes / 1e9:.2f} clips, {statistics / 1e9:.2f} while it "
@@ -169,7 +169,6 @@ def plan_with(keep_clips):
 
 def decide():
     """(whether clips are kept, numbers of the shards to make or None where the cache is whole, the Writer)."""
-    global keep_clips, free
     begun, at = cache.begun_plan(out), os.path.abspath(out)
     while not os.path.exists(at):
         at = os.path.dirname(at)
@@ -182,7 +181,7 @@ def decide():
         keep_clips = clips == "on"
     log(f"clips: {f'those of {clips_from}' if source else 'kept' if keep_clips else 'left out, training will decode the videos'}")
     if not begun:
-        check_disk_space(len(ids))
+        check_disk_space(len(ids), keep_clips, free)
     writer = cache.Writer(out, plan_with(keep_clips), files_bar)
     if repair or writer.partial.is_dir():
         writer.lock()
@@ -195,7 +194,8 @@ def decide():
     missing = None if writer.finished else writer.missing()
     if begun and missing:  # what is there is replaced, a shard a rank at a time
         new = [number for number in missing if not any((writer.folder / name).exists() for name in cache.shard_names(number))]
-        check_disk_space(sum(len(rows_of(number)) for number in new) + min(world, len(missing) - len(new)) * min(cache.SHARD_ROWS, len(ids)))
+        replaced = min(world, len(missing) - len(new)) * min(cache.SHARD_ROWS, len(ids))
+        check_disk_space(sum(len(rows_of(number)) for number in new) + replaced, keep_clips, free)
     return keep_clips, missing, writer
 
 

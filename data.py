@@ -459,10 +459,11 @@ class Slots:
     """Memory of one batch, used again and again: pinned where it goes on to a GPU, else numpy's, which asks for large pages."""
 
     def __init__(self, source, batch_size, with_latents, pin):
-        make = (lambda *shape, dtype: torch.empty(*shape, dtype=dtype, pin_memory=True)) if pin else (
-            lambda *shape, dtype: torch.from_numpy(np.empty(shape, {torch.uint8: np.uint8, torch.float16: np.float16}[dtype])))
-        self.patches = make(batch_size, *source.patch_shape, dtype=torch.uint8)
-        self.latents = make(batch_size, *source.latent_shape, dtype=torch.float16) if with_latents else None
+        def make(shape, dtype, numpys):
+            return torch.empty(batch_size, *shape, dtype=dtype, pin_memory=True) if pin else torch.from_numpy(np.empty((batch_size, *shape), numpys))
+
+        self.patches = make(source.patch_shape, torch.uint8, np.uint8)
+        self.latents = make(source.latent_shape, torch.float16, np.float16) if with_latents else None
         self.copied = None  # a CUDA event: the copy to the GPU that still reads these
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -146,8 +145,9 @@ def test_many_views_are_cut_as_one_by_one_and_int8_latents_are_close(world, larg
 def test_a_killed_cache_goes_on_to_the_same_bits(world, large, tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, str(ROOT / "cache_latents.py"), *map(str, large), "--out", str(out)], cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not list(out.glob("partial/shard-*.json")):
-        time.sleep(0.005)
+    while not list(out.glob("partial/shard-*.json")):
+        with pytest.raises(subprocess.TimeoutExpired):  # it is not to end by itself
+            process.wait(0.005)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (out / "metadata.json").exists()
