@@ -244,7 +244,8 @@ def keep(shard, rows, clips, stored, scales):
 
 
 # Decoding, the teacher, writing, and flushing with its checksum each have threads of their own; this one sees to the teacher.
-autocast = model.autocast_on(device, dtype)
+if encoder:
+    model.cast_matrices(encoder, dtype)
 share = sum(len(rows_of(number)) for number in mine)
 done_before = len(ids) - to_make if world == 1 else 0
 bar = tqdm(total=share + done_before, initial=done_before, unit="clip", dynamic_ncols=True, disable=rank > 0, desc=f"rank 0 of {world}" if world > 1 else None)
@@ -262,7 +263,7 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
                 good = [clip for clip in batch if not isinstance(clip, VideoError)]
                 stored = scales = None
                 if encoder and good:
-                    with torch.no_grad(), autocast():
+                    with torch.no_grad():
                         made = encoder.encode(torch.from_numpy(np.stack(good)).to(device))  # [b, N, D]
                     names = [ids[row][0] for row, clip in zip(rows, batch) if not isinstance(clip, VideoError)]
                     stored, scales = cache.to_stored(made, writer.plan["dtype"], names)

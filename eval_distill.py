@@ -79,7 +79,8 @@ else:
 
 # ---- each batch once, through every checkpoint
 failures = []
-autocast = model.autocast_on(device, dtype)
+for salt, _, _ in loaded.values():
+    model.cast_matrices(salt, dtype)
 kept = range(min(len(clips), max_batches * batch_size))
 families = list(dict.fromkeys(family for _, _, saved in loaded.values() for family in saved["settings"]["masks"]))
 seen = ("context", "target")  # the targets of the context, too: their mean is the background's guess
@@ -91,7 +92,7 @@ for batch in tqdm(stream, total=-(-len(kept) // batch_size), unit="batch", dynam
         with torch.no_grad():
             batch = batch._replace(latents=encoder.encode(batch.patches))
     for path, (salt, space, saved) in loaded.items():
-        errors[path].append(model.clip_errors(salt, space, batch, saved["settings"]["masks"], autocast))
+        errors[path].append(model.clip_errors(salt, space, batch, saved["settings"]["masks"]))
 
 # ---- results
 results = []

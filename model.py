@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils.checkpoint import checkpoint
 
 import data
 import ops
@@ -83,34 +84,64 @@ def position_table(tokens, dim):
     return torch.from_numpy(angle.astype(np.float32))
 
 
+class Linear(nn.Linear):
+    """x W' + b, computed in the dtype of W, or of its working copy where cast_matrices has made one. Sums are in float32."""
+    working = None  # bfloat16 [D, K]; its gradient goes on to the float32 weight
+
+    def matrix(self):
+        return self.weight if self.working is None else self.working
+
+    def forward(self, x, bias=None):
+        matrix = self.matrix()
+        return ops.linear(x.to(matrix.dtype), matrix, self.bias if bias is None else bias)
+
+
+def cast_matrices(module, dtype):
+    """Have a model compute with copies of its matrices in `dtype`, 'bf16', until the next call; 'fp32' drops them.
+
+    In training this is called once a step: each gradient is made in bfloat16, as under autocast, and added up in float32. Biases, norms and the
+    residual stream stay in float32.
+    """
+    for linear in module.modules():
+        if isinstance(linear, Linear):
+            linear.working = linear.weight.to(torch.bfloat16) if dtype == "bf16" else None
+
+
 class Attention(nn.Module):
-    """Self-attention [B, K, D] -> [B, K, D], with biases on q and v alone."""
+    """Self-attention within each of `lengths` tokens, [B, K, D] -> [B, K, D], with biases on q and v alone."""
 
     def __init__(self, dim, heads, qkv_bias=True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, lengths):
         bias = None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = rearrange(F.linear(x, self.qkv.weight, bias), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        qkv = rearrange(self.qkv(x, bias), "b n (qkv h d) -> b n qkv h d", qkv=3, h=self.heads)
+        return self.proj(rearrange(ops.attention(qkv, lengths), "b n h d -> b n (h d)"))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block over tokens [B, K, D], of which each `lengths` in turn attend to each other."""
 
     def __init__(self, dim, heads, mlp_dim, eps=1e-6, qkv_bias=True):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=eps), Attention(dim, heads, qkv_bias)
-        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(dim, eps=eps), nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(dim, eps=eps), Linear(dim, mlp_dim), Linear(mlp_dim, dim)
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, lengths):
+        x = x + self.attn(self.norm1(x), lengths)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def run_blocks(blocks, x, lengths, recompute=False):
+    """x [B, K, D] through the blocks; with recompute a block keeps nothing but its input for the backward pass, and runs again there."""
+    for block in blocks:
+        x = checkpoint(block, x, lengths, use_reentrant=False, preserve_rng_state=False) if recompute and torch.is_grad_enabled() else block(x, lengths)
+    return x
 
 
 def init_weights(module):
@@ -123,11 +154,12 @@ def init_weights(module):
 
 class Encoder(nn.Module):
     """ViT over gathered patches: only the tokens given are embedded."""
+    recompute = False
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.patch_embed = nn.Linear(config.patch_dim, config.dim)
+        self.patch_embed = Linear(config.patch_dim, config.dim)
         self.register_buffer("position", position_table(config.tokens, config.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.mlp_dim, config.eps, config.qkv_bias) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=config.eps) if config.final_norm else nn.Identity()
@@ -136,18 +168,17 @@ class Encoder(nn.Module):
     def normalise(self, patches, index=None):
         """uint8 patches [B, N, P] at index int64 [B, K] (all N by default) -> (x / 255 - mean) / std by colour channel, [B, K, P].
 
-        float32, or bfloat16 where autocast would make it that for the embedding.
+        In the dtype that the embedding computes in.
         """
-        where = patches.device.type
-        half = torch.is_autocast_enabled(where) and torch.get_autocast_dtype(where) == torch.bfloat16
-        return ops.patch_normalise(patches, self.config.mean, self.config.std, index, torch.bfloat16 if half else torch.float32)
+        return ops.patch_normalise(patches, self.config.mean, self.config.std, index, self.patch_embed.matrix().dtype)
 
-    def forward(self, patches, index=None):
-        """Normalised float patches [B, K, P] at positions index int64 [B, K] (all N in order by default) -> [B, K, D]."""
+    def forward(self, patches, index=None, lengths=None):
+        """Normalised float patches [B, K, P] at positions index int64 [B, K] (all N in order by default) -> [B, K, D] float32.
+
+        lengths: tokens of each mask where several share the pass (K in sum): tokens of one do not see those of another.
+        """
         x = self.patch_embed(patches) + (self.position if index is None else self.position[index])
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(run_blocks(self.blocks, x, lengths or (x.shape[1],), self.recompute))
 
     def encode(self, clips):
         """Features of all tokens: uint8 clips [B, T, H, W, 3], or their patches uint8 [B, N, P] -> [B, N, D].
@@ -164,29 +195,32 @@ class Encoder(nn.Module):
 
 class Predictor(nn.Module):
     """Transformer that fills in the target positions from the encoded context; a learnt mask token a family."""
+    recompute = False
 
     def __init__(self, dim_in, dim_out, tokens, families, dim=512, depth=12, heads=8, eps=1e-6):
         super().__init__()
         if dim % heads:
             raise InputError(f"the predictor's width ({dim}) must be a multiple of its heads ({heads})")
         self.families = list(families)
-        self.embed = nn.Linear(dim_in, dim)
+        self.embed = Linear(dim_in, dim)
         self.mask_tokens = nn.Parameter(torch.zeros(len(self.families), dim))
         self.register_buffer("position", position_table(tokens, dim), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)
-        self.proj = nn.Linear(dim, dim_out)
+        self.proj = Linear(dim, dim_out)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_tokens, std=0.02)
 
-    def forward(self, context, masks, family):
-        """context [B, Kc, dim_in], masks of the same clips -> predictions [B, Kt, dim_out] at masks.target."""
-        x = self.embed(context) + self.position[masks.context]                                              # [B, Kc, dim]
-        asked = self.mask_tokens[self.families.index(family)].to(x.dtype) + self.position[masks.target]     # [B, Kt, dim]
-        x = torch.cat([x, asked.to(x.dtype)], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.proj(self.norm(x[:, masks.context.shape[1]:]))
+    def forward(self, context, masks):
+        """context [B, sum Kc, dim_in] of masks {family: Masks} of the same clips -> {family: predictions [B, Kt, dim_out]} at masks.target."""
+        embedded = self.embed(context).split([drawn.context.shape[1] for drawn in masks.values()], dim=1)
+        parts = []
+        for (family, drawn), x in zip(masks.items(), embedded):
+            parts.append(x + self.position[drawn.context])                                                        # [B, Kc, dim]
+            parts.append(self.mask_tokens[self.families.index(family)] + self.position[drawn.target])           # [B, Kt, dim]
+        sizes = [part.shape[1] for part in parts]
+        x = run_blocks(self.blocks, torch.cat(parts, dim=1), [seen + asked for seen, asked in zip(sizes[::2], sizes[1::2])], self.recompute)
+        return {family: self.proj(self.norm(asked)) for family, asked in zip(masks, x.split(sizes, dim=1)[1::2])}
 
 
 # ------------------------------------------------------------------------------------------------- student and loss
@@ -221,7 +255,7 @@ class Space:
 
 
 class Salt(nn.Module):
-    """Student and predictor: predictions at the target positions of each family."""
+    """Student and predictor: predictions at the target positions of each family. All families go through in one pass."""
 
     def __init__(self, student, predictor):
         super().__init__()
@@ -229,26 +263,24 @@ class Salt(nn.Module):
 
     def forward(self, patches, masks):
         """patches uint8 [B, N, P], masks {family: Masks} -> {family: predictions [B, Kt, D]}."""
-        predictions = {}
-        for family, drawn in masks.items():
-            context = self.student.normalise(patches, drawn.context)  # [B, Kc, P]
-            predictions[family] = self.predictor(self.student(context, drawn.context), drawn, family)
-        return predictions
+        contexts = [drawn.context for drawn in masks.values()]
+        index = torch.cat(contexts, dim=1)  # [B, sum Kc]
+        return self.predictor(self.student(self.student.normalise(patches, index), index, [context.shape[1] for context in contexts]), masks)
 
 
 @torch.no_grad()
-def salt_loss(predictions, patches, latents, masks, space, kind="mse"):
+def salt_loss(predictions, patches, latents, masks, space, kind="mse", weight=1.0):
     """The SALT loss: the mean over families of the error at target positions; its gradient, and what R2 needs.
 
     Returns (loss, squared, spread, gradients): squared and spread are the squared errors of the predictions and of the per-position
     mean, summed over the same target tokens, both in the loss's space, so that R2 = 1 - squared / spread. gradients is
-    {family: d loss / d prediction}, made in the same pass, for torch.autograd.backward(predictions, gradients).
+    {family: weight * d loss / d prediction}, made in the same pass, for torch.autograd.backward(predictions, gradients).
     """
     loss, squared, spread, gradients = 0, 0, 0, {}
     y, how = space.raw_targets(patches, latents)
     for family, prediction in predictions.items():
         target = masks[family].target
-        error, gradients[family] = ops.masked_mse_with_grad(prediction, y, target, kind, weight=1 / len(predictions), **how)
+        error, gradients[family] = ops.masked_mse_with_grad(prediction, y, target, kind, weight=weight / len(predictions), **how)
         plain = error if kind == "mse" else ops.masked_mse(prediction, y, target, **how)
         squared = squared + plain * prediction.numel()
         spread = spread + ops.masked_mse(space.zero[target], y, target, **how) * prediction.numel()
@@ -279,7 +311,7 @@ def parameter_groups(module, weight_decay):
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def clip_errors(salt, space, batch, families, autocast):
+def clip_errors(salt, space, batch, families):
     """Held-out errors of one data.Batch, with those of its masks that are of `families`.
 
     Returns {family: {'squared', 'spread', 'background', 'elements'}}, float64 [B] each: the squared error, summed over a clip's
@@ -289,8 +321,7 @@ def clip_errors(salt, space, batch, families, autocast):
     training = salt.training
     salt.eval()
     masks = {family: batch.masks[family] for family in families}
-    with autocast():
-        predictions = salt(batch.patches, masks)
+    predictions = salt(batch.patches, masks)
     salt.train(training)
     (y, how), found = space.raw_targets(batch.patches, batch.latents), {}
     for family, drawn in masks.items():
@@ -430,8 +461,3 @@ def pick_device(name):
         raise InputError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu, or "
                          f"check the driver and the torch build")
     return device
-
-
-def autocast_on(device, dtype):
-    """A function that makes a fresh autocast context: bf16 compute over fp32 weights, or plain fp32."""
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")

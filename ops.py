@@ -3,8 +3,10 @@
 Where the extension `salt_ops` is built (`python setup.py build_ext`) and the tensors are on a device it was built for,
 it does the work; elsewhere the reference does, with the same results. SALT_OPS=reference in the environment forces the reference.
 """
+import ctypes
 import math
 import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +19,10 @@ try:
     if os.environ.get("SALT_OPS") == "reference":
         raise ImportError("SALT_OPS=reference is set")
     import salt_ops
-    EXTENSION = salt_ops.build_info()  # {"devices": ["cpu", "cuda"], "architectures": "8.0;...;12.0+PTX", "simd": "avx512" | "avx2" | "baseline"}
+    EXTENSION = salt_ops.build_info()  # {"devices": ["cpu", "cuda"], "architectures": "8.0;...;12.0+PTX", "simd": "avx512" | "avx2" | "baseline", "amx": bool}
     MISSING = None
 except ImportError as error:
-    EXTENSION, MISSING = {"devices": [], "architectures": "", "simd": "none"}, str(error)
+    EXTENSION, MISSING = {"devices": [], "architectures": "", "simd": "none", "amx": False}, str(error)
 
 
 def covers(architectures, capability):
@@ -66,7 +68,7 @@ def extension_line(device="cpu"):
         advice = "; on the GPU the plain PyTorch reference runs: install the CUDA toolkit (nvcc) and run `python setup.py build_ext` again"
     elif device.type == "cuda" and not runs_on(device.index or 0):
         advice = "; not for this GPU, where the plain PyTorch reference runs: `python setup.py build_ext` here builds for it"
-    return f"salt_ops: built for {built}; SIMD {EXTENSION['simd']}{advice}"
+    return f"salt_ops: built for {built}; SIMD {EXTENSION['simd']}{', AMX' if EXTENSION['amx'] else ''}{advice}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- Philox
@@ -401,6 +403,75 @@ def masked_mse_reference(prediction, target, index=None, kind="mse", normalise="
     return tokens.mean(), tokens
 
 
+# ------------------------------------------------------------------------------------------------------- attention and products
+
+def keep_freed_memory():
+    """Have this process keep the memory it frees, so that a step on the CPU finds the pages of the step before. Linux with glibc; elsewhere nothing.
+
+    By default large blocks go back to the system, and a step of ViT-L waits for 2 million fresh pages: a fifth of its time on a virtual machine.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX, M_TOP_PAD of malloc.h
+            mallopt(option, value)
+
+
+def on_tiles(x):
+    """Whether the kernels for a processor's matrix tiles (AMX, bfloat16) take x."""
+    return EXTENSION["amx"] and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def attention(qkv, lengths):
+    """Softmax attention inside each of a clip's spans: what several masks of one clip need that share a pass.
+
+    qkv      [B, N, 3, H, d], queries, keys and values of a token side by side
+    lengths  tokens of each span, N in sum
+    Returns [B, N, H, d]. bfloat16 on a CPU with AMX runs on the extension, d <= 128; all else on PyTorch's scaled_dot_product_attention, a call
+    a span: on a GPU in bfloat16 that is FlashAttention. Neither depends on the thread count.
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or min(lengths) < 1 or sum(lengths) != qkv.shape[1]:
+        raise InputError(f"attention takes qkv [B, N, 3, H, d] and the lengths of its spans, N in sum; not {list(qkv.shape)} and {list(lengths)}")
+    if on_tiles(qkv) and qkv.shape[4] <= 128:
+        return torch.ops.salt_ops.attention(qkv, lengths)[0]
+    return attention_reference(qkv, lengths)
+
+
+def attention_reference(qkv, lengths):
+    found = []
+    for span in qkv.split(list(lengths), dim=1):
+        q, k, v = (x.transpose(1, 2) for x in span.unbind(2))  # [B, H, n, d]
+        found.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+    return torch.cat(found, 1) if len(found) > 1 else found[0]
+
+
+def linear(x, weight, bias=None):
+    """x [..., K] times weight [D, K] transposed, plus bias [D], which may have another dtype: [..., D] in x's dtype.
+
+    bfloat16 on a CPU with AMX: the gradient of the weight multiplies a matrix that the extension has transposed, which oneDNN is twice as fast at.
+    """
+    if on_tiles(x) and x.dtype == weight.dtype:
+        return TiledLinear.apply(x, weight, bias)
+    return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+
+
+class TiledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, weight.shape[0])
+        to_x = (rows @ weight).view_as(x) if ctx.needs_input_grad[0] else None
+        across, sums = torch.ops.salt_ops.transpose_and_sum(rows)
+        to_weight = across @ x.reshape(-1, weight.shape[1]) if ctx.needs_input_grad[1] else None
+        return to_x, to_weight, sums.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+
+
 # ------------------------------------------------------------------------------------------------------------- the data path
 
 def patchify_into(clip, out, patch=16, tubelet=2):
@@ -551,6 +622,30 @@ if EXTENSION["devices"]:
     @torch.library.register_fake("salt_ops::sample_masks")
     def _(sample_ids, epoch, seed, numbers, sizes):
         return tuple(sample_ids.new_empty(sample_ids.shape[0], count) for count in numbers[3:5])
+
+    @torch.library.register_fake("salt_ops::attention")
+    def _(qkv, lengths):
+        b, n, _, h, d = qkv.shape
+        return qkv.new_empty(b, n, h, d), qkv.new_empty(b, h, n, dtype=torch.float32)
+
+    @torch.library.register_fake("salt_ops::attention_backward")
+    def _(gradient, qkv, out, lse, lengths):
+        return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("salt_ops::transpose_and_sum")
+    def _(x):
+        return x.new_empty(x.shape[1], x.shape[0]), x.new_empty(x.shape[1], dtype=torch.float32)
+
+    def save_attention(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[0], *output)
+        ctx.lengths = inputs[1]
+
+    def attention_backward(ctx, gradient, _lse):
+        return None if gradient is None else torch.ops.salt_ops.attention_backward(gradient, *ctx.saved_tensors, ctx.lengths), None
+
+    torch.library.register_autograd("salt_ops::attention", attention_backward, setup_context=save_attention)
 
     def save_index(ctx, inputs, output):
         ctx.save_for_backward(inputs[1])

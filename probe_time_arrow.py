@@ -119,7 +119,8 @@ for number in range(untrained_seeds):
         torch.manual_seed(1000 + number)
         encoders[f"untrained {number}"] = model.Encoder(shape)
 encoders = {name: encoder.to(device).eval() for name, encoder in encoders.items()}
-autocast = model.autocast_on(device, dtype)
+for encoder in encoders.values():
+    model.cast_matrices(encoder, dtype)
 
 
 def clip_of(row):
@@ -138,8 +139,7 @@ def features_of(clips):
     found = {}
     patches = torch.from_numpy(np.ascontiguousarray(patchify(clips, shape.patch, shape.tubelet))).to(device)
     for name, encoder in encoders.items():
-        with autocast():
-            tokens = encoder.encode(patches)  # [B, N, D]
+        tokens = encoder.encode(patches)  # [B, N, D]
         found[name] = reduce(tokens.float(), "b (t n) d -> b (t d)", "mean", t=t).cpu().numpy()
     if pixels:
         edges = [round(i * view.size / 7) for i in range(8)]

@@ -6,6 +6,7 @@
 Checkpoints go to checkpoints/<run>/, the log to run_logs/<run>.log. Ctrl-C saves and leaves; --resume auto continues.
 """
 import atexit
+import copy
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from datetime import timedelta
 from typing import Literal
 
@@ -55,6 +57,10 @@ eps = 1e-8                     # AdamW
 weight_decay = 0.04            # at the start, on matrices only
 weight_decay_end = 0.4         # at the end of its cosine
 grad_clip = 0.02               # global norm; the log says in how many steps it bites. 0 is off
+accumulate = 1                 # parts in which a batch goes through; each halving takes half of the activations' memory
+recompute = False              # keep only the blocks' inputs for the backward pass: far less memory, a third more work
+compile: Literal["auto", "on", "off"] = "auto"  # torch.compile over the blocks; auto: on a GPU (on a CPU it gains nothing)
+ema = 0.0                      # decay of a moving average of all weights, 0.999 say, kept beside them; 0 is off
 # the run
 run_name = "salt"              # first part of <run>
 seed = 0                       # of weights, masks and order
@@ -69,18 +75,21 @@ checkpoints = "checkpoints"    # folder of checkpoints
 run_logs = "run_logs"          # folder of logs
 threads = max(1, (os.cpu_count() or 1))  # reading and decoding threads
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute; weights and optimiser are always fp32
+matrix_rate: float | None = None  # TFLOP/s of matrix products that MFU is a share of [measured at the start]
 device = "auto"                # auto, cpu, cuda or cuda:1
 deterministic = False          # on a GPU: the same bits every run, slower
 # -----------------------------------------------------------------------------------------------------------------------
 settings = config.apply(globals(), least=dict.fromkeys((
     "seed", "eval_seed", "warmup", "grad_clip", "lr", "lr_end", "eps", "weight_decay", "weight_decay_end", "vicreg_variance",
-    "vicreg_covariance"), 0) | dict.fromkeys((
+    "vicreg_covariance", "ema"), 0) | dict.fromkeys((
     "frames", "resolution", "patch", "depth", "predictor_depth", "predictor_dim", "predictor_heads", "batch_size", "epochs", "max_steps",
-    "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "threads"), 1))
+    "accumulate", "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "threads"), 1))
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages on a CPU
 import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 from tqdm import tqdm  # noqa: E402
 
+import budget  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 from cache import open_cache, prepare_folder  # noqa: E402
@@ -212,6 +221,10 @@ if not all(0 <= beta < 1 for beta in betas):
 if target == "pixels" and (loss != "mse" or target_norm != "none"):
     raise InputError("--target pixels is trained with the MSE on per-patch standardised pixels; leave --loss and --target_norm alone")
 check_batch(n, batch_size)
+if batch_size % accumulate:
+    raise InputError(f"--accumulate {accumulate} does not divide --batch_size {batch_size}; the parts of a batch have one size")
+if ema >= 1:
+    raise InputError(f"--ema is {ema}; a decay is at least 0 (off) and below 1")
 identity = {"train": source.identity if source else {"list": hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()},
             "teacher": teacher_identity, "held_out": held_out.identity if held_out else None}  # what a resumed run must have in common with this one
 
@@ -223,8 +236,17 @@ predictor_config = {"dim_in": encoder_config.dim, "dim_out": encoder_config.patc
 grid = encoder_config.grid
 torch.manual_seed(seed)  # here, so that nothing before it shows in the initial weights
 salt = model.build_salt(encoder_config, predictor_config).to(device)
+parameters = list(salt.parameters())
+averaged = copy.deepcopy(salt).requires_grad_(False) if ema else None
 optimizer = torch.optim.AdamW(model.parameter_groups(salt, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
-autocast = model.autocast_on(device, dtype)
+salt.student.recompute = salt.predictor.recompute = recompute
+on_gpu = device.type == "cuda"
+if compile == "on" or compile == "auto" and on_gpu:
+    for block in (*salt.student.blocks, *salt.predictor.blocks):
+        block.compile(dynamic=False)
+    log("torch.compile over the blocks: the first step takes longer")
+if not on_gpu:
+    ops.keep_freed_memory()
 epoch_length = n // batch_size
 total_steps = max_steps or epochs * epoch_length
 warmup = min(2000, total_steps // 10) if warmup is None else warmup
@@ -233,12 +255,15 @@ millions = lambda module: sum(parameter.numel() for parameter in module.paramete
 log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config.heads}, {millions(salt.student):.1f} M parameters; "
     f"predictor {millions(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
 log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
+clip_flops = budget.step_flops(encoder_config, predictor_config, [ops.mask_counts(family, grid) for family in masks])
+matrix_rate = 1e12 * matrix_rate if matrix_rate else budget.matrix_rate(device, dtype)
+log(f"a step has {clip_flops * batch_size / 1e9:.0f} GFLOP ({clip_flops / 1e9:.1f} a clip); MFU is the share of {matrix_rate / 1e12:.2f} TFLOP/s of {dtype} matrix products")
 
 # ---- resume, under the same settings or not at all
 directory, step, history = os.path.join(checkpoints, run), 0, []  # history: held-out evaluations
 best = -math.inf if held_out else math.inf  # held-out R2, or without a val_cache an epoch's average loss
 changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "run_name", "checkpoints", "run_logs", "threads", "device",
-              "log_every", "save_every"}
+              "log_every", "save_every", "compile", "matrix_rate"}
 saved = None
 if resume == "auto":
     names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
@@ -261,6 +286,9 @@ if resume:
                              f"same, or start a new run")
     model.load_weights(salt.student, saved["student"], resume)
     model.load_weights(salt.predictor, saved["predictor"], resume)
+    if averaged:
+        model.load_weights(averaged.student, saved["ema"]["student"], resume)
+        model.load_weights(averaged.predictor, saved["ema"]["predictor"], resume)
     try:
         optimizer.load_state_dict(saved["optimizer"])
     except (KeyError, ValueError) as error:
@@ -318,6 +346,8 @@ def save(name):
                "losses": torch.tensor(losses, dtype=torch.float64),
                "history": history, "best": best, "view": view.to_dict(), "stats": stats, "space": model.plain(space.to("cpu")), "identity": identity,
                "teacher": teacher_identity}
+    if averaged:
+        content["ema"] = {"student": averaged.student.state_dict(), "predictor": averaged.predictor.state_dict()}
     if name == "last.pth":
         rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
         content |= {"optimizer": optimizer.state_dict(), "rng": rng}
@@ -352,26 +382,60 @@ rows_of_step = {"patches": seen if target == "pixels" else None if on_the_fly el
 rows_held_out = {"patches": seen if target == "pixels" else ("context",), "latents": seen if target == "latents" else ()}
 
 
+@torch.compiler.set_stance("force_eager")  # a last, smaller batch would be compiled for itself
 def held_out_r2():
     kept = range(min(len(held_out), val_batches * batch_size))
     stream = batches(held_out_clips, in_order(kept, batch_size), masks, eval_seed, **rows_held_out, threads=threads, device=device,
                      failed=functools.partial(failed, "held-out"))
-    rows = model.join_errors([model.clip_errors(salt, space, batch, masks, autocast) for batch in stream])
-    entry = {"step": step, "val_r2": float(model.r2(rows.values())), "val_mse": model.mse(rows.values()),
-             "val_r2_background": float(model.r2(rows.values(), "background"))}
+    weights, found = {"": salt} | ({"_ema": averaged} if averaged else {}), {}
+    with torch.no_grad():
+        for network in weights.values():
+            model.cast_matrices(network, dtype)
+    for batch in stream:
+        for name, network in weights.items():
+            found.setdefault(name, []).append(model.clip_errors(network, space, batch, masks))
+    entry = {"step": step}
+    for name, network in weights.items():
+        model.cast_matrices(network, "fp32")
+        rows = model.join_errors(found.get(name))
+        entry |= {f"val_r2{name}": float(model.r2(rows.values())), f"val_mse{name}": model.mse(rows.values())}
+    entry["val_r2_background"] = float(model.r2(rows.values(), "background"))
+    averaged_r2 = f"; moving average of the weights: R2 {entry['val_r2_ema']:.4f}" if averaged else ""
     log(f"step {step} held-out R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 "
-        f"{entry['val_r2_background']:.4f})")
+        f"{entry['val_r2_background']:.4f}{averaged_r2})")
     metrics.write(json.dumps(entry) + "\n")
     history.append(entry)
 
 
+def report(values, ready, step, seconds, steps, waited, rate, decay):
+    """Log the steps since the last line: [loss, squared, spread, gradient norm] of each."""
+    if ready:
+        ready.synchronize()
+    values = values.double()
+    losses.extend(values[:, 0].tolist())
+    if not values.isfinite().all():
+        raise InputError(f"the loss or its gradient was not finite between steps {step - steps + 1} and {step} (loss {values[:, 0].tolist()}); "
+                         f"lower --lr, or try --dtype fp32")
+    speed = steps / seconds
+    entry = {"step": step, "epoch": step / epoch_length, "loss": values[:, 0].mean().item(),
+             "r2": 1 - (values[:, 1].sum() / values[:, 2].sum()).item(), "lr": rate, "weight_decay": decay,
+             "grad_norm": values[:, 3].mean().item(),
+             "clipped": (values[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0,
+             "clips_per_s": speed * batch_size, "data_wait": waited / seconds, "mfu": speed * batch_size * clip_flops / matrix_rate}
+    metrics.write(json.dumps(entry) + "\n")
+    log(f"step {step}/{total_steps} epoch {entry['epoch']:.2f} loss {entry['loss']:.5f} R2 {entry['r2']:.4f} lr {rate:.2e} wd {decay:.3f} "
+        f"grad {entry['grad_norm']:.3g} clipped {entry['clipped']:.0%} {entry['clips_per_s']:.2f} clips/s MFU {entry['mfu']:.0%} "
+        f"waiting {entry['data_wait']:.0%} left {timedelta(seconds=int((total_steps - step) / speed))}")
+
+
 cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
-pending, clock, waited, logged_step = [], time.perf_counter(), 0.0, step  # pending: [loss, squared, spread, gradient norm] since the last line
+pending, clock, waited, logged_step = [], time.perf_counter(), 0.0, step  # pending: what report() takes, of each step since the last line
 if held_out and not history:
     held_out_r2()
 stream = batches(clips, shuffled(n, batch_size, seed, range(step, total_steps)), masks, seed, **rows_of_step, threads=threads, device=device,
                  failed=functools.partial(failed, "training"), substitutes=True)
-stopping = False
+part = batch_size // accumulate
+stopping, line, marks = False, None, deque()  # line: of the step before, not logged yet; marks: events at the end of steps that a GPU has queued
 while step < total_steps and not stopping:
     tick = time.perf_counter()
     batch = with_latents(next(stream))
@@ -380,43 +444,49 @@ while step < total_steps and not stopping:
     decay = cosine(weight_decay, weight_decay_end, step / total_steps)
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = rate, decay * group["decays"]
-    with autocast():
-        predictions = salt(batch.patches, batch.masks)
-    error, squared, spread, gradients = model.salt_loss(predictions, batch.patches, batch.latents, batch.masks, space, loss)
-    roots, upstream = list(predictions.values()), list(gradients.values())  # the loss brings its gradient; other terms join here
-    if vicreg_variance or vicreg_covariance:
-        penalties = [model.vicreg(prediction) for prediction in predictions.values()]
-        roots.append(sum(vicreg_variance * v + vicreg_covariance * c for v, c in penalties) / len(penalties))
-        upstream.append(None)
-    torch.autograd.backward(roots, upstream)
-    norm = torch.nn.utils.clip_grad_norm_(salt.parameters(), grad_clip or math.inf)
+    model.cast_matrices(salt, dtype)
+    sums = 0
+    for few in (slice(start, start + part) for start in range(0, batch_size, part)):
+        patches, latents = batch.patches[few], None if batch.latents is None else batch.latents[few]
+        drawn = {family: ops.Masks(both.context[few], both.target[few]) for family, both in batch.masks.items()}
+        predictions = salt(patches, drawn)
+        error, squared, spread, gradients = model.salt_loss(predictions, patches, latents, drawn, space, loss, 1 / accumulate)
+        roots, upstream = list(predictions.values()), list(gradients.values())  # the loss brings its gradient; other terms join here
+        if vicreg_variance or vicreg_covariance:
+            penalties = [model.vicreg(prediction) for prediction in predictions.values()]
+            roots.append(sum(vicreg_variance * v + vicreg_covariance * c for v, c in penalties) / len(penalties) / accumulate)
+            upstream.append(None)
+        torch.autograd.backward(roots, upstream)
+        sums = sums + torch.stack([error.float() / accumulate, squared, spread])
+    # One pass over the gradients for their norm and one for the update, which scales them to the clip and leaves the weights alone where the norm is not finite.
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    optimizer.grad_scale = (norm / grad_clip).clamp(min=1) if grad_clip else torch.ones_like(norm)
+    optimizer.found_inf = (~norm.isfinite()).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    pending.append(torch.stack([error.float(), squared, spread, norm]))
+    if averaged:
+        torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - ema)
+    pending.append(torch.cat([sums, norm[None]]))
     step += 1
+    if on_gpu:  # one step is queued while one runs; further ahead only memory would grow
+        marks.append(torch.cuda.current_stream(device).record_event())
+        if len(marks) > 1:
+            marks.popleft().synchronize()
+    if line:
+        report(*line)
+        line = None
 
     stopping = bool(received)  # looked at once a step: a signal from here on lets one more step run, and that one saves
     ended, epoch_ended = step == total_steps or stopping, step % epoch_length == 0
     saving, evaluating = ended or step % save_every == 0, held_out and (step == total_steps or step % eval_every == 0)
     if step % log_every == 0 or epoch_ended or saving or evaluating:
-        values = torch.stack(pending).double().cpu()  # [steps, 4]
-        pending = []
-        losses += values[:, 0].tolist()
-        if not values.isfinite().all():
-            raise InputError(f"the loss or its gradient was not finite between steps {logged_step + 1} and {step} (loss "
-                             f"{values[:, 0].tolist()}); lower --lr, or try --dtype fp32")
-        seconds = time.perf_counter() - clock
-        speed, left = (step - logged_step) / seconds, (total_steps - step) * seconds / (step - logged_step)
-        entry = {"step": step, "epoch": step / epoch_length, "loss": values[:, 0].mean().item(),
-                 "r2": 1 - (values[:, 1].sum() / values[:, 2].sum()).item(), "lr": rate, "weight_decay": decay,
-                 "grad_norm": values[:, 3].mean().item(),
-                 "clipped": (values[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0,
-                 "clips_per_s": speed * batch_size, "data_wait": waited / seconds}
-        metrics.write(json.dumps(entry) + "\n")
-        log(f"step {step}/{total_steps} epoch {entry['epoch']:.2f} loss {entry['loss']:.5f} R2 {entry['r2']:.4f} lr {rate:.2e} wd {decay:.3f} "
-            f"grad {entry['grad_norm']:.3g} clipped {entry['clipped']:.0%} {entry['clips_per_s']:.2f} clips/s waiting {entry['data_wait']:.0%} "
-            f"left {timedelta(seconds=int(left))}")
+        values = torch.empty(len(pending), 4, pin_memory=on_gpu).copy_(torch.stack(pending), non_blocking=True)
+        ready = torch.cuda.current_stream(device).record_event() if on_gpu else None
+        line, pending = (values, ready, step, time.perf_counter() - clock, step - logged_step, waited, rate, decay), []
         clock, waited, logged_step = time.perf_counter(), 0.0, step
+        if not on_gpu or epoch_ended or saving or evaluating:
+            report(*line)
+            line = None
     if evaluating:
         held_out_r2()
         if history[-1]["val_r2"] > best:
@@ -424,9 +494,9 @@ while step < total_steps and not stopping:
             save("best.pth")
         clock = time.perf_counter()
     if not held_out and (epoch_ended or step == total_steps):
-        average = math.fsum(losses[-min(epoch_length, len(losses)):]) / min(epoch_length, len(losses))
-        if average < best:
-            best = average
+        mean_loss = math.fsum(losses[-min(epoch_length, len(losses)):]) / min(epoch_length, len(losses))
+        if mean_loss < best:
+            best = mean_loss
             save("best.pth")
     if saving:
         save("last.pth")

@@ -88,6 +88,26 @@ struct Permute {
   int64_t* out;
 };
 
+// Softmax attention within each span of a clip's tokens (lengths[0] tokens, then lengths[1], ...), scale 1 / sqrt(d), bfloat16.
+// lse: the scores' logsumexp, in units of ln(2); the backward pass reads qkv, out, lse and gradient and writes gradient_qkv.
+struct Attention {
+  const void* qkv;           // [B, tokens, 3, heads, d]
+  int64_t B, tokens, heads, d, spans;
+  const int64_t* lengths;    // [spans], each above 0, `tokens` in sum
+  void* out;                 // [B, tokens, heads, d]
+  float* lse;                // [B, heads, tokens]
+  const void* gradient;      // [B, tokens, heads, d]
+  void* gradient_qkv;        // [B, tokens, 3, heads, d]
+};
+
+// out [C, R] = x [R, C], bfloat16, and sums [C] = the sum over x's rows: what a linear layer's backward pass needs of its gradient.
+struct Transpose {
+  const void* x;
+  int64_t R, C;
+  void* out;
+  float* sums;
+};
+
 void draw_cpu(const Draw& draw, int64_t begin, int64_t end);        // items: clips
 void gather_cpu(const Rows& rows, int64_t begin, int64_t end);      // items: rows of out
 void scatter_cpu(const Rows& rows, int64_t begin, int64_t end);     // items: rows of out
@@ -96,6 +116,13 @@ void loss_cpu(const Loss& loss, int64_t begin, int64_t end);        // items: ro
 void patchify_cpu(const Tubelets& work, int64_t begin, int64_t end);   // items: tokens
 void moments_cpu(const Moments& work, int64_t begin, int64_t end);     // items: columns
 void permute_cpu(const Permute& work, int64_t begin, int64_t end);     // items: entries of index
+
+// On a processor with AMX, which has_amx asks the system for; elsewhere these do nothing.
+constexpr int64_t TRANSPOSE_COLUMNS = 32;  // of x, an item
+bool has_amx();
+void attention_amx(const Attention& work, int64_t begin, int64_t end);           // items: (clip, head, span)
+void attention_backward_amx(const Attention& work, int64_t begin, int64_t end);  // likewise
+void transpose_amx(const Transpose& work, int64_t begin, int64_t end);           // items: TRANSPOSE_COLUMNS columns
 
 // What this processor lets the kernels use: "avx512", "avx2" or "baseline"; SALT_SIMD in the environment asks for less.
 const char* simd_level();

@@ -301,9 +301,71 @@ std::tuple<int64_t, int64_t, int64_t> read_rows(const Files& files, const std::v
   return {error.record, error.row, error.number};
 }
 
+// ---------------------------------------------------------------------------------------------------------------------- AMX
+
+void check_bf16(const Tensor& x, const char* name) {
+  TORCH_CHECK(x.is_cpu() && x.scalar_type() == at::kBFloat16, name, " is ", x.scalar_type(), " on ", x.device(), "; it must be bfloat16 on the CPU");
+}
+
+// The numbers that describe attention over qkv [B, tokens, 3, heads, d].
+salt::Attention attention_work(const Tensor& qkv, at::IntArrayRef lengths) {
+  TORCH_CHECK(salt::has_amx(), "this processor has no AMX");
+  check_bf16(qkv, "qkv");
+  TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3 && qkv.size(4) >= 1 && qkv.size(4) <= 128, "qkv has shape ", qkv.sizes(), "; it must be [B, tokens, 3, heads, d] with 1 <= d <= 128");
+  int64_t sum = 0;
+  for (const int64_t n : lengths) {
+    TORCH_CHECK(n >= 1 && n <= qkv.size(1), "a span has ", n, " of ", qkv.size(1), " tokens");
+    sum += n;
+  }
+  TORCH_CHECK(sum == qkv.size(1), "lengths add up to ", sum, ", and a clip has ", qkv.size(1), " tokens");
+  salt::Attention work{};
+  work.B = qkv.size(0), work.tokens = qkv.size(1), work.heads = qkv.size(3), work.d = qkv.size(4);
+  work.spans = static_cast<int64_t>(lengths.size()), work.lengths = lengths.data();
+  return work;
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& qkv, at::IntArrayRef lengths) {
+  salt::Attention work = attention_work(qkv, lengths);
+  const Tensor rows = qkv.contiguous();
+  Tensor out = at::empty({work.B, work.tokens, work.heads, work.d}, qkv.options()), lse = at::empty({work.B, work.heads, work.tokens}, qkv.options().dtype(at::kFloat));
+  work.qkv = rows.const_data_ptr(), work.out = out.mutable_data_ptr(), work.lse = lse.mutable_data_ptr<float>();
+  at::parallel_for(0, work.B * work.heads * work.spans, 1, [&](int64_t begin, int64_t end) { salt::attention_amx(work, begin, end); });
+  return {out, lse};
+}
+
+Tensor attention_backward(const Tensor& gradient, const Tensor& qkv, const Tensor& out, const Tensor& lse, at::IntArrayRef lengths) {
+  salt::Attention work = attention_work(qkv, lengths);
+  check_bf16(gradient, "gradient");
+  check_bf16(out, "out");
+  const at::DimVector shape{work.B, work.tokens, work.heads, work.d}, lse_shape{work.B, work.heads, work.tokens};
+  TORCH_CHECK(gradient.sizes() == at::IntArrayRef(shape) && out.sizes() == at::IntArrayRef(shape), "gradient and out have shapes ", gradient.sizes(), " and ", out.sizes(), "; they must be ", at::IntArrayRef(shape));
+  TORCH_CHECK(lse.is_cpu() && lse.scalar_type() == at::kFloat && lse.sizes() == at::IntArrayRef(lse_shape), "lse must be float32 ", at::IntArrayRef(lse_shape));
+  const Tensor rows = qkv.contiguous(), result = out.contiguous(), upstream = gradient.contiguous(), sums = lse.contiguous();
+  Tensor found = at::empty(rows.sizes(), rows.options());
+  work.qkv = rows.const_data_ptr(), work.out = const_cast<void*>(result.const_data_ptr()), work.lse = const_cast<float*>(sums.const_data_ptr<float>());
+  work.gradient = upstream.const_data_ptr(), work.gradient_qkv = found.mutable_data_ptr();
+  at::parallel_for(0, work.B * work.heads * work.spans, 1, [&](int64_t begin, int64_t end) { salt::attention_backward_amx(work, begin, end); });
+  return found;
+}
+
+std::tuple<Tensor, Tensor> transpose_and_sum(const Tensor& x) {
+  TORCH_CHECK(salt::has_amx(), "this processor has no AMX");
+  check_bf16(x, "x");
+  TORCH_CHECK(x.dim() == 2, "x has shape ", x.sizes(), "; it must be [R, C]");
+  const Tensor rows = x.contiguous();
+  Tensor out = at::empty({x.size(1), x.size(0)}, x.options()), sums = at::zeros({x.size(1)}, x.options().dtype(at::kFloat));
+  const salt::Transpose work{rows.const_data_ptr(), x.size(0), x.size(1), out.mutable_data_ptr(), sums.mutable_data_ptr<float>()};
+  const int64_t items = (work.C + salt::TRANSPOSE_COLUMNS - 1) / salt::TRANSPOSE_COLUMNS;
+  at::parallel_for(0, work.R ? items : 0, std::max<int64_t>(1, BYTES_A_TASK / std::max<int64_t>(1, work.R * 2 * salt::TRANSPOSE_COLUMNS)), [&](int64_t begin, int64_t end) { salt::transpose_amx(work, begin, end); });
+  return {out, sums};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(salt_ops, m) {
+  m.def("attention(Tensor qkv, int[] lengths) -> (Tensor, Tensor)");
+  m.def("attention_backward(Tensor gradient, Tensor qkv, Tensor out, Tensor lse, int[] lengths) -> Tensor");
+  m.def("transpose_and_sum(Tensor x) -> (Tensor, Tensor)");
   m.def("sample_masks(Tensor sample_ids, int epoch, int seed, int[] numbers, Tensor sizes) -> (Tensor, Tensor)");
   m.def("masked_gather(Tensor x, Tensor index) -> Tensor");
   m.def("masked_scatter(Tensor x, Tensor index, int n) -> Tensor");
@@ -321,6 +383,11 @@ TORCH_LIBRARY(salt_ops, m) {
     m.impl("masked_mse", &masked_mse);              \
   }
 SALT_REGISTER(CPU)
+TORCH_LIBRARY_IMPL(salt_ops, CPU, m) {
+  m.impl("attention", &attention);
+  m.impl("attention_backward", &attention_backward);
+  m.impl("transpose_and_sum", &transpose_and_sum);
+}
 #ifdef SALT_CUDA
 SALT_REGISTER(CUDA)
 #endif
@@ -356,6 +423,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     };
     info["architectures"] = SALT_ARCHITECTURES;
     info["simd"] = salt::simd_level();
+    info["amx"] = salt::has_amx();
     return info;
   });
 }

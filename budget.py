@@ -1,0 +1,74 @@
+"""What a training step must do, part by part: operations and bytes, from the token counts. `python bench.py budget` prints it, docs/STEP.md
+discusses it, train.py takes its model FLOPs from here.
+
+Operations are those of the model's matrix products and attention, two a multiply-add; a backward pass has twice the forward pass's. What is
+computed again (attention's scores in its backward pass, whole blocks with --recompute) is not counted: MFU is a share of useful work.
+Bytes are those of activations, weights and optimiser state that must go through memory when each kernel reads its inputs once and writes its
+outputs once: bfloat16 operands, float32 residual stream, norm fused with the addition before it.
+"""
+import time
+from typing import NamedTuple
+
+import torch
+
+# Bytes a parameter: bf16 copy made (4 + 2), its gradient to float32 (2 + 4), norm (4), AdamW reads and writes weight, gradient and both moments (32).
+OPTIMISER_BYTES = {"cast": 6, "gradients to float32": 6, "norm": 4, "AdamW": 32}
+
+
+class Part(NamedTuple):
+    name: str
+    forward: float     # operations a clip
+    activations: float  # bytes a clip, forward
+    weights: float     # bytes a step, forward
+
+
+def transformer(name, spans, dim, depth, mlp_dim):
+    """Blocks over spans of tokens that attend to themselves."""
+    tokens, matrices = sum(spans), 4 * dim ** 2 + 2 * dim * mlp_dim  # qkv, projection, MLP
+    operations = 2 * tokens * matrices + 4 * dim * sum(n ** 2 for n in spans)
+    # a token: norm 6 D, qkv 8 D, attention 8 D, projection 4 D, add and norm 12 D, fc1 2 D + 2 M, GELU 4 M, fc2 2 M + 2 D, add 10 D
+    return Part(name, depth * operations, depth * tokens * (52 * dim + 8 * mlp_dim), depth * 2 * matrices)
+
+
+def linear(name, tokens, dim_in, dim_out):
+    return Part(name, 2 * tokens * dim_in * dim_out, 2 * tokens * (dim_in + dim_out), 2 * dim_in * dim_out)
+
+
+def forward_parts(encoder, predictor, counts):
+    """The parts of a forward pass.
+
+    encoder    model.EncoderConfig
+    predictor  {"dim", "depth", "dim_out"}, among others: what model.Predictor takes
+    counts     (context, target) tokens of each mask family
+    """
+    context, target, dim = sum(c for c, _ in counts), sum(t for _, t in counts), predictor["dim"]
+    return [linear("patch embedding", context, encoder.patch_dim, encoder.dim),
+            transformer("encoder blocks", [c for c, _ in counts], encoder.dim, encoder.depth, encoder.mlp_dim),
+            linear("into the predictor", context, encoder.dim, dim),
+            transformer("predictor blocks", [c + t for c, t in counts], dim, predictor["depth"], 4 * dim),
+            linear("predictions", target, dim, predictor["dim_out"]),
+            Part("loss and its gradient", 0, target * predictor["dim_out"] * 6, 0)]  # prediction 2, target 2, gradient 2
+
+
+def step_flops(encoder, predictor, counts):
+    """Model FLOPs of a training step, a clip: forward, and twice that for the backward pass."""
+    return 3 * sum(part.forward for part in forward_parts(encoder, predictor, counts))
+
+
+def matrix_rate(device, dtype="bf16", seconds=0.2):
+    """Operations a second of large matrix products on `device`, the best of repeated runs over about `seconds`: what MFU is a share of.
+
+    A GPU that draws its full power for minutes clocks lower than this.
+    """
+    kind, side = torch.bfloat16 if dtype == "bf16" else torch.float32, 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+    wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
+    a @ b
+    begin = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - begin < seconds:
+        wait()
+        start = time.perf_counter()
+        a @ b
+        wait()
+        times.append(time.perf_counter() - start)
+    return 2 * side ** 3 / min(times)
