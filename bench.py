@@ -1,8 +1,10 @@
-"""Speed, side by side:  python bench.py ops|data|scale [--name value ...] [--json]
+"""Speed, side by side:  python bench.py ops|data|scale|step|budget [--name value ...] [--json]
 
     ops     each op of the extension against eager PyTorch, torch.compile and what memory allows; --device cuda for a GPU
     data    decoding against bare PyAV, decord and torchcodec; batches from a cache against memcpy, warm, and against the disk, cold
     scale   opening and shuffling caches of 168,913 and 10,000,000 records, simulated
+    step    the training step against the textbook's: time, peak memory, MFU, phases; --device cuda for a GPU
+    budget  operations and bytes of a step, part by part, and the time they must take at a given matrix rate and bandwidth
 
 Competitors take turns in one process; figures are medians over the rounds, with the quartiles. `python bench.py PART --help` lists a part's settings.
 The parts are benchmarks/bench_PART.py; this file is what they share.
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import config
 
-PARTS = ("ops", "data", "scale")
+PARTS = ("ops", "data", "scale", "step", "budget")
 ROOT = Path(__file__).parent
 
 
@@ -40,6 +42,30 @@ def seconds(call):
     taken = time.perf_counter() - start
     del result
     return taken
+
+
+def random_cache(where, records, dtype="float16", shard_rows=512):
+    """A finished cache of random records of the default shape at `where`, with clips."""
+    import numpy as np
+
+    import cache
+    from views import View
+    view, random, tokens, dim = View(), np.random.default_rng(0), 1568, 768
+    before, cache.SHARD_ROWS = cache.SHARD_ROWS, shard_rows
+    try:
+        writer = cache.Writer(where, {
+            "split": "train", "list_count": records, "list_sha256": "", "teacher": {"name": "random", "sha256": "", "dim": dim, "mean": [0.5] * 3, "std": [0.5] * 3},
+            "view": view.to_dict(), "view_hash": view.hash(), "views": 1, "patch": 16, "tubelet": 2, "dtype": dtype, "batch_size": 8, "latent_shape": [tokens, dim],
+            "patch_shape": [tokens, 1536], "clips": True, "clips_from": None})
+        latents = (random.standard_normal((tokens, dim)) * (1 if dtype == "float16" else 30)).astype({"float16": np.float16, "int8": np.int8}[dtype])
+        scale = None if dtype == "float16" else random.random((1, dim), dtype=np.float32)
+        for number in writer.missing():
+            with writer.shard(number) as shard:
+                for row in range(number * shard_rows, min((number + 1) * shard_rows, records)):
+                    shard.add(f"v{row}", 0, np.roll(latents, row, 0), scale, random.integers(0, 256, (tokens, 1536), dtype=np.uint8))
+        writer.finish()
+    finally:
+        cache.SHARD_ROWS = before
 
 
 def processor(device="cpu"):

@@ -24,10 +24,10 @@ class Part(NamedTuple):
 
 def transformer(name, spans, dim, depth, mlp_dim):
     """Blocks over spans of tokens that attend to themselves."""
-    tokens, matrices = sum(spans), 4 * dim ** 2 + 2 * dim * mlp_dim  # qkv, projection, MLP
-    operations = 2 * tokens * matrices + 4 * dim * sum(n ** 2 for n in spans)
-    # a token: norm 6 D, qkv 8 D, attention 8 D, projection 4 D, add and norm 12 D, fc1 2 D + 2 M, GELU 4 M, fc2 2 M + 2 D, add 10 D
-    return Part(name, depth * operations, depth * tokens * (52 * dim + 8 * mlp_dim), depth * 2 * matrices)
+    tokens, matrices = depth * sum(spans), 4 * dim ** 2 + 2 * dim * mlp_dim
+    return [Part(f"{name}: matrices", 2 * tokens * matrices, tokens * (16 * dim + 4 * mlp_dim), depth * 2 * matrices),  # qkv 8 D, projection 4 D, fc1 2 D + 2 M, fc2 2 M + 2 D
+            Part(f"{name}: attention", depth * 4 * dim * sum(n ** 2 for n in spans), tokens * 8 * dim, 0),
+            Part(f"{name}: norms, sums, GELU", 0, tokens * (28 * dim + 4 * mlp_dim), 0)]  # norm 6 D, sum and norm 12 D, GELU 4 M, sum 10 D
 
 
 def linear(name, tokens, dim_in, dim_out):
@@ -43,9 +43,9 @@ def forward_parts(encoder, predictor, counts):
     """
     context, target, dim = sum(c for c, _ in counts), sum(t for _, t in counts), predictor["dim"]
     return [linear("patch embedding", context, encoder.patch_dim, encoder.dim),
-            transformer("encoder blocks", [c for c, _ in counts], encoder.dim, encoder.depth, encoder.mlp_dim),
+            *transformer("encoder", [c for c, _ in counts], encoder.dim, encoder.depth, encoder.mlp_dim),
             linear("into the predictor", context, encoder.dim, dim),
-            transformer("predictor blocks", [c + t for c, t in counts], dim, predictor["depth"], 4 * dim),
+            *transformer("predictor", [c + t for c, t in counts], dim, predictor["depth"], 4 * dim),
             linear("predictions", target, dim, predictor["dim_out"]),
             Part("loss and its gradient", 0, target * predictor["dim_out"] * 6, 0)]  # prediction 2, target 2, gradient 2
 
@@ -60,7 +60,7 @@ def matrix_rate(device, dtype="bf16", seconds=0.2):
 
     A GPU that draws its full power for minutes clocks lower than this.
     """
-    kind, side = torch.bfloat16 if dtype == "bf16" else torch.float32, 8192 if device.type == "cuda" else 1024
+    kind, side = torch.bfloat16 if dtype == "bf16" else torch.float32, 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
     wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
     a @ b

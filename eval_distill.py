@@ -18,6 +18,7 @@ data: str | None = None        # data folder; with --teacher, or where the cache
 split = "validation"           # list of held-out videos in it
 splits_dir: str | None = None  # where to look for the list if the data folder has none
 teacher: str | None = None     # without a cache: the teacher that the checkpoints were trained on
+ema = False                    # measure the moving average of the weights (train.py --ema)
 max_batches = 200              # at most so many batches
 batch_size = 24                # clips a batch
 eval_seed = 2                  # of the masks; train.py chose best.pth with other ones
@@ -43,7 +44,7 @@ if not checkpoint or not (cache or data):
 device = model.pick_device(device)
 print(ops.extension_line(device), flush=True)
 prepare_file(out)
-loaded = {path: model.load_salt(path, device) for path in checkpoint}
+loaded = {path: model.load_salt(path, device, ema) for path in checkpoint}
 
 # ---- one view and one teacher for all
 first = next(iter(loaded.values()))[2]

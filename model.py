@@ -402,9 +402,9 @@ def from_file(path, make, *arguments, **fields):
         raise InputError(f"{path} is malformed: {error}") from None
 
 
-def load_encoder(checkpoint, device="cpu"):
-    """The student inside best.pth or last.pth, in eval mode, fp32."""
-    return student_of(weights.load_checkpoint(checkpoint), checkpoint).to(device).eval()
+def load_encoder(checkpoint, device="cpu", ema=False):
+    """The student inside best.pth or last.pth, or with ema the moving average of its weights, in eval mode, fp32."""
+    return student_of(weights.load_checkpoint(checkpoint, ema), checkpoint).to(device).eval()
 
 
 def student_of(saved, path):
@@ -438,9 +438,9 @@ def build_salt(encoder_config, predictor_config):
     return Salt(Encoder(encoder_config), Predictor(**predictor_config))
 
 
-def load_salt(path, device="cpu"):
-    """(Salt in eval mode, Space, content) of a checkpoint."""
-    saved = weights.load_checkpoint(path)
+def load_salt(path, device="cpu", ema=False):
+    """(Salt in eval mode, Space, content) of a checkpoint, or with ema of its moving average."""
+    saved = weights.load_checkpoint(path, ema)
     salt = build_salt(from_file(path, EncoderConfig, **saved["encoder_config"]), saved["predictor_config"])
     load_weights(salt.student, saved["student"], path)
     load_weights(salt.predictor, saved["predictor"], path)

@@ -21,6 +21,7 @@ import config
 checkpoint: str | None = None  # best.pth or last.pth of train.py
 after: str | None = None       # run_logs/X.log of a run: wait until it has ended, then probe its best checkpoint
 data: str | None = None        # data folder: videos and their lists
+ema = False                    # probe the moving average of the weights (train.py --ema)
 train_split = "train"          # list that the probe is fitted on
 val_split = "validation"       # list that it is tested on
 splits_dir: str | None = None  # where to look for the lists if the data folder has none
@@ -107,7 +108,7 @@ if after:
 
 device = model.pick_device(device)
 print(ops.extension_line(device), flush=True)
-saved = load_checkpoint(checkpoint)
+saved = load_checkpoint(checkpoint, ema)
 view, shape = View.from_dict(saved["view"]), model.EncoderConfig(**saved["encoder_config"])
 student = model.student_of(saved, checkpoint)
 del saved

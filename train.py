@@ -263,7 +263,7 @@ log(f"a step has {clip_flops * batch_size / 1e9:.0f} GFLOP ({clip_flops / 1e9:.1
 directory, step, history = os.path.join(checkpoints, run), 0, []  # history: held-out evaluations
 best = -math.inf if held_out else math.inf  # held-out R2, or without a val_cache an epoch's average loss
 changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "run_name", "checkpoints", "run_logs", "threads", "device",
-              "log_every", "save_every", "compile", "matrix_rate"}
+              "log_every", "save_every", "recompute", "matrix_rate"}
 saved = None
 if resume == "auto":
     names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []

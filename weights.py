@@ -63,8 +63,8 @@ def save_checkpoint(path, content):
                          f"continue with --resume") from None
 
 
-def load_checkpoint(path):
-    """The content of best.pth or last.pth. Raises InputError on anything else."""
+def load_checkpoint(path, ema=False):
+    """The content of best.pth or last.pth; with ema its moving average stands in place of student and predictor. Raises InputError on anything else."""
     if Path(path).is_dir():
         raise InputError(f"{path} is a folder; name its best.pth or last.pth")
     if not Path(path).is_file():
@@ -76,7 +76,9 @@ def load_checkpoint(path):
                          f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_VERSION}")
     if missing := [name for name in CHECKPOINT_PARTS if name not in saved]:
         raise InputError(f"{path} lacks {', '.join(missing)}; it is no whole checkpoint of train.py")
-    return saved
+    if ema and "ema" not in saved:
+        raise InputError(f"{path} holds no moving average of the weights: it was trained without --ema")
+    return saved | saved["ema"] if ema else saved
 
 
 # -------------------------------------------------------------------------------------------------------------- VideoMAE

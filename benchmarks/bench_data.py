@@ -157,23 +157,6 @@ def bench_decoding(paths):
 
 # ---------------------------------------------------------------------------------------------------------------- cached
 
-def make_cache(where, dtype, rows):
-    """A finished cache with `rows` records a shard."""
-    cache.SHARD_ROWS = rows
-    random, kept = np.random.default_rng(0), {"float16": np.float16, "int8": np.int8}[dtype]
-    writer = cache.Writer(where, {
-        "split": "train", "list_count": records, "list_sha256": "", "teacher": {"name": "random", "sha256": "", "dim": D, "mean": [0.5] * 3, "std": [0.5] * 3}, "view": VIEW.to_dict(),
-        "view_hash": VIEW.hash(), "views": 1, "patch": PATCH, "tubelet": TUBELET, "dtype": dtype, "batch_size": 8, "latent_shape": [N, D], "patch_shape": [N, P], "clips": True, "clips_from": None})
-    latents = (random.standard_normal((N, D)) * (1 if dtype == "float16" else 30)).astype(kept)
-    scale = None if dtype == "float16" else random.random((1, D), dtype=np.float32)
-    for number in writer.missing():
-        with writer.shard(number) as shard:
-            for row in range(number * cache.SHARD_ROWS, min((number + 1) * cache.SHARD_ROWS, records)):
-                shard.add(f"v{row}", 0, np.roll(latents, row, 0), scale, random.integers(0, 256, (N, P), dtype=np.uint8))
-    writer.finish()
-    return cache.open_cache(where)
-
-
 def training(opened, steps, count):
     """Batches as train.py asks for them."""
     return data.batches(data.Records(opened), data.shuffled(len(opened), batch_size, 0, steps), ["short", "long"], 0, patches=("context",), latents=("target",),
@@ -327,11 +310,11 @@ with tempfile.TemporaryDirectory(dir=folder, prefix="data-") as temporary:
     if shutil.disk_usage(temporary).free < records * N * (P + 2 * D):
         raise config.InputError(f"{folder} has no room for a cache of {records} records of 4.8 MB; give another --folder or fewer --records")
     where = Path(temporary) / "cache"
-    make_cache(where, "float16", 512)
+    bench.random_cache(where, records)
     bench_cold(where)
     shutil.rmtree(where)
     for dtype in ("float16", "int8"):
-        make_cache(where, dtype, shard_rows)
+        bench.random_cache(where, records, dtype, shard_rows)
         forget(map(str, where.glob("*.npy")))  # so that the first pass reads them from the disk, and the second is a second epoch
         cached = bench_warm(cache.open_cache(where))
         shutil.rmtree(where)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import budget
 import cache
 import model
 import weights
@@ -207,7 +208,8 @@ def finished_losses(folder):
     return weights.load_checkpoint(folder / "last.pth")["losses"]
 
 
-@pytest.mark.parametrize("grad", [["--grad_clip", "0.02"], ["--vicreg_variance", "0.1", "--vicreg_covariance", "0.01", "--loss", "smooth_l1", "--target_norm", "layer_norm"]])
+@pytest.mark.parametrize("grad", [["--grad_clip", "0.02"], ["--vicreg_variance", "0.1", "--vicreg_covariance", "0.01", "--loss", "smooth_l1", "--target_norm", "layer_norm"],
+                                  ["--ema", "0.9", "--accumulate", "2", "--dtype", "bf16"]])
 def test_resuming_is_exact(world, grad, tmp_path):
     """16 steps at a stretch, against the same run ended by SIGTERM about its first held-out evaluation, between two saves, and continued."""
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", "--epochs", "4", "--run_name", "r", "--save_every", "5", "--eval_every", "6", *SMALL, *grad]
@@ -227,11 +229,49 @@ def test_resuming_is_exact(world, grad, tmp_path):
     whole = weights.load_checkpoint(next(tmp_path.glob("whole/r_*")) / "last.pth")
     resumed = weights.load_checkpoint(next(path for path in tmp_path.glob("checkpoints/r_*") if path != stopped) / "last.pth")
     assert torch.equal(whole["losses"], resumed["losses"]) and len(whole["losses"]) == 16
-    for part in ("student", "predictor"):
-        assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
+    for part, other in [(whole[name], resumed[name]) for name in ("student", "predictor")] + [(whole["ema"][name], resumed["ema"][name]) for name in whole.get("ema", ())]:
+        assert all(torch.equal(value, other[name]) for name, value in part.items())
+    assert ("ema" in whole) == ("--ema" in grad)
     for number, state in whole["optimizer"]["state"].items():
         assert all(torch.equal(value, resumed["optimizer"]["state"][number][name]) for name, value in state.items())
     assert whole["history"] == resumed["history"]
+
+
+def test_ways_to_run_a_step_leave_its_losses_alone(world, tmp_path):
+    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", "--max_steps", "6", "--eval_every", "3", *SMALL]
+    losses = {}
+    for name, more in {"plain": ["--matrix_rate", "0.5"], "accumulate": ["--accumulate", "2"], "recompute": ["--recompute"], "compile": ["--compile", "on"], "bf16": ["--dtype", "bf16"]}.items():
+        run(tmp_path, "train", *flags, "--run_name", name, *more)
+        losses[name] = finished_losses(next(tmp_path.glob(f"checkpoints/{name}_*")))
+    assert torch.equal(losses["plain"], losses["recompute"])
+    for name, limit in {"accumulate": 1e-5, "compile": 1e-4, "bf16": 1e-2}.items():
+        torch.testing.assert_close(losses[name], losses["plain"], rtol=limit, atol=0)
+    rows = [json.loads(line) for line in (next(tmp_path.glob("checkpoints/plain_*")) / "metrics.jsonl").read_text().splitlines()]
+    shape, counts = weights.load_checkpoint(next(tmp_path.glob("checkpoints/plain_*/best.pth"))), [model.ops.mask_counts(family, (2, 3, 3)) for family in ("short", "long")]
+    flops = budget.step_flops(model.EncoderConfig(**shape["encoder_config"]), shape["predictor_config"], counts)
+    logged = [row for row in rows if "mfu" in row]
+    assert logged and all(row["mfu"] == pytest.approx(row["clips_per_s"] * flops / 0.5e12) for row in logged)
+
+
+def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):
+    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--ema", "0.75"]
+    states = []
+    for steps in (1, 2, 3):  # lr and weight decay are constant, so that a longer run begins as a shorter one
+        run(tmp_path, "train", *flags, "--max_steps", steps, "--run_name", f"e{steps}", "--warmup", "0", "--lr_end", "2e-4", "--weight_decay_end", "0.04")
+        states.append(weights.load_checkpoint(next(tmp_path.glob(f"checkpoints/e{steps}_*/last.pth"))))
+    torch.manual_seed(0)
+    average = model.build_salt(model.EncoderConfig(**states[0]["encoder_config"]), states[0]["predictor_config"]).student.state_dict()
+    for state in states:
+        average = {name: 0.75 * value + 0.25 * state["student"][name] for name, value in average.items()}
+        for name, value in average.items():
+            torch.testing.assert_close(state["ema"]["student"][name], value, rtol=1e-5, atol=1e-7)
+    last = next(tmp_path.glob("checkpoints/e3_*/last.pth"))
+    loaded = model.load_encoder(last, ema=True).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in states[-1]["ema"]["student"].items())
+    run(tmp_path, "eval_distill", "--checkpoint", last, "--cache", world / "held_out", "--out", "e.json", "--ema", "--eval_seed", "1", "--dtype", "fp32")
+    assert json.loads((tmp_path / "e.json").read_text())["results"][0]["r2"] == pytest.approx(states[-1]["history"][-1]["val_r2_ema"], abs=1e-4)
+    run(tmp_path, "probe_time_arrow", "--checkpoint", last, "--data", world / "data", "--ema", "--folds", "2", "--untrained_seeds", "0", "--no_pixels")
+    assert "without --ema" in error_of(tmp_path, "eval_distill", "--checkpoint", run_folder(world, "student") / "best.pth", "--cache", world / "held_out", "--ema")
 
 
 def test_two_signals_at_once_save_as_one_does(world, tmp_path):
@@ -348,7 +388,8 @@ def test_wrong_inputs_end_in_one_line(world, tmp_path):
     (tmp_path / "labels" / "train.json").write_text('{"Moving something": "0"}')
     cases = [
         ("train", ["--epoch", "3"], "did you mean --epochs"), ("train", [], "give --cache"), ("train", ["--batch_size", "0"], "at least 1"), ("train", ["--lr=-1"], "at least 0"), ("train", ["--seed", "9" * 20], "below 2^63"),
-        ("train", ["--cache", "latents", "--betas", "0.9,1.5", *SMALL], "below 1"), ("train", ["--cache", "latents", "--val_cache", "latents"], "training videos themselves"),
+        ("train", ["--cache", "latents", "--betas", "0.9,1.5", *SMALL], "below 1"),
+        ("train", ["--cache", "latents", *SMALL, "--accumulate", "3"], "does not divide --batch_size 4"), ("train", ["--cache", "latents", *SMALL, "--ema", "1"], "below 1"), ("train", ["--cache", "latents", "--val_cache", "latents"], "training videos themselves"),
         ("train", ["--cache", "latents", "--resume", "checkpoints", *SMALL], "is a folder"), ("train", ["--cache", "latents", "--split", "validation"], "have split train"),
         ("cache_latents", ["--clips_from", "clips", "--teacher", teacher, "--resolution", "48", "--out", "o"], "leave --resolution out"),
         ("cache_latents", ["--data", "data", "--teacher", "none", "--clips", "off", "--out", "o"], "leave --clips off out"),

@@ -1,0 +1,366 @@
+"""The training step against the textbook's:  python bench.py step [--device cuda --batch_size 24] [--json]
+
+The textbook step: a Conv3d embeds every patch and the context is gathered after; encoder and predictor run once a mask family; targets are gathered and
+compared by mse_loss; clip_grad_norm_ and AdamW go tensor by tensor; autocast to bfloat16, scaled_dot_product_attention, no compilation. Ours is the
+loop of train.py. Both start from the same weights and see the same clips and masks; their losses must agree. They take turns in one process, and so do
+our variants: torch.compile over the blocks (with and without CUDA graphs), recomputation, families one after another, and clips from a cache while the loader runs.
+Peak memory is that of a process of its own. MFU is the share of the bf16 matrix rate measured in this run (budget.py counts the operations).
+"""
+import json as json_format
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import bench
+import config
+
+sizes = ["base", "large"]        # students
+batch_sizes = [2]                # clips a step
+device: Literal["cpu", "cuda"] = "cpu"  # cpu or cuda
+rounds = 6                       # turns of each, the first of which is a warm-up
+variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "loader"]] = ["textbook", "ours", "compiled", "recompute", "apart", "loader"]  # who takes turns
+attention = True                 # also the ways to give two families one pass of attention, forward and backward
+profile = True                   # time of each phase of our step
+memory = True                    # peak memory, a process each
+clips = 48                       # of the cache that the loader reads
+folder = "out/bench"             # for that cache, removed again
+json = False                     # write OUT/step-DEVICE-DATE.json
+out = "benchmarks"               # folder for it
+inside: str | None = None        # (the process whose memory is measured: SIZE,VARIANT,BATCH_SIZE)
+
+settings = config.apply(globals(), least={"rounds": 3, "clips": 1})
+sys.path.insert(0, str(Path(bench.__file__).parent))
+
+import torch  # noqa: E402  after the settings, so that --help is quick
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import budget  # noqa: E402
+import cache  # noqa: E402
+import data  # noqa: E402
+import model  # noqa: E402
+import ops  # noqa: E402
+
+FAMILIES, GRID, N, D = ("short", "long"), (8, 14, 14), 1568, 768
+COUNTS = [ops.mask_counts(family, GRID) for family in FAMILIES]
+PREDICTOR = {"dim": 512, "depth": 12, "heads": 8}
+on_gpu = device == "cuda"
+if on_gpu and not torch.cuda.is_available():
+    raise config.InputError("--device cuda: torch sees no GPU here")
+torch.set_float32_matmul_precision("high")
+if not on_gpu and not (inside and ",textbook," in inside):
+    ops.keep_freed_memory()  # taking turns, the textbook has it, too: it is the process's
+wait = torch.cuda.synchronize if on_gpu else lambda: None
+
+
+# ---- the textbook
+
+class TextbookAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+
+
+class TextbookBlock(nn.Module):
+    def __init__(self, dim, heads, mlp_dim):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), TextbookAttention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TextbookEncoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.patch_embed = nn.Conv3d(3, c.dim, (c.tubelet, c.patch, c.patch), (c.tubelet, c.patch, c.patch))
+        self.register_buffer("position", model.position_table(c.tokens, c.dim))
+        self.blocks = nn.ModuleList(TextbookBlock(c.dim, c.heads, c.mlp_dim) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.dim, eps=1e-6)
+
+    def forward(self, video, index):
+        x = self.patch_embed(video).flatten(2).transpose(1, 2) + self.position
+        x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class TextbookPredictor(nn.Module):
+    def __init__(self, dim_in):
+        super().__init__()
+        dim = PREDICTOR["dim"]
+        self.embed, self.mask_tokens = nn.Linear(dim_in, dim), nn.Parameter(torch.zeros(len(FAMILIES), dim))
+        self.register_buffer("position", model.position_table(N, dim))
+        self.blocks = nn.ModuleList(TextbookBlock(dim, PREDICTOR["heads"], 4 * dim) for _ in range(PREDICTOR["depth"]))
+        self.norm, self.proj = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, D)
+
+    def forward(self, context, masks, family):
+        x = self.embed(context) + self.position[masks.context]
+        x = torch.cat([x, self.mask_tokens[family] + self.position[masks.target]], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.proj(self.norm(x)[:, masks.context.shape[1]:])
+
+
+class Textbook:
+    """A step as most code bases have it, from a Salt's weights."""
+
+    def __init__(self, salt, encoder_config):
+        self.config = encoder_config
+        self.encoder, self.predictor = TextbookEncoder(encoder_config).to(device), TextbookPredictor(encoder_config.dim).to(device)
+        for theirs, ours in ((self.encoder, salt.student), (self.predictor, salt.predictor)):
+            state = {}
+            for name, value in ours.state_dict().items():
+                name = name.replace("fc1", "mlp.0").replace("fc2", "mlp.2")
+                state[name] = value.view(theirs.state_dict()[name].shape) if name == "patch_embed.weight" else value
+                if name.endswith("q_bias"):
+                    state[name.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(value), ours.state_dict()[name.replace("q_bias", "v_bias")]])
+            theirs.load_state_dict({name: state.get(name, value) for name, value in theirs.state_dict().items()})
+        self.parameters = [*self.encoder.parameters(), *self.predictor.parameters()]
+        groups = [{"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": 0.04}, {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=False, fused=False)
+        self.mean, self.std = (torch.tensor(x, device=device).view(1, 3, 1, 1, 1) for x in (encoder_config.mean, encoder_config.std))
+
+    def step(self, batch):
+        t, h, w = GRID
+        video = batch.patches.view(-1, t, h, w, 3, 2, 16, 16).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(-1, 3, 2 * t, 16 * h, 16 * w)  # the clip as a decoder gives it: not counted
+        wait()
+        start, total = time.perf_counter(), 0
+        video = (video.float() / 255 - self.mean) / self.std
+        with torch.autocast(device, torch.bfloat16):
+            for number, masks in enumerate(batch.masks.values()):
+                prediction = self.predictor(self.encoder(video, masks.context), masks, number)
+                target = batch.latents.gather(1, masks.target[..., None].expand(-1, -1, D)).float()
+                total = total + F.mse_loss(prediction.float(), target) / len(FAMILIES)
+        total.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 0.02, foreach=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        wait()
+        return time.perf_counter() - start, total.detach(), {}
+
+
+# ---- ours: the loop of train.py
+
+class Ours:
+    def __init__(self, salt):
+        self.salt, self.parameters = salt, list(salt.parameters())
+        self.optimizer = torch.optim.AdamW(model.parameter_groups(salt, 0.04), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        self.space = model.Space("latents", "none", None, None, torch.zeros(N, D, device=device))
+
+    def forward_backward(self, batch, masks, weight, mark):
+        predictions = self.salt(batch.patches, masks)
+        mark("forward")
+        error, _, _, gradients = model.salt_loss(predictions, batch.patches, batch.latents, masks, self.space, weight=weight)
+        mark("loss")
+        torch.autograd.backward(list(predictions.values()), list(gradients.values()))
+        mark("backward")
+        return error
+
+    def step(self, batch, apart=False, phases=None):
+        def mark(name):
+            if phases is not None:
+                wait()
+                phases[name] = phases.get(name, 0) + time.perf_counter() - self.last
+                self.last = time.perf_counter()
+        if phases is None:
+            wait()
+        start = self.last = time.perf_counter()
+        model.cast_matrices(self.salt, "bf16")
+        mark("cast")
+        if apart:
+            error = sum(self.forward_backward(batch, {family: masks}, 1 / len(FAMILIES), mark) for family, masks in batch.masks.items()) / len(FAMILIES)
+        else:
+            error = self.forward_backward(batch, batch.masks, 1, mark)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+        self.optimizer.grad_scale, self.optimizer.found_inf = (norm / 0.02).clamp(min=1), (~norm.isfinite()).float()
+        mark("norm")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        mark("AdamW")
+        wait()
+        return time.perf_counter() - start, error, phases
+
+
+def some_batch(batch_size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 2**62, (batch_size,), generator=generator).to(device)
+    patches = torch.randint(0, 256, (batch_size, N, 1536), dtype=torch.uint8, generator=generator).to(device)
+    latents = torch.randn(batch_size, N, D, generator=generator).half().to(device)
+    return data.Batch(ids, patches, latents, {family: ops.sample_masks(ids, 0, 0, family) for family in FAMILIES})
+
+
+def set_up(size):
+    torch.manual_seed(0)
+    encoder_config = model.config_of_size(size)
+    return encoder_config, model.build_salt(encoder_config, {"dim_in": encoder_config.dim, "dim_out": D, "tokens": N, "families": FAMILIES, **PREDICTOR}).to(device)
+
+
+def compiled(salt, mode=None):
+    for block in (*salt.student.blocks, *salt.predictor.blocks):
+        block.compile(dynamic=False, mode=mode)
+    return salt
+
+
+if inside:  # one variant alone: its peak memory, and its time with CUDA graphs, which want the process for themselves
+    size, variant, batch_size = inside.split(",")[0], inside.split(",")[1], int(inside.split(",")[2])
+    encoder_config, salt = set_up(size)
+    if variant == "textbook":
+        step = Textbook(salt, encoder_config)
+        del salt
+    else:
+        salt.student.recompute = salt.predictor.recompute = variant == "recompute"
+        step = Ours(compiled(salt, "reduce-overhead" if variant == "graphs" else None) if variant in ("compiled", "graphs") else salt)
+    batch, times = some_batch(batch_size), []
+    for _ in range(rounds):
+        torch.compiler.cudagraph_mark_step_begin()
+        times.append(step.step(batch)[0])
+    print(json_format.dumps({"bytes": torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "seconds": statistics.median(times[2:] or times)}))
+    sys.exit(0)
+
+
+def alone(size, variant, batch_size):
+    command = [sys.executable, bench.__file__, "step", "--inside", f"{size},{variant},{batch_size}", "--device", device, "--rounds", "8" if on_gpu else "4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return json_format.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+
+
+# ---- attention alone: what gives two families one pass
+
+def masked_attention(qkv, lengths):
+    span = torch.repeat_interleave(torch.arange(len(lengths), device=qkv.device), torch.tensor(lengths, device=qkv.device))
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=span[:, None] == span[None]).transpose(1, 2)
+
+
+def flex(qkv, lengths, made={}):  # noqa: B006  compiled once a shape
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    if (qkv.shape, lengths) not in made:
+        span = torch.repeat_interleave(torch.arange(len(lengths), device=qkv.device), torch.tensor(lengths, device=qkv.device))
+        mask = create_block_mask(lambda b, h, i, j: span[i] == span[j], None, None, len(span), len(span), device=qkv.device)
+        made[qkv.shape, lengths] = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), dynamic=False)
+    return made[qkv.shape, lengths](*(x.transpose(1, 2) for x in qkv.unbind(2))).transpose(1, 2)
+
+
+def varlen(qkv, lengths):
+    from torch.nn.attention.varlen import varlen_attn
+    b = len(qkv)
+    ends = torch.tensor([0, *(lengths * b)], device=qkv.device).cumsum(0).int()
+    q, k, v = (x.contiguous() for x in qkv.flatten(0, 1).unbind(1))  # [B N, H, d]: a clip's spans follow each other
+    return varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths)).view(qkv.shape[0], qkv.shape[1], *qkv.shape[3:])
+
+
+def bench_attention(batch_size, shapes):
+    ways = {"ours": ops.attention, "a call a span": ops.attention_reference, "boolean mask": masked_attention, "flex": flex} | ({"varlen": varlen} if on_gpu else {})
+    for name, (lengths, heads, width) in shapes.items():
+        qkv = torch.randn(batch_size, sum(lengths), 3, heads, width, device=device).bfloat16().requires_grad_()
+        gradient = torch.randn(batch_size, sum(lengths), heads, width, device=device).bfloat16()
+        expected, usable = None, {}
+        for way, call in ways.items():
+            try:
+                found = call(qkv, lengths)
+                back, = torch.autograd.grad(found, qkv, gradient)
+                expected = expected or (found.detach(), back)
+                assert all((a - b).norm() / b.norm() < 2e-2 for a, b in zip((found, back), expected)), f"{way} gives another result"
+                usable[way] = call
+            except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
+                print(f"  attention, {name}: {way} does not run here ({' '.join(str(error).split())[:120]})")
+
+        def both(call):
+            wait()
+            taken = bench.seconds(lambda: (torch.autograd.grad(call(qkv, lengths), qkv, gradient), wait()))
+            return 1e3 * taken
+        times = bench.take_turns({way: lambda _, call=call: both(call) for way, call in usable.items()}, max(rounds, 8))
+        operations = 3 * 4 * batch_size * heads * width * sum(n ** 2 for n in lengths)
+        print(f"  attention, {name} {lengths}, {heads} heads, forward and backward: " + ", ".join(f"{way} {t[1]:.2f} ms" for way, t in times.items()) +
+              f"; ours {operations / times['ours'][1] / 1e9:.2f} TFLOP/s", flush=True)
+        yield {"where": name, "lengths": lengths, "batch_size": batch_size, "ms": times}
+
+
+# ---- the step
+
+def bench_step(size, batch_size, rate, stream):
+    encoder_config, salt = set_up(size)
+    flops = batch_size * budget.step_flops(encoder_config, {**PREDICTOR, "dim_out": D}, COUNTS)
+    textbook, ours = Textbook(salt, encoder_config) if "textbook" in variants else None, Ours(compiled(salt))
+    batch, eager = some_batch(batch_size), lambda: torch.compiler.set_stance("force_eager")
+    losses = []
+    for seed in range(3) if textbook else ():
+        same = some_batch(batch_size, seed)
+        with eager():
+            losses.append((textbook.step(same)[1].item(), ours.step(same)[1].item()))
+    assert all(math.isclose(a, b, rel_tol=5e-3) for a, b in losses), f"losses differ: {losses}"
+
+    def measure(variant):
+        with torch.compiler.set_stance("default") if variant == "compiled" else eager():
+            salt.student.recompute = salt.predictor.recompute = variant == "recompute"
+            if variant == "textbook":
+                return textbook.step(batch)[0]
+            if variant == "loader":  # the wait for a batch counts, too
+                wait()
+                start = time.perf_counter()
+                ours.step(next(stream))
+                return time.perf_counter() - start
+            return ours.step(batch, apart=variant == "apart")[0]
+
+    times = bench.take_turns({variant: lambda _, variant=variant: measure(variant) for variant in variants}, rounds)
+    result = {"size": size, "batch_size": batch_size, "flops": flops, "losses": losses, "seconds": times}
+    for variant, (low, middle, high) in times.items():
+        against = f", {times['textbook'][1] / middle:.2f}x the textbook's speed" if textbook and variant != "textbook" else ""
+        print(f"  {variant:9} {1e3 * middle:9.1f} ms [{1e3 * low:.1f}, {1e3 * high:.1f}]  {batch_size / middle:7.2f} clips/s  {flops / middle / 1e12:7.2f} TFLOP/s  MFU {flops / middle / rate:4.0%}{against}", flush=True)
+    if textbook:
+        print("  losses, textbook and ours: " + ", ".join(f"{a:.5f} {b:.5f}" for a, b in losses))
+    if profile:
+        salt.student.recompute = salt.predictor.recompute = False
+        with torch.compiler.set_stance("default") if on_gpu and "compiled" in variants else eager():
+            runs = [ours.step(batch, phases={})[2] for _ in range(4)][1:]
+        result["phases"] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        whole = sum(result["phases"].values())
+        print("  phases: " + ", ".join(f"{name} {1e3 * t:.1f} ms ({t / whole:.0%})" for name, t in result["phases"].items()), flush=True)
+    return result
+
+
+print("to reach: 1.5x the textbook on a CPU, with less memory; on one H200 50 % MFU, or 240 clips/s of ViT-L with the loader running", flush=True)
+found, results = bench.machine(device), {"attention": [], "steps": [], "memory": []}
+rate = results["matrix_rate"] = budget.matrix_rate(torch.device(device), "bf16", 1.0)
+print(f"bf16 matrix rate {rate / 1e12:.2f} TFLOP/s", flush=True)
+for batch_size in batch_sizes:
+    if attention:
+        results["attention"] += bench_attention(batch_size, {"student (large)": (tuple(c for c, _ in COUNTS), 16, 64), "predictor": (tuple(c + t for c, t in COUNTS), 8, 64)})
+    for size in sizes:
+        print(f"ViT {size}, {batch_size} clips a step", flush=True)
+        if memory:
+            for variant in [v for v in ("textbook", "ours", "compiled", "recompute") if v in variants] + (["graphs"] if on_gpu and "compiled" in variants else []):
+                peak = alone(size, variant, batch_size)
+                results["memory"].append({"size": size, "batch_size": batch_size, "variant": variant, **peak})
+                print(f"  {variant:9} " + (f"fails: {peak['failed']}" if "failed" in peak else f"peak memory {peak['bytes'] / 1e9:.2f} GB, alone {1e3 * peak['seconds']:.1f} ms a step"), flush=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="step-") as temporary:
+            stream = None
+            if "loader" in variants:
+                bench.random_cache(Path(temporary) / "cache", max(clips, batch_size))
+                records = data.Records(cache.open_cache(Path(temporary) / "cache"))
+                stream = data.batches(records, data.shuffled(len(records), batch_size, 0, range(10**6)), FAMILIES, 0, patches=("context",), latents=("target",), device=device)
+            try:
+                results["steps"].append(bench_step(size, batch_size, rate, stream))
+            except torch.OutOfMemoryError:
+                print(f"  out of memory at {batch_size} clips")
+            finally:
+                if stream:
+                    stream.close()
+if json:
+    bench.write("step", device, out, found, settings, results)
