@@ -28,9 +28,9 @@ sanitize: build/sanitize
 	SALT_SIMD=avx2 build/sanitize 100
 	SALT_SIMD=baseline build/sanitize 100
 
-build/sanitize: tests/sanitize.cpp $(wildcard csrc/*.h) csrc/cpu.cpp csrc/files.cpp Makefile
+build/sanitize: tests/sanitize.cpp $(wildcard csrc/*.h) csrc/cpu.cpp csrc/files.cpp csrc/amx.cpp Makefile
 	mkdir -p build
-	$(SANITIZE) -o $@ tests/sanitize.cpp csrc/cpu.cpp csrc/files.cpp -pthread
+	$(SANITIZE) -o $@ tests/sanitize.cpp csrc/cpu.cpp csrc/files.cpp csrc/amx.cpp -pthread
 
 emulate: build/emulation/run
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/emulation/run 1
@@ -39,7 +39,7 @@ build/emulation/run: $(wildcard tests/emulation/*) $(wildcard csrc/*) tests/sani
 	mkdir -p build/emulation
 	for kernels in masks rows loss; do sed -E -e 's/([A-Za-z0-9_]+(<[^<>()]*>)?)<<<([^;]*)>>>\(/salt_launch((\1), \3)(/' -e 's/__shared__ /static /' \
 	  -e 's/extern static uint64_t shared_scratch\[\];/uint64_t* shared_scratch = emulation::shared.data();/' csrc/$$kernels.cu > build/emulation/$$kernels.cpp || exit 1; done
-	$(SANITIZE) -DSALT_EMULATE -Itests/emulation -Icsrc -o $@ tests/sanitize.cpp csrc/cpu.cpp csrc/files.cpp build/emulation/*.cpp -pthread
+	$(SANITIZE) -DSALT_EMULATE -Itests/emulation -Icsrc -o $@ tests/sanitize.cpp csrc/cpu.cpp csrc/files.cpp csrc/amx.cpp build/emulation/*.cpp -pthread
 
 cuda-check: $(CUDA_VENV)/stamp
 	rm -rf $(CUDA_BUILD) && mkdir -p $(CUDA_BUILD)/tests

@@ -8,6 +8,7 @@ Peak memory is that of a process of its own. MFU is the share of the bf16 matrix
 """
 import json as json_format
 import math
+import os
 import resource
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "lo
 attention = True                 # also the ways to give two families one pass of attention, forward and backward
 profile = True                   # time of each phase of our step
 memory = True                    # peak memory, a process each
+curves = 0                       # steps (200, say) of a small model in float32 by the textbook and in bfloat16 by ours, drawn to docs/step-losses.png; nothing else is measured
 clips = 48                       # of the cache that the loader reads
 folder = "out/bench"             # for that cache, removed again
 json = False                     # write OUT/step-DEVICE-DATE.json
@@ -37,6 +39,8 @@ inside: str | None = None        # (the process whose memory is measured: SIZE,V
 settings = config.apply(globals(), least={"rounds": 3, "clips": 1})
 sys.path.insert(0, str(Path(bench.__file__).parent))
 
+if not (inside and ",textbook," in inside):
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py
 import torch  # noqa: E402  after the settings, so that --help is quick
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -135,13 +139,13 @@ class Textbook:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=False, fused=False)
         self.mean, self.std = (torch.tensor(x, device=device).view(1, 3, 1, 1, 1) for x in (encoder_config.mean, encoder_config.std))
 
-    def step(self, batch):
+    def step(self, batch, half=True):
         t, h, w = GRID
         video = batch.patches.view(-1, t, h, w, 3, 2, 16, 16).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(-1, 3, 2 * t, 16 * h, 16 * w)  # the clip as a decoder gives it: not counted
         wait()
         start, total = time.perf_counter(), 0
         video = (video.float() / 255 - self.mean) / self.std
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=half):
             for number, masks in enumerate(batch.masks.values()):
                 prediction = self.predictor(self.encoder(video, masks.context), masks, number)
                 target = batch.latents.gather(1, masks.target[..., None].expand(-1, -1, D)).float()
@@ -334,6 +338,49 @@ def bench_step(size, batch_size, rate, stream):
     return result
 
 
+# ---- losses of a small model, side by side
+
+def draw_curves():
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    PREDICTOR.update(dim=192, depth=4, heads=3)
+    torch.manual_seed(0)
+    shape = model.config_of_size("tiny", depth=4)
+    salt = model.build_salt(shape, {"dim_in": shape.dim, "dim_out": D, "tokens": N, "families": FAMILIES, **PREDICTOR}).to(device)
+    textbook, ours, random, projection = Textbook(salt, shape), Ours(salt), torch.Generator().manual_seed(0), torch.randn(96, D) / 8
+    places = model.position_table(N, 96)
+    textbook.parameters, losses = [*textbook.encoder.parameters(), *textbook.predictor.parameters()], []
+    for optimizer in (textbook.optimizer, ours.optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+    for step in tqdm(range(curves), unit="step", dynamic_ncols=True):
+        ids = torch.randint(0, 2**62, (4,), generator=random)
+        coarse = 0.6 * torch.rand(4, 3, 1, 1, 1, generator=random) + 0.4 * F.interpolate(torch.rand(4, 3, 4, 7, 7, generator=random), size=(16, 224, 224), mode="trilinear")  # clouds that move
+        patches = torch.from_numpy(data.patchify((255 * coarse).byte().permute(0, 2, 3, 4, 1).numpy(), 16, 2))
+        latents = (patches.float().view(4, N, 96, 16).mean(-1) / 64 - 2 + places) @ projection  # linear in the patch's own pixels and place
+        batch = data.Batch(ids.to(device), patches.to(device), latents.half().to(device), {family: ops.sample_masks(ids.to(device), 0, 0, family) for family in FAMILIES})
+        losses.append((textbook.step(batch, half=False)[1].item(), ours.step(batch)[1].item()))
+    plain, half = torch.tensor(losses).T
+    apart = (half / plain - 1).abs()
+    print(f"{curves} steps: loss {plain[0]:.4f} to {plain[-1]:.4f} in float32, to {half[-1]:.4f} ours; apart by {apart.mean():.2%} on average, {apart.max():.2%} at most")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=[2, 1], constrained_layout=True)
+    above.plot(plain, color="C0", lw=2.5, label="plain float32 (textbook)")
+    above.plot(half, color="C1", lw=1, label="ours, bfloat16")
+    above.set_ylabel("loss")
+    above.set_yscale("log")
+    above.legend()
+    below.plot(100 * (half / plain - 1), color="C2", lw=1)
+    below.set_ylabel("difference, %")
+    below.set_xlabel("step")
+    figure.savefig(bench.ROOT / "docs" / "step-losses.png", dpi=110)
+    print("drawn to docs/step-losses.png")
+
+
+if curves:
+    from tqdm import tqdm
+    draw_curves()
+    sys.exit(0)
 print("to reach: 1.5x the textbook on a CPU, with less memory; on one H200 50 % MFU, or 240 clips/s of ViT-L with the loader running", flush=True)
 found, results = bench.machine(device), {"attention": [], "steps": [], "memory": []}
 rate = results["matrix_rate"] = budget.matrix_rate(torch.device(device), "bf16", 1.0)

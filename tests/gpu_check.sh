@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # `make gpu-check`, on a machine with a GPU: build for the GPU at hand, run the tests marked gpu, measure, and look for bad memory accesses
-# where compute-sanitizer works. Needs python3 with torch (CUDA), numpy and pytest, and the CUDA toolkit; nothing else.
+# where compute-sanitizer works. Needs python3 with torch (CUDA), numpy, pytest and, for whole steps, einops; and the CUDA toolkit; nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -10,9 +10,12 @@ trap 'rm -f "$log"' EXIT
 
 TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') "$PYTHON" setup.py -q build_ext
 "$PYTHON" -c 'import ops, sys; print(ops.extension_line("cuda")); sys.exit("cuda" not in ops.EXTENSION["devices"] and "gpu-check: the extension has no CUDA kernels: see above")'
-"$PYTHON" -c 'import einops' 2> /dev/null || echo "gpu-check: einops is not installed, so the test of batches that go over to the GPU is skipped"
+"$PYTHON" -c 'import einops' 2> /dev/null || echo "gpu-check: einops is not installed (PYTHONPATH may name a copy), so the tests of batches and steps on the GPU and bench.py step are skipped"
 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
 "$PYTHON" bench.py ops --device cuda --json --compiled 768 "$@"
+if "$PYTHON" -c 'import einops' 2> /dev/null; then
+  "$PYTHON" bench.py step --device cuda --sizes large --batch_sizes 24 128 --json
+fi
 
 if ! command -v compute-sanitizer > /dev/null; then
   echo "compute-sanitizer is not here: skipped"

@@ -254,6 +254,72 @@ void check_permute() {
 }
 
 // A file of records, rows of any width, read by several threads: through the map, and, where it has grown since it was opened, without it.
+// Attention and its gradient against sums in double, over arrays that end where they should.
+void check_attention() {
+  if (!has_amx()) return;
+  const int64_t B = whole(0, 2), heads = whole(1, 3), d = whole(1, 128), spans = whole(1, 3), D = heads * d;
+  std::vector<int64_t> lengths;
+  for (int64_t s = 0; s < spans; ++s) lengths.push_back(whole(1, s == 0 && whole(0, 5) == 0 ? 300 : 70));
+  int64_t N = 0;
+  for (const int64_t n : lengths) N += n;
+  Array qkv(B * N * 3 * D, 2), out(B * N * D, 2), gradient(B * N * D, 2), back(B * N * 3 * D, 2), lse(B * heads * N, 4);
+  for (int64_t i = 0; i < B * N * 3 * D; ++i) put(qkv, i, Type::bf16, static_cast<double>(whole(-8, 8)) / 4);
+  for (int64_t i = 0; i < B * N * D; ++i) put(gradient, i, Type::bf16, static_cast<double>(whole(-8, 8)) / 8);
+  const Attention work{qkv.as<char>(), B, N, heads, d, spans, lengths.data(), out.as<char>(), lse.as<float>(), gradient.as<char>(), back.as<char>()};
+  in_parts(attention_amx, work, B * heads * spans);
+  in_parts(attention_backward_amx, work, B * heads * spans);
+  double off = 0, size = 0;
+  const auto compare = [&](Array& array, int64_t i, double wanted) { off += std::pow(get(array, i, Type::bf16) - wanted, 2), size += wanted * wanted; };
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t s = 0, start = 0; s < spans; start += lengths[static_cast<size_t>(s++)]) {
+        const int64_t n = lengths[static_cast<size_t>(s)];
+        const auto at = [&](int64_t part, int64_t i, int64_t k) { return get(qkv, ((b * N + start + i) * 3 + part) * D + h * d + k, Type::bf16); };
+        const auto upstream = [&](int64_t i, int64_t k) { return get(gradient, (b * N + start + i) * D + h * d + k, Type::bf16); };
+        std::vector<double> q(static_cast<size_t>(n * d)), k(q), v(q);  // their gradients
+        for (int64_t i = 0; i < n; ++i) {
+          std::vector<double> p(static_cast<size_t>(n)), dp(p), o(static_cast<size_t>(d));
+          double most = -1e300, sum = 0, delta = 0;
+          for (int64_t j = 0; j < n; ++j) {
+            double score = 0;
+            for (int64_t e = 0; e < d; ++e) score += at(0, i, e) * at(1, j, e);
+            p[static_cast<size_t>(j)] = score / std::sqrt(static_cast<double>(d)), most = std::max(most, p[static_cast<size_t>(j)]);
+          }
+          for (double& x : p) x = std::exp(x - most), sum += x;
+          for (int64_t j = 0; j < n; ++j) {
+            p[static_cast<size_t>(j)] /= sum;
+            for (int64_t e = 0; e < d; ++e) o[static_cast<size_t>(e)] += p[static_cast<size_t>(j)] * at(2, j, e), dp[static_cast<size_t>(j)] += upstream(i, e) * at(2, j, e);
+          }
+          expect(std::abs(lse.as<float>()[(b * heads + h) * N + start + i] - (most + std::log(sum)) / std::log(2.0)) < 1e-3 * (1 + std::abs(most)), "attention's logsumexp");
+          for (int64_t e = 0; e < d; ++e) compare(out, (b * N + start + i) * D + h * d + e, o[static_cast<size_t>(e)]), delta += upstream(i, e) * o[static_cast<size_t>(e)];
+          for (int64_t j = 0; j < n; ++j)
+            for (int64_t e = 0; e < d; ++e) {
+              const double ds = p[static_cast<size_t>(j)] * (dp[static_cast<size_t>(j)] - delta) / std::sqrt(static_cast<double>(d));
+              q[static_cast<size_t>(i * d + e)] += ds * at(1, j, e), k[static_cast<size_t>(j * d + e)] += ds * at(0, i, e), v[static_cast<size_t>(j * d + e)] += p[static_cast<size_t>(j)] * upstream(i, e);
+            }
+        }
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t e = 0; e < d; ++e) {
+            const int64_t place = (b * N + start + i) * 3 * D + h * d + e, from = i * d + e;
+            compare(back, place, q[static_cast<size_t>(from)]), compare(back, place + D, k[static_cast<size_t>(from)]), compare(back, place + 2 * D, v[static_cast<size_t>(from)]);
+          }
+      }
+  expect(std::sqrt(off) <= 1e-2 * std::sqrt(size), "attention");
+}
+
+void check_transpose() {
+  if (!has_amx()) return;
+  const int64_t R = whole(0, 150), C = whole(1, 150), items = (C + TRANSPOSE_COLUMNS - 1) / TRANSPOSE_COLUMNS;
+  Array x(R * C, 2), out(R * C, 2), sums(C, 4);
+  for (int64_t i = 0; i < R * C; ++i) put(x, i, Type::bf16, static_cast<double>(whole(-8, 8)) / 4);
+  in_parts(transpose_amx, Transpose{x.as<char>(), R, C, out.as<char>(), sums.as<float>()}, items);
+  for (int64_t c = 0; c < C; ++c) {
+    double sum = 0;
+    for (int64_t r = 0; r < R; ++r) sum += get(x, r * C + c, Type::bf16), expect(get(out, c * R + r, Type::bf16) == get(x, r * C + c, Type::bf16), "transpose");
+    expect(sums.as<float>()[c] == sum, "the sums over rows");
+  }
+}
+
 void check_files() {
   const int64_t R = whole(1, 4), N = whole(1, 900), D = whole(0, 1) ? 64 * whole(1, 4) : whole(1, 200), head = whole(0, 200);
   const bool scaled = whole(0, 1), grows = whole(0, 3) == 0;
@@ -292,7 +358,8 @@ int main(int argc, char** argv) {
   for (int round = 0; round < rounds; ++round) {
     for (int i = 0; i < 20; ++i) check_rows(), check_patches(), check_masks();
 #ifndef SALT_EMULATE
-    for (int i = 0; i < 5; ++i) check_patchify(), check_moments(), check_permute(), check_files();
+    for (int i = 0; i < 5; ++i) check_patchify(), check_moments(), check_permute(), check_files(), check_transpose();
+    check_attention();
 #endif
     for (const Type p : {Type::bf16, Type::f32, Type::f64})
       for (const Type y : {Type::u8, Type::f16, Type::bf16, Type::f32, Type::f64})

@@ -247,3 +247,82 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, slow):
         for rows, targets, drawn in found:
             for place, record in enumerate(records):
                 assert np.array_equal(rows[place].cpu(), patches[record][drawn.context[place].cpu()]) and np.array_equal(targets[place].cpu(), latents[record][drawn.target[place].cpu()])
+
+
+# --------------------------------------------------------------------------------------------------------------- the step
+
+@pytest.mark.parametrize("lengths, heads, d", [((352, 112), 16, 64), ((1136, 1200), 8, 64), ((33,), 2, 80)])
+def test_attention_is_flash_attention(lengths, heads, d):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    torch.manual_seed(0)
+    qkv, gradient = torch.randn(2, sum(lengths), 3, heads, d).bfloat16(), torch.randn(2, sum(lengths), heads, d).bfloat16()
+    here = qkv.cuda().requires_grad_()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it cannot run
+        only_flash = ops.attention(here, lengths)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        found = ops.attention(here, lengths)
+        back, = torch.autograd.grad(found, here, gradient.cuda())
+    names = {event.key for event in seen.key_averages()}
+    assert any("flash_attention" in name or "cudnn_attention" in name for name in names), names  # torch may prefer cuDNN's
+    exact = qkv.double().requires_grad_()
+    expected = ops.attention_reference(exact, lengths)
+    expected_back, = torch.autograd.grad(expected, exact, gradient.double())
+    assert distance(found, expected) < 5e-3 and distance(only_flash, expected) < 5e-3 and distance(back, expected_back) < 8e-3
+
+
+def small_salt():
+    import model
+    torch.manual_seed(0)
+    shape = model.EncoderConfig(dim=128, depth=3, heads=2, mlp_dim=256, frames=8, size=96)
+    return model.build_salt(shape, {"dim_in": 128, "dim_out": 32, "tokens": 144, "families": ["short", "long"], "dim": 128, "depth": 3, "heads": 2})
+
+
+def loop(salt, steps, dtype, before=lambda step: None):
+    """train.py's loop: the losses, still on the device."""
+    import model
+    device = next(salt.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    space, losses = model.Space("latents", "none", None, None, torch.zeros(144, 32, device=device)), []
+    generator = torch.Generator().manual_seed(0)
+    patches, latents = torch.randint(0, 256, (4, 144, 1536), dtype=torch.uint8, generator=generator).to(device), torch.randn(4, 144, 32, generator=generator).half().to(device)
+    masks = [{family: ops.sample_masks(torch.arange(4).to(device) + 9 * step, 0, 0, family, (4, 6, 6)) for family in ("short", "long")} for step in range(steps)]
+    for step in range(steps):
+        before(step)
+        model.cast_matrices(salt, dtype)
+        predictions = salt(patches, masks[step])
+        error, _, _, gradients = model.salt_loss(predictions, patches, latents, masks[step], space)
+        torch.autograd.backward(list(predictions.values()), list(gradients.values()))
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in salt.parameters()])
+        optimizer.grad_scale, optimizer.found_inf = (norm / 0.02).clamp(min=1), (~norm.isfinite()).float()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(error)
+    return losses
+
+
+def test_a_step_never_waits_for_the_gpu():
+    pytest.importorskip("einops")
+    try:
+        loop(small_salt().cuda(), 4, "bf16", lambda step: torch.cuda.set_sync_debug_mode("error" if step == 2 else torch.cuda.get_sync_debug_mode()))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steps_on_the_gpu_are_the_cpus():
+    pytest.importorskip("einops")
+    expected = torch.stack(loop(small_salt(), 6, "fp32"))
+    for dtype, limit in (("fp32", 1e-3), ("bf16", 1e-2)):
+        torch.testing.assert_close(torch.stack(loop(small_salt().cuda(), 6, dtype)).cpu(), expected, rtol=limit, atol=0)
+
+
+def test_compiled_blocks_on_the_gpu_are_compiled_once_and_agree():
+    pytest.importorskip("einops")
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    expected, salt, compiled = torch.stack(loop(small_salt().cuda(), 6, "bf16")), small_salt().cuda(), []
+    for block in (*salt.student.blocks, *salt.predictor.blocks):
+        block.compile(dynamic=False)
+    found = torch.stack(loop(salt, 6, "bf16", lambda step: compiled.append(counters["stats"]["unique_graphs"])))
+    assert compiled[1] > 0 and compiled[1:] == compiled[1:2] * 5
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
