@@ -60,15 +60,20 @@ def matrix_rate(device, dtype="bf16", seconds=0.2):
 
     A GPU that draws its full power for minutes clocks lower than this.
     """
-    kind, side = torch.bfloat16 if dtype == "bf16" else torch.float32, 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
-    wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
-    a @ b
-    begin = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - begin < seconds:
-        wait()
-        start = time.perf_counter()
-        a @ b
-        wait()
-        times.append(time.perf_counter() - start)
-    return 2 * side ** 3 / min(times)
+    kind, wait = torch.bfloat16 if dtype == "bf16" else torch.float32, torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def fastest(side, least, seconds):
+        a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+        times, begin = [], time.perf_counter()
+        while len(times) < least or time.perf_counter() - begin < seconds:
+            wait()
+            start = time.perf_counter()
+            a @ b
+            wait()
+            times.append(time.perf_counter() - start)
+        return 2 * side ** 3 / min(times)
+
+    if device.type == "cuda":
+        return fastest(8192, 4, seconds)
+    rate = fastest(512, 3, 0)
+    return fastest(2048, 4, seconds) if 2 * 2048 ** 3 / rate < 1 else rate  # a CPU that emulates bfloat16 would take minutes

@@ -256,6 +256,8 @@ log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config
     f"predictor {millions(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
 log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
 clip_flops = budget.step_flops(encoder_config, predictor_config, [ops.mask_counts(family, grid) for family in masks])
+if dtype == "bf16" and not on_gpu and budget.matrix_rate(device, "fp32") > budget.matrix_rate(device, "bf16"):
+    log("this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice")
 matrix_rate = 1e12 * matrix_rate if matrix_rate else budget.matrix_rate(device, dtype)
 log(f"a step has {clip_flops * batch_size / 1e9:.0f} GFLOP ({clip_flops / 1e9:.1f} a clip); MFU is the share of {matrix_rate / 1e12:.2f} TFLOP/s of {dtype} matrix products")
 

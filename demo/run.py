@@ -1,6 +1,6 @@
 """The whole of SALT on a small physics-video data set made on the spot: videos, teacher, cache, student, evaluation, probe.
 
-    python demo/run.py              about ten minutes on two CPU cores
+    python demo/run.py              about six minutes on two CPU cores
     python demo/run.py --short      about two minutes: the same stages, fewer videos and steps
 
 Every stage is the script a real run uses, with small sizes. Ends in a table, out/demo/results.json and out/demo/report.png.
