@@ -38,7 +38,7 @@ def report_in_one_line(kind, error, traceback):
     if issubclass(kind, KeyboardInterrupt):
         print(f"{script}: interrupted", file=sys.stderr)
     elif kind.__name__ == "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch for --help
-        print(f"{script}: error: the GPU is out of memory; lower --batch_size, or --resolution and --frames of the cache", file=sys.stderr)
+        print(f"{script}: error: the GPU is out of memory; in training give --accumulate 2 (or more) and then --recompute, elsewhere a lower --batch_size", file=sys.stderr)
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")) and "SALT_TRACEBACK" not in os.environ:
         print(f"{script}: error: torch.compile failed ({' '.join(str(error).split())[:300]}); --compile off does without", file=sys.stderr)
     elif issubclass(kind, (InputError, OSError)) and "SALT_TRACEBACK" not in os.environ:

@@ -88,6 +88,17 @@ class Linear(nn.Linear):
     """x W' + b, computed in the dtype of W, or of its working copy where cast_matrices has made one. Sums are in float32."""
     working = None  # bfloat16 [D, K]; its gradient goes on to the float32 weight
 
+    def __getstate__(self):
+        return {**self.__dict__, "working": None}  # a copy of the module, or one on disk, makes its own
+
+    def _apply(self, fn, recurse=True):
+        self.working = None  # or it would stay on the old device
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments, **named):
+        self.working = None  # or the old weights would go on
+        super()._load_from_state_dict(*arguments, **named)
+
     def matrix(self):
         return self.weight if self.working is None else self.working
 
@@ -298,6 +309,26 @@ def vicreg(prediction, eps=1e-4):
     x = x - x.mean(0)
     covariance = x.T @ x / (len(x) - 1)  # [D, D]
     return variance, (covariance.square().sum() - covariance.diagonal().square().sum()) / x.shape[1]
+
+
+def update(optimizer, parameters, clip):
+    """One AdamW step with the gradients scaled down to the global norm `clip` (0: as they are); none at all where a gradient is not finite.
+
+    One pass over the gradients makes their norm, and one by PyTorch's fused kernel updates: it takes the factor (`grad_scale`) and whether to leave
+    everything alone (`found_inf`) from the device, so that nothing waits. Gradients are dropped. Returns the norm before clipping, float32 scalar.
+    """
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    optimizer.grad_scale = (norm / clip).clamp(min=1) if clip else torch.ones_like(norm)
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@torch.no_grad()
+def move_average(average, module, decay):
+    """average = decay * average + (1 - decay) * module, over all parameters, in place."""
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
 
 
 def parameter_groups(module, weight_decay):

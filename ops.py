@@ -19,6 +19,8 @@ try:
     if os.environ.get("SALT_OPS") == "reference":
         raise ImportError("SALT_OPS=reference is set")
     import salt_ops
+    if "amx" not in salt_ops.build_info():
+        raise ImportError("salt_ops was built from older sources")
     EXTENSION = salt_ops.build_info()  # {"devices": ["cpu", "cuda"], "architectures": "8.0;...;12.0+PTX", "simd": "avx512" | "avx2" | "baseline", "amx": bool}
     MISSING = None
 except ImportError as error:
@@ -427,9 +429,9 @@ def attention(qkv, lengths):
     qkv      [B, N, 3, H, d], queries, keys and values of a token side by side
     lengths  tokens of each span, N in sum
     Returns [B, N, H, d]. bfloat16 on a CPU with AMX runs on the extension, d <= 128; all else on PyTorch's scaled_dot_product_attention, a call
-    a span: on a GPU in bfloat16 that is FlashAttention. Neither depends on the thread count.
+    a span: on a GPU in bfloat16 that is FlashAttention's kernel, or cuDNN's. Neither depends on the thread count.
     """
-    if qkv.dim() != 5 or qkv.shape[2] != 3 or min(lengths) < 1 or sum(lengths) != qkv.shape[1]:
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or not lengths or min(lengths) < 1 or sum(lengths) != qkv.shape[1]:
         raise InputError(f"attention takes qkv [B, N, 3, H, d] and the lengths of its spans, N in sum; not {list(qkv.shape)} and {list(lengths)}")
     if on_tiles(qkv) and qkv.shape[4] <= 128:
         return torch.ops.salt_ops.attention(qkv, lengths)[0]
@@ -467,8 +469,10 @@ class TiledLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, weight.shape[0])
         to_x = (rows @ weight).view_as(x) if ctx.needs_input_grad[0] else None
-        across, sums = torch.ops.salt_ops.transpose_and_sum(rows)
-        to_weight = across @ x.reshape(-1, weight.shape[1]) if ctx.needs_input_grad[1] else None
+        to_weight = sums = None
+        if any(ctx.needs_input_grad[1:]):
+            across, sums = torch.ops.salt_ops.transpose_and_sum(rows)
+            to_weight = across @ x.reshape(-1, weight.shape[1]) if ctx.needs_input_grad[1] else None
         return to_x, to_weight, sums.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
 
 
@@ -642,6 +646,7 @@ if EXTENSION["devices"]:
         ctx.save_for_backward(inputs[0], *output)
         ctx.lengths = inputs[1]
 
+    @torch.autograd.function.once_differentiable
     def attention_backward(ctx, gradient, _lse):
         return None if gradient is None else torch.ops.salt_ops.attention_backward(gradient, *ctx.saved_tensors, ctx.lengths), None
 

@@ -9,6 +9,7 @@ import atexit
 import copy
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -106,6 +107,7 @@ prepare_folder(run_logs, "--run_logs")
 prepare_folder(checkpoints, "--checkpoints")
 log_file = open(os.path.join(run_logs, f"{run}.log"), "w", buffering=1)
 status, losses, epoch_length = "failed", [], 1  # losses: of every step of the run, resumed ones included
+unlogged = None  # on a GPU: the line of the step before
 
 
 def log(line=""):
@@ -118,6 +120,11 @@ def log(line=""):
 
 
 def close_log():
+    if unlogged:
+        try:
+            report(*unlogged)
+        except (InputError, RuntimeError) as error:  # the GPU itself may be what ended the run
+            log(f"the last line is lost: {' '.join(str(error).split())[:200]}")
     if losses:
         least = min(range(len(losses)), key=losses.__getitem__)
         log(f"minimum loss {losses[least]:.6f} at step {least + 1} of {len(losses)}")
@@ -223,6 +230,8 @@ if target == "pixels" and (loss != "mse" or target_norm != "none"):
 check_batch(n, batch_size)
 if batch_size % accumulate:
     raise InputError(f"--accumulate {accumulate} does not divide --batch_size {batch_size}; the parts of a batch have one size")
+if accumulate > 1 and (vicreg_variance or vicreg_covariance):
+    raise InputError("VICReg's penalties are statistics of a whole batch, which --accumulate takes apart; leave one of the two out")
 if ema >= 1:
     raise InputError(f"--ema is {ema}; a decay is at least 0 (off) and below 1")
 identity = {"train": source.identity if source else {"list": hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()},
@@ -241,7 +250,10 @@ averaged = copy.deepcopy(salt).requires_grad_(False) if ema else None
 optimizer = torch.optim.AdamW(model.parameter_groups(salt, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 salt.student.recompute = salt.predictor.recompute = recompute
 on_gpu = device.type == "cuda"
-if compile == "on" or compile == "auto" and on_gpu:
+can_compile = importlib.util.find_spec("triton") and any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
+if compile == "auto" and on_gpu and not can_compile:
+    log("the blocks are not compiled: torch.compile needs Triton and a C compiler")
+if compile == "on" or compile == "auto" and on_gpu and can_compile:
     for block in (*salt.student.blocks, *salt.predictor.blocks):
         block.compile(dynamic=False)
     log("torch.compile over the blocks: the first step takes longer")
@@ -256,16 +268,16 @@ log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config
     f"predictor {millions(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
 log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
 clip_flops = budget.step_flops(encoder_config, predictor_config, [ops.mask_counts(family, grid) for family in masks])
-if dtype == "bf16" and not on_gpu and budget.matrix_rate(device, "fp32") > budget.matrix_rate(device, "bf16"):
+full_rate = 1e12 * matrix_rate if matrix_rate else budget.matrix_rate(device, dtype)
+if dtype == "bf16" and not on_gpu and not matrix_rate and budget.matrix_rate(device, "fp32") > full_rate:
     log("this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice")
-matrix_rate = 1e12 * matrix_rate if matrix_rate else budget.matrix_rate(device, dtype)
-log(f"a step has {clip_flops * batch_size / 1e9:.0f} GFLOP ({clip_flops / 1e9:.1f} a clip); MFU is the share of {matrix_rate / 1e12:.2f} TFLOP/s of {dtype} matrix products")
+log(f"a step has {clip_flops * batch_size / 1e9:.0f} GFLOP ({clip_flops / 1e9:.1f} a clip); MFU is the share of {full_rate / 1e12:.2f} TFLOP/s of {dtype} matrix products")
 
 # ---- resume, under the same settings or not at all
 directory, step, history = os.path.join(checkpoints, run), 0, []  # history: held-out evaluations
 best = -math.inf if held_out else math.inf  # held-out R2, or without a val_cache an epoch's average loss
 changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "run_name", "checkpoints", "run_logs", "threads", "device",
-              "log_every", "save_every", "recompute", "matrix_rate"}
+              "log_every", "save_every", "recompute", "accumulate", "compile", "matrix_rate"}
 saved = None
 if resume == "auto":
     names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
@@ -283,7 +295,7 @@ if resume:
         if saved["identity"][name] != identity[name]:
             raise InputError(f"--resume {resume} was trained with {what}; give the same, or start a new run")
     for name, value in settings.items():
-        if name not in changeable and json.dumps(saved["settings"].get(name)) != json.dumps(value):
+        if name not in changeable and name in saved["settings"] and json.dumps(saved["settings"].get(name)) != json.dumps(value):
             raise InputError(f"--resume {resume} was trained with --{name} {saved['settings'].get(name)}, not {value}; give the "
                              f"same, or start a new run")
     model.load_weights(salt.student, saved["student"], resume)
@@ -423,7 +435,7 @@ def report(values, ready, step, seconds, steps, waited, rate, decay):
              "r2": 1 - (values[:, 1].sum() / values[:, 2].sum()).item(), "lr": rate, "weight_decay": decay,
              "grad_norm": values[:, 3].mean().item(),
              "clipped": (values[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0,
-             "clips_per_s": speed * batch_size, "data_wait": waited / seconds, "mfu": speed * batch_size * clip_flops / matrix_rate}
+             "clips_per_s": speed * batch_size, "data_wait": waited / seconds, "mfu": speed * batch_size * clip_flops / full_rate}
     metrics.write(json.dumps(entry) + "\n")
     log(f"step {step}/{total_steps} epoch {entry['epoch']:.2f} loss {entry['loss']:.5f} R2 {entry['r2']:.4f} lr {rate:.2e} wd {decay:.3f} "
         f"grad {entry['grad_norm']:.3g} clipped {entry['clipped']:.0%} {entry['clips_per_s']:.2f} clips/s MFU {entry['mfu']:.0%} "
@@ -437,7 +449,7 @@ if held_out and not history:
 stream = batches(clips, shuffled(n, batch_size, seed, range(step, total_steps)), masks, seed, **rows_of_step, threads=threads, device=device,
                  failed=functools.partial(failed, "training"), substitutes=True)
 part = batch_size // accumulate
-stopping, line, marks = False, None, deque()  # line: of the step before, not logged yet; marks: events at the end of steps that a GPU has queued
+stopping, marks = False, deque()  # marks: events at the end of steps that a GPU has queued
 while step < total_steps and not stopping:
     tick = time.perf_counter()
     batch = with_latents(next(stream))
@@ -460,23 +472,19 @@ while step < total_steps and not stopping:
             upstream.append(None)
         torch.autograd.backward(roots, upstream)
         sums = sums + torch.stack([error.float() / accumulate, squared, spread])
-    # One pass over the gradients for their norm and one for the update, which scales them to the clip and leaves the weights alone where the norm is not finite.
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    optimizer.grad_scale = (norm / grad_clip).clamp(min=1) if grad_clip else torch.ones_like(norm)
-    optimizer.found_inf = (~norm.isfinite()).float()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        del predictions, gradients, roots, upstream  # or they would lie beside the next ones
+    norm = model.update(optimizer, parameters, grad_clip)
     if averaged:
-        torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - ema)
+        model.move_average(averaged, salt, ema)
     pending.append(torch.cat([sums, norm[None]]))
     step += 1
     if on_gpu:  # one step is queued while one runs; further ahead only memory would grow
-        marks.append(torch.cuda.current_stream(device).record_event())
+        marks.append(torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True)))
         if len(marks) > 1:
             marks.popleft().synchronize()
-    if line:
-        report(*line)
-        line = None
+    if unlogged:
+        now, unlogged = unlogged, None
+        report(*now)
 
     stopping = bool(received)  # looked at once a step: a signal from here on lets one more step run, and that one saves
     ended, epoch_ended = step == total_steps or stopping, step % epoch_length == 0
@@ -484,11 +492,11 @@ while step < total_steps and not stopping:
     if step % log_every == 0 or epoch_ended or saving or evaluating:
         values = torch.empty(len(pending), 4, pin_memory=on_gpu).copy_(torch.stack(pending), non_blocking=True)
         ready = torch.cuda.current_stream(device).record_event() if on_gpu else None
-        line, pending = (values, ready, step, time.perf_counter() - clock, step - logged_step, waited, rate, decay), []
+        unlogged, pending = (values, ready, step, time.perf_counter() - clock, step - logged_step, waited, rate, decay), []
         clock, waited, logged_step = time.perf_counter(), 0.0, step
         if not on_gpu or epoch_ended or saving or evaluating:
-            report(*line)
-            line = None
+            now, unlogged = unlogged, None
+            report(*now)
     if evaluating:
         held_out_r2()
         if history[-1]["val_r2"] > best:

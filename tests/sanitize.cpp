@@ -253,7 +253,6 @@ void check_permute() {
   for (int64_t i = 0; i < n; ++i) expect(out.as<int64_t>()[i] >= 0 && out.as<int64_t>()[i] < n && !taken[static_cast<size_t>(out.as<int64_t>()[i])]++, "permute");
 }
 
-// A file of records, rows of any width, read by several threads: through the map, and, where it has grown since it was opened, without it.
 // Attention and its gradient against sums in double, over arrays that end where they should.
 void check_attention() {
   if (!has_amx()) return;
@@ -320,6 +319,7 @@ void check_transpose() {
   }
 }
 
+// A file of records, rows of any width, read by several threads: through the map, and, where it has grown since it was opened, without it.
 void check_files() {
   const int64_t R = whole(1, 4), N = whole(1, 900), D = whole(0, 1) ? 64 * whole(1, 4) : whole(1, 200), head = whole(0, 200);
   const bool scaled = whole(0, 1), grows = whole(0, 3) == 0;

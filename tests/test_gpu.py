@@ -292,10 +292,7 @@ def loop(salt, steps, dtype, before=lambda step: None):
         predictions = salt(patches, masks[step])
         error, _, _, gradients = model.salt_loss(predictions, patches, latents, masks[step], space)
         torch.autograd.backward(list(predictions.values()), list(gradients.values()))
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in salt.parameters()])
-        optimizer.grad_scale, optimizer.found_inf = (norm / 0.02).clamp(min=1), (~norm.isfinite()).float()
-        optimizer.step()
-        optimizer.zero_grad()
+        model.update(optimizer, list(salt.parameters()), 0.02)
         losses.append(error)
     return losses
 

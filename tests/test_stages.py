@@ -389,7 +389,8 @@ def test_wrong_inputs_end_in_one_line(world, tmp_path):
     cases = [
         ("train", ["--epoch", "3"], "did you mean --epochs"), ("train", [], "give --cache"), ("train", ["--batch_size", "0"], "at least 1"), ("train", ["--lr=-1"], "at least 0"), ("train", ["--seed", "9" * 20], "below 2^63"),
         ("train", ["--cache", "latents", "--betas", "0.9,1.5", *SMALL], "below 1"),
-        ("train", ["--cache", "latents", *SMALL, "--accumulate", "3"], "does not divide --batch_size 4"), ("train", ["--cache", "latents", *SMALL, "--ema", "1"], "below 1"), ("train", ["--cache", "latents", "--val_cache", "latents"], "training videos themselves"),
+        ("train", ["--cache", "latents", *SMALL, "--accumulate", "3"], "does not divide --batch_size 4"), ("train", ["--cache", "latents", *SMALL, "--ema", "1"], "below 1"),
+        ("train", ["--cache", "latents", *SMALL, "--accumulate", "2", "--vicreg_variance", "1"], "statistics of a whole batch"), ("train", ["--cache", "latents", "--val_cache", "latents"], "training videos themselves"),
         ("train", ["--cache", "latents", "--resume", "checkpoints", *SMALL], "is a folder"), ("train", ["--cache", "latents", "--split", "validation"], "have split train"),
         ("cache_latents", ["--clips_from", "clips", "--teacher", teacher, "--resolution", "48", "--out", "o"], "leave --resolution out"),
         ("cache_latents", ["--data", "data", "--teacher", "none", "--clips", "off", "--out", "o"], "leave --clips off out"),
@@ -414,6 +415,15 @@ def test_a_failed_run_says_so_in_its_log(world, tmp_path):
     error_of(tmp_path, "train", "--cache", "nowhere", "--run_name", "f")
     lines = next((tmp_path / "run_logs").glob("f_*.log")).read_text().splitlines()
     assert lines[-2:] == ["status: failed", "Process exiting."] and any(line.startswith("error: nowhere is no cache") for line in lines)
+
+
+def test_a_step_that_is_not_finite_ends_the_run_and_leaves_the_weights_alone(world, tmp_path):
+    flags = ["--cache", world / "latents", *SMALL, "--warmup", "0", "--max_steps", "8", "--log_every", "4", "--save_every", "1", "--grad_clip", "0"]
+    assert "was not finite between steps" in error_of(tmp_path, "train", *flags, "--lr", "1e38")
+    saved = weights.load_checkpoint(next(tmp_path.glob("checkpoints/*/last.pth")))
+    assert all(value.isfinite().all() for value in saved["student"].values()) and 0 < saved["step"] < 8
+    log = next(tmp_path.glob("run_logs/*.log")).read_text().splitlines()
+    assert log[-1] == "Process exiting." and log[-2] == "status: failed"
 
 
 def test_the_environment_is_used_and_logged(world, tmp_path):
