@@ -44,5 +44,5 @@ for size in sizes:
         print(f"| {name} | {forward / 1e9:.1f} | {activations / 1e6:.1f} | {operations / 1e9:.0f} | {moved / 1e9:.2f} | {by_rate:.2f} | {by_memory:.2f} | {'operations' if by_rate > by_memory else 'bytes'} |")
     flops = batch_size * budget.step_flops(encoder, predictor_config, counts)
     print(f"| **step** | {flops / 3e9 / batch_size:.1f} | {sum(row[2] for row in rows) / 1e6:.1f} | {flops / 1e9:.0f} | {sum(row[4] for row in rows) / 1e9:.2f} | {total['operations']:.2f} | {total['bytes']:.2f} | |")
-    print(f"no step is shorter than {total['operations']:.1f} ms ({1e3 * batch_size / total['operations']:.0f} clips/s, MFU 100 %); kernel after kernel at these rates {total['both']:.1f} ms "
-          f"({1e3 * batch_size / total['both']:.0f} clips/s, MFU {total['operations'] / total['both']:.0%})\n")
+    print(f"no step is shorter than {total['operations']:.1f} ms ({1e3 * batch_size / total['operations']:.3g} clips/s, MFU 100 %); kernel after kernel at these rates {total['both']:.1f} ms "
+          f"({1e3 * batch_size / total['both']:.3g} clips/s, MFU {total['operations'] / total['both']:.0%})\n")
