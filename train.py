@@ -287,7 +287,7 @@ if resume == "auto":
     log(f"resuming from {resume}" if resume else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
 if resume:
     saved = load_checkpoint(resume)
-    if missing := [name for name in ("optimizer", "rng", "losses", "history", "best", "stats") if name not in saved]:
+    if missing := [name for name in ("optimizer", "rng", "losses", "history", "best", "stats", *(["ema"] if averaged else [])) if name not in saved]:
         raise InputError(f"--resume {resume} holds no {', '.join(missing)}; give a last.pth")
     if difference := view.difference(View.from_dict(saved["view"])):
         raise InputError(f"--resume {resume} was trained under another view: {difference}")
@@ -468,7 +468,7 @@ while step < total_steps and not stopping:
         roots, upstream = list(predictions.values()), list(gradients.values())  # the loss brings its gradient; other terms join here
         if vicreg_variance or vicreg_covariance:
             penalties = [model.vicreg(prediction) for prediction in predictions.values()]
-            roots.append(sum(vicreg_variance * v + vicreg_covariance * c for v, c in penalties) / len(penalties) / accumulate)
+            roots.append(sum(vicreg_variance * v + vicreg_covariance * c for v, c in penalties) / len(penalties))
             upstream.append(None)
         torch.autograd.backward(roots, upstream)
         sums = sums + torch.stack([error.float() / accumulate, squared, spread])

@@ -191,16 +191,17 @@ def test_transposition_and_sums(rows, columns):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_and_its_gradients(dtype, bias):
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_and_its_gradients(dtype, bias, gelu):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 70, 40).to(dtype).requires_grad_(), torch.randn(24, 40).to(dtype).requires_grad_()
     extra = torch.randn(24, requires_grad=True) if bias else None
     upstream = torch.randn(24, 2, 70).to(dtype).permute(1, 2, 0)  # not contiguous
-    found = ops.linear(x, weight, extra)
+    found = (ops.gelu_linear if gelu else ops.linear)(x, weight, extra)
     inputs = [x, weight] + [extra] * bias
     gradients = torch.autograd.grad(found, inputs, upstream)
     exact = [y.detach().double().requires_grad_() for y in inputs]
-    expected = F.linear(*exact)
+    expected = F.linear(F.gelu(exact[0]) if gelu else exact[0], *exact[1:])
     limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
     assert distance(found, expected) < limit and found.dtype == dtype
     for got, want, like in zip(gradients, torch.autograd.grad(expected, exact, upstream.double()), inputs, strict=True):
