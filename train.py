@@ -58,9 +58,9 @@ eps = 1e-8                     # AdamW
 weight_decay = 0.04            # at the start, on matrices only
 weight_decay_end = 0.4         # at the end of its cosine
 grad_clip = 0.02               # global norm; the log says in how many steps it bites. 0 is off
-accumulate = 1                 # parts in which a batch goes through; each halving takes half of the activations' memory
-recompute = False              # keep only the blocks' inputs for the backward pass: far less memory, a third more work
-compile: Literal["auto", "on", "off"] = "auto"  # torch.compile over the blocks; auto: on a GPU (on a CPU it gains nothing)
+accumulate = 1                 # N: a batch goes through in N parts; activations take 1/N of their memory, batch and schedules stay
+recompute = False              # keep only the blocks' inputs for the backward pass: fewer activations in memory, up to a third more time
+compile: Literal["auto", "on", "off"] = "auto"  # torch.compile over the blocks; auto: on a GPU alone (on a CPU it gains 0 - 5 %)
 ema = 0.0                      # decay of a moving average of all weights, 0.999 say, kept beside them; 0 is off
 # the run
 run_name = "salt"              # first part of <run>

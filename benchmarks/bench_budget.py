@@ -1,7 +1,7 @@
-"""What a training step must do, and how long that takes at a given matrix rate and bandwidth:  python bench.py budget [--size large --batch_size 24]
+"""What a training step must do, and how long that takes at a given matrix rate and bandwidth:  python bench.py budget [--sizes large --batch_size 24]
 
-By arithmetic alone (budget.py). Forward; a backward pass has twice the operations and twice the bytes, since each product is followed by two, which
-read the gradient, too. A part takes the longer of its operations over the rate and its bytes over the bandwidth; docs/STEP.md discusses the result.
+By arithmetic alone (budget.py). The columns `forward` are a forward pass; those a step add the backward pass, which has twice the operations and twice
+the bytes. For two CPU cores with AMX: --batch_size 2 --matrix_rate 2.2 --bandwidth 0.05. A part takes the longer of its operations over the rate and its bytes over the bandwidth; docs/STEP.md discusses the result.
 """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The training step against the textbook's:  python bench.py step [--device cuda --batch_size 24] [--json]
+"""The training step against the textbook's:  python bench.py step [--device cuda --batch_sizes 24] [--json]
 
 The textbook step: a Conv3d embeds every patch and the context is gathered after; encoder and predictor run once a mask family; targets are gathered and
 compared by mse_loss; clip_grad_norm_ and AdamW go tensor by tensor; autocast to bfloat16, scaled_dot_product_attention, no compilation. Ours is the
@@ -25,7 +25,7 @@ sizes = ["base", "large"]        # students
 batch_sizes = [2]                # clips a step
 device: Literal["cpu", "cuda"] = "cpu"  # cpu or cuda
 rounds = 6                       # turns of each, the first of which is a warm-up
-variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "loader"]] = ["textbook", "ours", "compiled", "recompute", "apart", "loader"]  # who takes turns
+variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "loader"]] = ["textbook", "ours", "compiled", "recompute", "apart", "loader"]  # who takes turns; with compiled on a GPU CUDA graphs, too, alone
 attention = True                 # also the ways to give two families one pass of attention, forward and backward
 profile = True                   # time of each phase of our step
 memory = True                    # peak memory, a process each
@@ -34,7 +34,7 @@ clips = 48                       # of the cache that the loader reads
 folder = "out/bench"             # for that cache, removed again
 json = False                     # write OUT/step-DEVICE-DATE.json
 out = "benchmarks"               # folder for it
-inside: str | None = None        # (the process whose memory is measured: SIZE,VARIANT,BATCH_SIZE)
+inside: str | None = None        # (internal: the process whose memory is measured, SIZE,VARIANT,BATCH_SIZE)
 
 settings = config.apply(globals(), least={"rounds": 3, "clips": 1})
 sys.path.insert(0, str(Path(bench.__file__).parent))
@@ -380,7 +380,7 @@ if curves:
     from tqdm import tqdm
     draw_curves()
     sys.exit(0)
-print("to reach: 1.5x the textbook on a CPU, with less memory; on one H200 50 % MFU, or 240 clips/s of ViT-L with the loader running", flush=True)
+print("to reach: 1.5x the textbook on a CPU, with less memory; on one H200 50 % MFU and 240 clips/s of ViT-L with the loader running", flush=True)
 found, results = bench.machine(device), {"attention": [], "steps": [], "memory": []}
 rate = results["matrix_rate"] = budget.matrix_rate(torch.device(device), "bf16", 1.0)
 print(f"bf16 matrix rate {rate / 1e12:.2f} TFLOP/s", flush=True)

@@ -14,7 +14,7 @@ TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.ge
 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
 "$PYTHON" bench.py ops --device cuda --json --compiled 768 "$@"
 if "$PYTHON" -c 'import einops' 2> /dev/null; then
-  "$PYTHON" bench.py step --device cuda --sizes large --batch_sizes 24 128 --json
+  "$PYTHON" bench.py step --device cuda --sizes large --batch_sizes 24 64 --json
 fi
 
 if ! command -v compute-sanitizer > /dev/null; then
