@@ -1,7 +1,7 @@
 # make test, make demo: each sets up .venv and the extension where that has not been done, then does its job.
 # make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; make emulate: the CUDA kernels likewise, run on the
 # CPU. make cuda-check: builds the CUDA kernels with a CUDA torch of its own (no GPU needed, nvcc is). make gpu-check: on a machine with
-# a GPU, with the python3 on PATH.
+# a GPU, with the python3 on PATH. make faults: breaks runs and caches in every way of docs/RELIABILITY.md, in full (about 25 minutes).
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -14,12 +14,17 @@ CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV := .venv-cuda
 CUDA_BUILD := build/cuda-check
 
-.PHONY: test demo demo-short setup clean sanitize emulate cuda-check gpu-check
+.PHONY: test demo demo-short setup clean sanitize emulate cuda-check gpu-check faults
 
 setup: $(EXTENSION)
 
 test: setup $(TEST_REQUIREMENTS)
 	$(PY) -m pytest -q tests
+
+faults: setup $(TEST_REQUIREMENTS)
+	rm -f out/faults.jsonl
+	SALT_FAULTS=full $(PY) -m pytest -q tests/faults
+	$(PY) -m tests.faults.harness
 
 SANITIZE := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
 

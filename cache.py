@@ -45,10 +45,11 @@ class Ids:
     """The video ids of a cache, read lazily from ids.txt: ten million of them take 80 MB of line offsets, not a list of str."""
 
     def __init__(self, path):
-        self.path, parts, at = path, [], 0
+        self.path, self.digest, parts, at = path, hashlib.sha256(), [], 0
         try:
             self.file = open(path, "rb", buffering=0)  # read, not mapped: a failing disk is an error here, not SIGBUS
             while chunk := self.file.read(1 << 24):
+                self.digest.update(chunk)
                 parts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at)
                 at += len(chunk)
         except OSError as error:
@@ -82,7 +83,8 @@ class Ids:
 class Cache:
     """An open cache: len(), .ids, .metadata, .view, .stats, .latents(row), .patches(row), .read_rows(). Threads may share it.
 
-    Opening checks metadata, names and sizes of all files, and the headers of the first HEADERS; a shard is opened when it is first read.
+    Opening checks the checksums of metadata and ids, names and sizes of all files, and the headers of the first HEADERS; a shard is opened when it is
+    first read, and its payload is checked by upkeep.verify alone.
     """
     HEADERS = 1024
 
@@ -123,6 +125,8 @@ class Cache:
         self.ids = Ids(self.folder / "ids.txt")
         if len(self.ids) != m["count"]:
             raise InputError(f"{self.folder / 'ids.txt'} has {len(self.ids)} lines, metadata.json says {m['count']}; make the cache again, or mend it with --repair")
+        if self.ids.digest.hexdigest() != m["ids_sha256"]:
+            raise InputError(f"{self.folder / 'ids.txt'} does not have its checksum; make the cache again, or mend it with --repair")
         largest = max((entry["bytes"] for _, _, _, entry in self.files()), default=1)
         self.open_shard = functools.lru_cache(open_at_once(len(sizes), largest))(self.open_shard)
 
@@ -244,7 +248,14 @@ def read_metadata(folder):
         newer = isinstance(version, int) and version > FORMAT_VERSION
         raise InputError(f"{folder} was made by {'a newer' if newer else 'an older'} version of this code: it has cache format {version}, this code "
                          f"reads {FORMAT_VERSION}; {'update the code' if newer else 'make the cache again'}")
+    if metadata.get("checksum", content_digest(metadata)) != content_digest(metadata):  # caches made before it was kept have none
+        raise InputError(f"{path} does not have its checksum: it was changed or damaged; put back the one that was made with the files, or make the cache again")
     return metadata
+
+
+def content_digest(metadata):
+    """SHA-256 of metadata but for its own checksum."""
+    return hashlib.sha256(json.dumps({name: value for name, value in metadata.items() if name != "checksum"}, sort_keys=True).encode()).hexdigest()
 
 
 def open_at_once(files, largest):
@@ -505,6 +516,7 @@ class Writer:
         if self.plan["latent_shape"]:
             write_stats(shards)
             metadata["stats_sha256"] = sha256(self.folder / "stats.npz")
+        metadata["checksum"] = content_digest(metadata)
         write_whole(self.folder / "metadata.json", json.dumps(metadata, indent=1).encode())
         (self.partial / "before.json").unlink(missing_ok=True)
         shutil.rmtree(self.partial)

@@ -41,7 +41,7 @@ stride = 4                     # for --sampling stride
 crop: Literal["center", "squash"] = "center"  # the middle square, or the whole frame made square
 interpolation: Literal["bilinear", "bicubic", "area"] = "bilinear"  # how frames are resized
 batch_size = 8                 # clips a teacher batch; fixed row ranges of the list, so part of the cache's identity
-threads = max(1, (os.cpu_count() or 1))  # decoding threads
+threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # decoding threads [all cores, shared by a machine's ranks]
 dtype: Literal["fp32", "bf16"] = "fp32"  # the teacher's compute
 device = "auto"                # auto, cpu, cuda or cuda:1
 verify: str | None = None      # instead: check every byte of this cache against its checksums
@@ -52,15 +52,16 @@ config.apply(globals(), least={"batch_size": 1, "threads": 1, "limit": 1, "views
 
 import numpy as np  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import cache  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
+import ranks  # noqa: E402
 import upkeep  # noqa: E402
 from config import InputError  # noqa: E402
 from data import VideoError, load_split, prefetch, read_clips  # noqa: E402
+from ranks import rank, world  # noqa: E402
 from views import View, grid_of  # noqa: E402
 
 files_bar = lambda files: tqdm(files, unit="file", dynamic_ncols=True)
@@ -79,16 +80,10 @@ if merge:
     print(f"{out}: {metadata['count']} records of {len(merge)} caches, {metadata['failures']} failures")
     sys.exit(0)
 
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-if world > 1:
-    if "MASTER_ADDR" not in os.environ:
-        raise InputError(f"WORLD_SIZE is {world} in the environment, but nothing else of torchrun's: start it with torchrun, or unset WORLD_SIZE")
-    dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for the slowest one's last shard
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and torch.cuda.is_available() else device
 log = print if rank == 0 else lambda *line, **how: None
 if out is None or teacher == "" or (data is None and clips_from is None):
     raise InputError("give --out, --teacher (or --teacher none) and --data (or --clips_from); see --help")
-device = model.pick_device(device)
+device = model.pick_device(ranks.start(device, timedelta(days=7)))  # ranks wait for the slowest one's last shard
 log(ops.extension_line(device), flush=True)
 
 if clips == "off" and teacher.lower() == "none":
@@ -168,7 +163,7 @@ def plan_with(keep_clips):
 
 
 def decide():
-    """(whether clips are kept, numbers of the shards to make or None where the cache is whole, the Writer)."""
+    """(whether clips are kept, numbers of the shards to make or None where the cache is whole)."""
     begun, at = cache.begun_plan(out), os.path.abspath(out)
     while not os.path.exists(at):
         at = os.path.dirname(at)
@@ -196,30 +191,19 @@ def decide():
         new = [number for number in missing if not any((writer.folder / name).exists() for name in cache.shard_names(number))]
         replaced = min(world, len(missing) - len(new)) * min(cache.SHARD_ROWS, len(ids))
         check_disk_space(sum(len(rows_of(number)) for number in new) + replaced, keep_clips, free)
-    return keep_clips, missing, writer
+    locks.append(writer)
+    return keep_clips, missing
 
 
-decided = [None, None, None]  # of rank 0, for all: keep_clips, missing, and what went wrong
-if rank == 0:
-    try:
-        *decided[:2], writer = decide()
-    except (InputError, OSError) as error:
-        decided[2] = str(error)
-        if world > 1:
-            dist.broadcast_object_list(decided)
-        raise
-if world > 1:
-    dist.broadcast_object_list(decided)
-keep_clips, missing, refused = decided
-if refused:  # rank 0 says it
-    os._exit(1)
+locks = []  # rank 0's Writer, whose lock lasts as long as it does
+keep_clips, missing = ranks.first(decide)
 if missing is None:
     log(f"{out} is already whole: {len(cache.open_cache(out))} records")
-    sys.exit(0)
+    ranks.leave()
 
 # ---- make the missing shards
-if rank > 0:
-    writer = cache.Writer(out, plan_with(keep_clips))
+writer = locks[0] if rank == 0 else cache.Writer(out, plan_with(keep_clips))
+config.started = True
 to_make = sum(len(rows_of(number)) for number in missing)
 log(f"teacher {teacher} on {device}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)} to make; view {view.hash()}", flush=True)
 mine = missing[rank::world]
@@ -286,8 +270,7 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
             shard.discard()
 bar.close()
 taken = time.perf_counter() - begin
-if world > 1:
-    dist.barrier()
+ranks.gather(None)  # every shard is there
 if to_make:
     log(f"{to_make / (time.perf_counter() - begin):.1f} clips/s; rank 0 waited for video {waited / taken:.0%} of its time")
 if rank == 0:
@@ -295,3 +278,4 @@ if rank == 0:
     size = sum(file.stat().st_size for file in writer.folder.iterdir()) / 1e9
     log(f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape {json.dumps(metadata['latent_shape'])}"
         + (f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else ""))
+ranks.leave()

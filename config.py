@@ -20,6 +20,7 @@ import typing
 
 given = set()          # names of the settings that apply() found on the command line or in the environment
 from_environment = []  # a line for each value that it took from there, for a run's log
+started = False        # under torchrun: whether ranks have begun to do different things; until then one a machine speaks for all
 
 
 class InputError(ValueError):
@@ -35,12 +36,18 @@ def nearest(word, words):
 def report_in_one_line(kind, error, traceback):
     """sys.excepthook: bad input, a full disk or an unreadable file is one line; anything else is a bug and keeps its traceback."""
     script = os.path.basename(sys.argv[0])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not started and os.environ.get("LOCAL_RANK", "0") != "0":
+            return
+        script = f"{script}, rank {os.environ.get('RANK')}"
     if issubclass(kind, KeyboardInterrupt):
         print(f"{script}: interrupted", file=sys.stderr)
     elif kind.__name__ == "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch for --help
         print(f"{script}: error: the GPU is out of memory; in training give --accumulate 2 (or more) and then --recompute, elsewhere a lower --batch_size", file=sys.stderr)
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")) and "SALT_TRACEBACK" not in os.environ:
         print(f"{script}: error: torch.compile failed ({' '.join(str(error).split())[:300]}); --compile off does without", file=sys.stderr)
+    elif kind is RuntimeError and "DefaultCPUAllocator" in str(error):
+        print(f"{script}: error: main memory is full; in training give --accumulate 2 (or more) and then --recompute, elsewhere a lower --batch_size, and fewer --threads", file=sys.stderr)
     elif issubclass(kind, (InputError, OSError)) and "SALT_TRACEBACK" not in os.environ:
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
     else:
@@ -122,12 +129,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def apply(scope, argv=None, environ=None, least=None):
+def apply(scope, argv=None, environ=None, least=None, positional=None):
     """Override the settings in `scope` (a script's globals()) from the environment and the command line, in place.
 
-    least: {name: smallest value allowed}. Returns {name: value} of all settings. Each value taken from the environment is
-    printed. Raises InputError on an unknown flag (naming the nearest), a missing value, one of the wrong type or one too small.
-    Installs the one-line error report.
+    least: {name: smallest value allowed}; positional: the list setting that words without a flag go to. Returns {name: value} of
+    all settings. Each value taken from the environment is printed. Raises InputError on an unknown flag (naming the nearest), a
+    missing value, one of the wrong type or one too small. Installs the one-line error report.
     """
     sys.excepthook = report_in_one_line
     path = scope["__file__"]
@@ -137,7 +144,8 @@ def apply(scope, argv=None, environ=None, least=None):
     kinds = {name: kind_of(scope[name], annotation and eval(annotation, scope)) for name, (annotation, _) in found.items()}
 
     doc = (scope.get("__doc__") or "").strip()
-    parser = Parser(prog=f"python {os.path.basename(path)}", description=doc, usage="%(prog)s [--name value ...]", allow_abbrev=False,
+    parser = Parser(prog=f"python {os.path.basename(path)}", description=doc, allow_abbrev=False,
+                    usage=f"%(prog)s {f'{positional.upper()} [...] ' if positional else ''}[--name value ...]",
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="A flag may also be given as its upper-case name in the environment; the command line wins. Lists are comma-separated.")
     for name, kind in kinds.items():
@@ -155,6 +163,10 @@ def apply(scope, argv=None, environ=None, least=None):
         flag, equals, value = word.partition("=")
         words.append(flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else word)
     flags, unknown = parser.parse_known_args(words)
+    if positional:
+        loose, unknown = [word for word in unknown if not word.startswith("-")], [word for word in unknown if word.startswith("-")]
+        if loose:
+            setattr(flags, positional, loose + getattr(flags, positional, []))
     if unknown:
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("--"):

@@ -4,6 +4,7 @@ av is imported only where a video is decoded, so that training from a cache with
 """
 import csv
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -197,6 +198,8 @@ def read_clips(path, views, video_id=None):
     import av
     name = os.path.splitext(os.path.basename(path))[0] if video_id is None else video_id
     clips = [None] * len(views)
+    if isinstance(path, (str, os.PathLike)) and os.path.exists(path) and not os.path.isfile(path):
+        raise VideoError(f"{path} is no regular file")  # a pipe, a device or a folder would be read for ever, or not at all
     try:
         with av.open(path, metadata_errors="ignore") as container:
             stream = video_stream(container, path)
@@ -230,6 +233,8 @@ def video_stream(container, path):
     if not container.streams.video:
         raise VideoError(f"{path} holds no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise VideoError(f"{path} is in a codec that this build of FFmpeg does not know")
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
         raise VideoError(f"{path} states frames of {stream.codec_context.width}x{stream.codec_context.height}, more than {MAX_PIXELS} pixels")
     stream.codec_context.thread_count = 1  # parallelism is over videos
@@ -249,7 +254,9 @@ def check_disk(path):
         with open(path, "rb") as file:
             while file.read(1 << 22):
                 pass
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR):
+            raise
         raise VideoError(f"{path} cannot be read: {error.strerror}") from None
 
 
@@ -433,14 +440,14 @@ class Batch(NamedTuple):
     masks: dict            # {family: Masks} of these clips
 
 
-def shuffled(n, batch_size, seed, steps):
-    """(epoch, records int64 [batch_size]) of each step in `steps`: every epoch a new order of the n records, the last partial batch dropped.
+def shuffled(n, batch_size, seed, steps, rank=0, world=1):
+    """(epoch, records int64 [batch_size / world]) of each step in `steps`: every epoch a new order of the n records, the last partial batch dropped.
 
-    A function of (n, batch_size, seed, step); no list of records is kept.
+    A function of (n, batch_size, seed, step), of which a rank takes its part; no list of records is kept.
     """
     for step in steps:
         epoch, place = divmod(step, n // batch_size)
-        yield epoch, ops.permute(np.arange(place * batch_size, (place + 1) * batch_size), n, seed, epoch)
+        yield epoch, ops.permute(np.arange(place * batch_size, (place + 1) * batch_size)[rank * batch_size // world:(rank + 1) * batch_size // world], n, seed, epoch)
 
 
 def in_order(records, batch_size):

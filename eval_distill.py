@@ -2,9 +2,11 @@
 
     python eval_distill.py --checkpoint A/best.pth B/best.pth --data DIR --split validation --teacher DIR_OR_CKPT --out X.json
     python eval_distill.py --checkpoint A/best.pth --cache CACHE_OF_THE_VALIDATION_SPLIT
+    torchrun --nproc_per_node 4 eval_distill.py ...         each rank takes every 4th batch; the figures are the same
 
 Every checkpoint gets the same clips and the same masks. R2 is 0 for the per-position mean of the training set and 1 for perfect.
 """
+import itertools
 import json
 import os
 from typing import Literal
@@ -22,7 +24,7 @@ ema = False                    # measure the moving average of the weights (trai
 max_batches = 200              # at most so many batches
 batch_size = 24                # clips a batch
 eval_seed = 2                  # of the masks; train.py chose best.pth with other ones
-threads = max(1, (os.cpu_count() or 1))  # reading and decoding threads
+threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # reading and decoding threads [all cores, shared by a machine's ranks]
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute
 device = "auto"                # auto, cpu, cuda or cuda:1
 out: str | None = None         # JSON file for the results
@@ -34,15 +36,18 @@ from tqdm import tqdm  # noqa: E402
 
 import model  # noqa: E402
 import ops  # noqa: E402
+import ranks  # noqa: E402
 from cache import open_cache, prepare_file, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import Records, Videos, batches, in_order, load_split  # noqa: E402
+from ranks import rank, world  # noqa: E402
 from views import View  # noqa: E402
 
 if not checkpoint or not (cache or data):
     raise InputError("give --checkpoint and either --cache or --data with --teacher; see --help")
-device = model.pick_device(device)
-print(ops.extension_line(device), flush=True)
+device = model.pick_device(ranks.start(device))
+log = print if rank == 0 else lambda *line, **how: None
+log(ops.extension_line(device), flush=True)
 prepare_file(out)
 loaded = {path: model.load_salt(path, device, ema) for path in checkpoint}
 
@@ -65,10 +70,10 @@ if cache:
                          f"the view of the training cache")
     if predicts_latents and not (source.has_latents and source.teacher_identity == first["teacher"]):
         raise InputError(f"{cache} holds latents of another teacher than {checkpoint[0]} was trained on, or none")
-    rows = load_split(data, source.metadata["split"], splits_dir, print) if data and not source.has_patches else None
+    rows = load_split(data, source.metadata["split"], splits_dir, log) if data and not source.has_patches else None
     clips = Records(source, rows)
 else:
-    rows = load_split(data, split, splits_dir, print)
+    rows = load_split(data, split, splits_dir, log)
     clips = Videos(rows, view, encoder_config.patch, encoder_config.tubelet)
     if predicts_latents:
         if not teacher:
@@ -86,16 +91,23 @@ kept = range(min(len(clips), max_batches * batch_size))
 families = list(dict.fromkeys(family for _, _, saved in loaded.values() for family in saved["settings"]["masks"]))
 seen = ("context", "target")  # the targets of the context, too: their mean is the background's guess
 errors = {path: [] for path in loaded}
-stream = batches(clips, in_order(kept, batch_size), families, eval_seed, patches=None if encoder else ("context",) if predicts_latents else seen,
+mine = itertools.islice(in_order(kept, batch_size), rank, None, world)
+stream = batches(clips, mine, families, eval_seed, patches=None if encoder else ("context",) if predicts_latents else seen,
                  latents=seen if predicts_latents else (), threads=threads, device=device, failed=lambda i, error: failures.append(str(error)))
-for batch in tqdm(stream, total=-(-len(kept) // batch_size), unit="batch", dynamic_ncols=True):
+config.started = True
+for batch in tqdm(stream, total=-(-len(kept) // batch_size) // world, unit="batch", dynamic_ncols=True, disable=rank > 0):
     if encoder:
         with torch.no_grad():
             batch = batch._replace(latents=encoder.encode(batch.patches))
     for path, (salt, space, saved) in loaded.items():
         errors[path].append(model.clip_errors(salt, space, batch, saved["settings"]["masks"]))
 
-# ---- results
+# ---- results: those of all ranks, in the order of the batches
+gathered = ranks.gather((errors, failures))
+if rank > 0:
+    ranks.leave()
+errors = {path: [part for turn in itertools.zip_longest(*(found[path] for found, _ in gathered)) for part in turn if part] for path in loaded}
+failures = [failure for _, lost in gathered for failure in lost]
 results = []
 for path, parts in errors.items():
     families = model.join_errors(parts)
@@ -118,3 +130,4 @@ for result in results:
         print(f"{'':{width}}  {name:6} {'':6} {row['mse']:9.5f} {row['r2']:7.4f} {'':16} {row['r2_background']:14.4f}")
 if out:
     write_whole(out, json.dumps({"results": results, "failures": failures, "config": settings}, indent=1).encode())
+ranks.leave()

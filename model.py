@@ -87,6 +87,7 @@ def position_table(tokens, dim):
 class Linear(nn.Linear):
     """x W' + b, computed in the dtype of W, or of its working copy where cast_matrices has made one. Sums are in float32."""
     working = None  # bfloat16 [D, K]; its gradient goes on to the float32 weight
+    compute = None  # with FSDP2: the dtype that each pass casts to, since a matrix is whole only while its block runs
 
     def __getstate__(self):
         return {**self.__dict__, "working": None}  # a copy of the module, or one on disk, makes its own
@@ -100,7 +101,10 @@ class Linear(nn.Linear):
         super()._load_from_state_dict(*arguments, **named)
 
     def matrix(self):
-        return self.weight if self.working is None else self.working
+        return self.working if self.working is not None else self.weight if self.compute is None else self.weight.to(self.compute)
+
+    def matrix_dtype(self):
+        return self.working.dtype if self.working is not None else self.compute or self.weight.dtype
 
     def forward(self, x, bias=None, of=ops.linear):
         matrix = self.matrix()
@@ -114,7 +118,9 @@ def cast_matrices(module, dtype):
     residual stream stay in float32.
     """
     for linear in module.modules():
-        if isinstance(linear, Linear):
+        if isinstance(linear, Linear) and hasattr(linear.weight, "full_tensor"):
+            linear.compute = torch.bfloat16 if dtype == "bf16" else None
+        elif isinstance(linear, Linear):
             linear.working = linear.weight.to(torch.bfloat16) if dtype == "bf16" else None
 
 
@@ -181,7 +187,7 @@ class Encoder(nn.Module):
 
         In the dtype that the embedding computes in.
         """
-        return ops.patch_normalise(patches, self.config.mean, self.config.std, index, self.patch_embed.matrix().dtype)
+        return ops.patch_normalise(patches, self.config.mean, self.config.std, index, self.patch_embed.matrix_dtype())
 
     def forward(self, patches, index=None, lengths=None):
         """Normalised float patches [B, K, P] at positions index int64 [B, K] (all N in order by default) -> [B, K, D] float32.
@@ -311,15 +317,17 @@ def vicreg(prediction, eps=1e-4):
     return variance, (covariance.square().sum() - covariance.diagonal().square().sum()) / x.shape[1]
 
 
-def update(optimizer, parameters, clip):
-    """One AdamW step with the gradients scaled down to the global norm `clip` (0: as they are); none at all where a gradient is not finite.
+def update(optimizer, parameters, clip, loss=None):
+    """One AdamW step with the gradients scaled down to the global norm `clip` (0: as they are); none at all where a gradient, or `loss`, is not finite.
 
     One pass over the gradients makes their norm, and one by PyTorch's fused kernel updates: it takes the factor (`grad_scale`) and whether to leave
     everything alone (`found_inf`) from the device, so that nothing waits. Gradients are dropped. Returns the norm before clipping, float32 scalar.
     """
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # of FSDP2's shards
     optimizer.grad_scale = (norm / clip).clamp(min=1) if clip else torch.ones_like(norm)
-    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.found_inf = (~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -329,6 +337,16 @@ def update(optimizer, parameters, clip):
 def move_average(average, module, decay):
     """average = decay * average + (1 - decay) * module, over all parameters, in place."""
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+
+
+def shard(module, device):
+    """Split a Salt over all ranks by FSDP2: each block, and what is outside of the blocks, is gathered while it runs. Weights are gathered in float32."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in (*module.student.blocks, *module.predictor.blocks):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def parameter_groups(module, weight_decay):

@@ -2,21 +2,29 @@
 
     python train.py --data DIR --cache CACHE --val_cache CACHE --epochs 10 --lr 2e-4
     python train.py --target pixels --masks ratio --data DIR        stage 1: an encoder that can be the teacher
+    torchrun --nproc_per_node 8 train.py ... --resume auto          several GPUs: the same batch, order and schedules
 
 Checkpoints go to checkpoints/<run>/, the log to run_logs/<run>.log. Ctrl-C saves and leaves; --resume auto continues.
 """
 import atexit
+import contextlib
 import copy
+import faulthandler
+import fcntl
 import functools
+import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from datetime import timedelta
 from typing import Literal
@@ -60,6 +68,7 @@ weight_decay_end = 0.4         # at the end of its cosine
 grad_clip = 0.02               # global norm; the log says in how many steps it bites. 0 is off
 accumulate = 1                 # N: a batch goes through in N parts; activations take 1/N of their memory, batch and schedules stay
 recompute = False              # keep only the blocks' inputs for the backward pass: fewer activations in memory, up to a third more time
+fsdp = False                   # under torchrun: split weights, gradients and moments over the ranks (FSDP2), for students that do not fit one GPU
 compile: Literal["auto", "on", "off"] = "auto"  # torch.compile over the blocks; auto: on a GPU alone (on a CPU it gains 0 - 5 %)
 ema = 0.0                      # decay of a moving average of all weights, 0.999 say, kept beside them; 0 is off
 # the run
@@ -70,11 +79,15 @@ eval_every: int | None = None  # steps between held-out evaluations [once an epo
 val_batches = 20               # batches an evaluation
 stats_clips = 256              # training clips that give R2's per-position mean where the cache has none
 save_every = 500               # steps between last.pth
+save_minutes = 15.0            # minutes after which it is saved at the latest
 log_every = 20                 # steps between log lines
-resume: str | None = None      # auto (the newest last.pth of this run_name) or a last.pth
+skip_limit = 10                # steps in a row whose loss or gradient is not finite, after which the run stops with a diagnosis; fewer are skipped
+resume: str | None = None      # auto (the newest whole checkpoint of this run_name; afresh where there is none) or a last.pth
+wandb: str | None = None       # project of Weights & Biases to log to as well (pip install wandb)
+tensorboard = False            # log to checkpoints/<run>/tensorboard as well (pip install tensorboard)
 checkpoints = "checkpoints"    # folder of checkpoints
 run_logs = "run_logs"          # folder of logs
-threads = max(1, (os.cpu_count() or 1))  # reading and decoding threads
+threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # reading and decoding threads [all cores, shared by a machine's ranks]
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute; weights and optimiser are always fp32
 matrix_rate: float | None = None  # TFLOP/s of matrix products that MFU is a share of [measured at the start]
 device = "auto"                # auto, cpu, cuda or cuda:1
@@ -82,40 +95,49 @@ deterministic = False          # on a GPU: the same bits every run, slower
 # -----------------------------------------------------------------------------------------------------------------------
 settings = config.apply(globals(), least=dict.fromkeys((
     "seed", "eval_seed", "warmup", "grad_clip", "lr", "lr_end", "eps", "weight_decay", "weight_decay_end", "vicreg_variance",
-    "vicreg_covariance", "ema"), 0) | dict.fromkeys((
+    "vicreg_covariance", "ema", "save_minutes"), 0) | dict.fromkeys((
     "frames", "resolution", "patch", "depth", "predictor_depth", "predictor_dim", "predictor_heads", "batch_size", "epochs", "max_steps",
-    "accumulate", "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "threads"), 1))
+    "accumulate", "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "skip_limit", "threads"), 1))
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages on a CPU
 import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 from tqdm import tqdm  # noqa: E402
 
 import budget  # noqa: E402
+import health  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
-from cache import open_cache, prepare_folder  # noqa: E402
+import ranks  # noqa: E402
+from cache import open_cache, prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import Records, Videos, batches, check_batch, in_order, load_split, shuffled  # noqa: E402
 from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
-from weights import load_checkpoint, save_checkpoint  # noqa: E402
+from ranks import rank, world  # noqa: E402
+from weights import load_checkpoint, newest_checkpoint, save_checkpoint  # noqa: E402
 
-# ---- the log; its last line is always `Process exiting.`
+# ---- the log, which rank 0 writes; its last line is always `Process exiting.`
 run = f"{run_name}_{time.strftime('%Y%m%d_%H%M%S')}_pid{os.getpid()}"
 if run_name != os.path.basename(run_name) or not run_name:
     raise InputError(f"--run_name {run_name!r} must be a plain name")
-prepare_folder(run_logs, "--run_logs")
-prepare_folder(checkpoints, "--checkpoints")
-log_file = open(os.path.join(run_logs, f"{run}.log"), "w", buffering=1)
-status, losses, epoch_length = "failed", [], 1  # losses: of every step of the run, resumed ones included
+if world > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and resume != "auto":
+    raise InputError("torchrun --max_restarts starts this command again when a rank dies: give --resume auto, so that it goes on where it was")
+if rank == 0:
+    prepare_folder(run_logs, "--run_logs")
+    prepare_folder(checkpoints, "--checkpoints")
+log_file = open(os.path.join(run_logs, f"{run}.log") if rank == 0 else os.devnull, "w", buffering=1)
+faulthandler.enable(log_file if rank == 0 else sys.stderr)  # a crash in C++ or SIGBUS still says where
+status, losses, epoch_length = "failed", [], 1  # losses: of every step of the run, resumed ones included; nan where it was skipped
+pending, queued = [], deque()  # pending: [loss, squared, spread, gradient norm] of each step since the last line; queued: of those that a GPU has still to do
 unlogged = None  # on a GPU: the line of the step before
 
 
 def log(line=""):
-    log_file.write(line + "\n")
     try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except OSError:  # the terminal or pipe is gone; the run and its log go on
+        log_file.write(line + "\n")
+        if rank == 0:
+            tqdm.write(line)
+            sys.stdout.flush()
+    except OSError:  # the terminal or pipe is gone, or the disk is full; the run goes on
         sys.stdout = open(os.devnull, "w")
 
 
@@ -125,19 +147,31 @@ def close_log():
             report(*unlogged)
         except (InputError, RuntimeError) as error:  # the GPU itself may be what ended the run
             log(f"the last line is lost: {' '.join(str(error).split())[:200]}")
-    if losses:
-        least = min(range(len(losses)), key=losses.__getitem__)
-        log(f"minimum loss {losses[least]:.6f} at step {least + 1} of {len(losses)}")
-        for start in range(0, len(losses), epoch_length):
-            part = losses[start:start + epoch_length]
-            log(f"epoch {start // epoch_length + 1}: average loss {math.fsum(part) / len(part):.6f} over {len(part)} steps")
-        log(f"average loss of the last {min(2000, len(losses))} steps: {math.fsum(losses[-2000:]) / min(2000, len(losses)):.6f}")
+    if every := [*losses, *(values[0].item() for values in pending[:len(pending) - len(queued)])]:
+        taken = [i for i, loss in enumerate(every) if math.isfinite(loss)]
+        if taken:
+            least = min(taken, key=every.__getitem__)
+            log(f"minimum loss {every[least]:.6f} at step {least + 1} of {len(every)}")
+        for start in range(0, len(every), epoch_length):
+            log(f"epoch {start // epoch_length + 1}: average loss {average(every[start:start + epoch_length]):.6f} over {len(every[start:start + epoch_length])} steps")
+        log(f"average loss of the last {min(2000, len(every))} steps: {average(every[-2000:]):.6f}")
+        if len(taken) < len(every):
+            log(f"skipped steps, whose loss or gradient was not finite: {len(every) - len(taken)}")
     log(f"status: {status}")
     log("Process exiting.")
 
 
+def average(losses):
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
 def log_error(kind, error, traceback):
-    log_file.write(f"error: {' '.join(str(error).split()) or kind.__name__}\n")
+    if world > 1 and issubclass(kind, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
+        kind, error = InputError, InputError(f"another rank is gone, or not to be reached ({' '.join(str(error).split())[:200]}); torchrun --max_restarts N with --resume auto starts all of "
+                                             "them again from last.pth")
+    with contextlib.suppress(OSError):
+        log_file.write(f"error: {' '.join(str(error).split()) or kind.__name__}\n")
     config.report_in_one_line(kind, error, traceback)
 
 
@@ -154,15 +188,17 @@ def on_signal(number, frame):
         os.write(2, b"saving after this step; once more to leave without\n")
 
 
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, on_signal)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+        signal.signal(number, on_signal)
 log(f"run {run}: {' '.join(sys.argv)}")
 log(f"settings {json.dumps(settings)}")
 for line in config.from_environment:
     log(line)
-if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-    raise InputError("train.py runs on one device; start it without torchrun (cache_latents.py runs on several)")
-device = model.pick_device(device)
+device = model.pick_device(ranks.start(device))
+if world > 1:
+    run, restarts = ranks.first(lambda: run), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    log(f"{world} ranks{f', started again for the {restarts}. time' if restarts else ''}; {'FSDP2' if fsdp else 'DDP'}: each takes {batch_size // world} of the {batch_size} clips")
 log(ops.extension_line(device))
 where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 log(f"torch {torch.__version__} on {where}, {dtype}")
@@ -228,66 +264,52 @@ if not all(0 <= beta < 1 for beta in betas):
 if target == "pixels" and (loss != "mse" or target_norm != "none"):
     raise InputError("--target pixels is trained with the MSE on per-patch standardised pixels; leave --loss and --target_norm alone")
 check_batch(n, batch_size)
-if batch_size % accumulate:
-    raise InputError(f"--accumulate {accumulate} does not divide --batch_size {batch_size}; the parts of a batch have one size")
-if accumulate > 1 and (vicreg_variance or vicreg_covariance):
-    raise InputError("VICReg's penalties are statistics of a whole batch, which --accumulate takes apart; leave one of the two out")
+if batch_size % (world * accumulate):
+    raise InputError(f"--accumulate {accumulate}{f' times {world} ranks' if world > 1 else ''} does not divide --batch_size {batch_size}; the parts of a batch have one size")
+if (accumulate > 1 or world > 1) and (vicreg_variance or vicreg_covariance):
+    raise InputError("VICReg's penalties are statistics of a whole batch, which --accumulate and several ranks take apart; leave one of the two out")
+if fsdp and world == 1:
+    raise InputError("--fsdp splits the model over ranks; start with torchrun --nproc_per_node N")
 if ema >= 1:
     raise InputError(f"--ema is {ema}; a decay is at least 0 (off) and below 1")
 identity = {"train": source.identity if source else {"list": hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()},
             "teacher": teacher_identity, "held_out": held_out.identity if held_out else None}  # what a resumed run must have in common with this one
 
-# ---- model and optimiser
-shape = {} if depth is None else {"depth": depth}
-encoder_config = model.config_of_size(size, frames=view.frames, size=view.size, patch=patch_size, tubelet=tubelet, mean=mean, std=std, **shape)
-predictor_config = {"dim_in": encoder_config.dim, "dim_out": encoder_config.patch_dim if target == "pixels" else latent_dim,
-                    "tokens": encoder_config.tokens, "families": masks, "dim": predictor_dim, "depth": predictor_depth, "heads": predictor_heads}
-grid = encoder_config.grid
-torch.manual_seed(seed)  # here, so that nothing before it shows in the initial weights
-salt = model.build_salt(encoder_config, predictor_config).to(device)
-parameters = list(salt.parameters())
-averaged = copy.deepcopy(salt).requires_grad_(False) if ema else None
-optimizer = torch.optim.AdamW(model.parameter_groups(salt, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
-salt.student.recompute = salt.predictor.recompute = recompute
-on_gpu = device.type == "cuda"
-can_compile = importlib.util.find_spec("triton") and any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
-if compile == "auto" and on_gpu and not can_compile:
-    log("the blocks are not compiled: torch.compile needs Triton and a C compiler")
-if compile == "on" or compile == "auto" and on_gpu and can_compile:
-    for block in (*salt.student.blocks, *salt.predictor.blocks):
-        block.compile(dynamic=False)
-    log("torch.compile over the blocks: the first step takes longer")
-if not on_gpu:
-    ops.keep_freed_memory()
-epoch_length = n // batch_size
-total_steps = max_steps or epochs * epoch_length
-warmup = min(2000, total_steps // 10) if warmup is None else warmup
-eval_every = eval_every or epoch_length
-millions = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
-log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config.heads}, {millions(salt.student):.1f} M parameters; "
-    f"predictor {millions(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
-log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
-clip_flops = budget.step_flops(encoder_config, predictor_config, [ops.mask_counts(family, grid) for family in masks])
-full_rate = 1e12 * matrix_rate if matrix_rate else budget.matrix_rate(device, dtype)
-if dtype == "bf16" and not on_gpu and not matrix_rate and budget.matrix_rate(device, "fp32") > full_rate:
-    log("this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice")
-log(f"a step has {clip_flops * batch_size / 1e9:.0f} GFLOP ({clip_flops / 1e9:.1f} a clip); MFU is the share of {full_rate / 1e12:.2f} TFLOP/s of {dtype} matrix products")
-
 # ---- resume, under the same settings or not at all
 directory, step, history = os.path.join(checkpoints, run), 0, []  # history: held-out evaluations
 best = -math.inf if held_out else math.inf  # held-out R2, or without a val_cache an epoch's average loss
-changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "run_name", "checkpoints", "run_logs", "threads", "device",
-              "log_every", "save_every", "recompute", "accumulate", "compile", "matrix_rate"}
-saved = None
-if resume == "auto":
-    names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
-    places = [os.path.join(checkpoints, name, "last.pth") for name in names if name.rsplit("_", 3)[0] == run_name]
-    places = sorted((place for place in places if os.path.isfile(place)), key=os.path.getmtime)
-    resume = places[-1] if places else None
-    log(f"resuming from {resume}" if resume else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
-if resume:
-    saved = load_checkpoint(resume)
-    if missing := [name for name in ("optimizer", "rng", "losses", "history", "best", "stats", *(["ema"] if averaged else [])) if name not in saved]:
+lineage = []  # the runs that this one continues, the first one first
+here = {"ranks": world, "threads": torch.get_num_threads(), "device": device.type, "torch": str(torch.__version__)}  # what the last bits depend on
+changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "run_name", "checkpoints", "run_logs", "threads", "device", "log_every", "save_every", "save_minutes",
+              "skip_limit", "wandb", "tensorboard", "recompute", "accumulate", "fsdp", "compile", "matrix_rate", "deterministic"}
+
+
+def find_checkpoint():
+    """The path to resume from, or None; its run must have ended."""
+    if resume == "auto":
+        names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+        path, _ = newest_checkpoint([os.path.join(checkpoints, name) for name in names if name.rsplit("_", 3)[0] == run_name], log)
+        log(f"resuming from {path}" if path else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
+    else:
+        path = resume if not os.path.isdir(resume) else newest_checkpoint([resume], log)[0]
+        if path is None:
+            raise InputError(f"--resume {resume} is a folder without a last.pth")
+    before = os.path.join(os.path.dirname(os.path.abspath(path)), "metrics.jsonl") if path else ""
+    if os.path.isfile(before):
+        with open(before) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"--resume: the run of {path} is still going; end it first, or choose another --run_name") from None
+            except OSError:
+                pass  # a file system without locks
+    return path
+
+
+resume = ranks.first(find_checkpoint) if resume else None
+saved = load_checkpoint(resume) if resume else None
+if saved:
+    if missing := [name for name in ("optimizer", "rng", "losses", "history", "best", "stats", *(["ema"] if ema else [])) if name not in saved]:
         raise InputError(f"--resume {resume} holds no {', '.join(missing)}; give a last.pth")
     if difference := view.difference(View.from_dict(saved["view"])):
         raise InputError(f"--resume {resume} was trained under another view: {difference}")
@@ -298,20 +320,70 @@ if resume:
         if name not in changeable and name in saved["settings"] and json.dumps(saved["settings"].get(name)) != json.dumps(value):
             raise InputError(f"--resume {resume} was trained with --{name} {saved['settings'].get(name)}, not {value}; give the "
                              f"same, or start a new run")
+
+# ---- model and optimiser
+shape = {} if depth is None else {"depth": depth}
+encoder_config = model.config_of_size(size, frames=view.frames, size=view.size, patch=patch_size, tubelet=tubelet, mean=mean, std=std, **shape)
+predictor_config = {"dim_in": encoder_config.dim, "dim_out": encoder_config.patch_dim if target == "pixels" else latent_dim,
+                    "tokens": encoder_config.tokens, "families": masks, "dim": predictor_dim, "depth": predictor_depth, "heads": predictor_heads}
+grid = encoder_config.grid
+torch.manual_seed(seed)  # here, so that nothing before it shows in the initial weights
+salt = model.build_salt(encoder_config, predictor_config)
+millions = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
+log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config.heads}, {millions(salt.student):.1f} M parameters; "
+    f"predictor {millions(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
+if saved:
     model.load_weights(salt.student, saved["student"], resume)
     model.load_weights(salt.predictor, saved["predictor"], resume)
-    if averaged:
-        model.load_weights(averaged.student, saved["ema"]["student"], resume)
-        model.load_weights(averaged.predictor, saved["ema"]["predictor"], resume)
+averaged = copy.deepcopy(salt).requires_grad_(False) if ema else None
+if saved and averaged:
+    model.load_weights(averaged.student, saved["ema"]["student"], resume)
+    model.load_weights(averaged.predictor, saved["ema"]["predictor"], resume)
+networks = [salt, averaged] if averaged else [salt]
+for network in networks:  # split before it goes to the GPU, since the whole need not fit there
+    model.shard(network, device) if fsdp else network.to(device)
+    network.to(device)
+parameters = list(salt.parameters())
+optimizer = torch.optim.AdamW(model.parameter_groups(salt, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+salt.student.recompute = salt.predictor.recompute = recompute
+on_gpu = device.type == "cuda"
+can_compile = importlib.util.find_spec("triton") and any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
+if compile == "auto" and on_gpu and not can_compile:
+    log("the blocks are not compiled: torch.compile needs Triton and a C compiler")
+if compile == "on" or compile == "auto" and on_gpu and can_compile:
+    for block in (*salt.student.blocks, *salt.predictor.blocks):
+        block.compile(dynamic=False)
+    log("torch.compile over the blocks: the first step takes longer")
+distributed = salt  # what a step calls
+if world > 1 and not fsdp:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; older ones lack the new name
+        distributed = torch.nn.parallel.DistributedDataParallel(salt, device_ids=[device] if on_gpu else None, gradient_as_bucket_view=True, broadcast_buffers=False)
+if not on_gpu:
+    ops.keep_freed_memory()
+epoch_length = n // batch_size
+total_steps = max_steps or epochs * epoch_length
+warmup = min(2000, total_steps // 10) if warmup is None else warmup
+eval_every = eval_every or epoch_length
+log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
+clip_flops = budget.step_flops(encoder_config, predictor_config, [ops.mask_counts(family, grid) for family in masks])
+full_rate = 1e12 * matrix_rate if matrix_rate else budget.matrix_rate(device, dtype)
+if dtype == "bf16" and not on_gpu and not matrix_rate and budget.matrix_rate(device, "fp32") > full_rate:
+    log("this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice")
+log(f"a step has {clip_flops * batch_size / 1e9:.0f} GFLOP ({clip_flops / 1e9:.1f} a clip); MFU is the share of {full_rate * world / 1e12:.2f} TFLOP/s of {dtype} matrix products")
+if saved:
     try:
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(ranks.split_like(optimizer, saved["optimizer"]) if fsdp else saved["optimizer"])
     except (KeyError, ValueError) as error:
         raise InputError(f"--resume {resume} holds the optimiser state of another model ({error})") from None
     torch.set_rng_state(saved["rng"]["cpu"])
-    if device.type == "cuda" and saved["rng"]["cuda"] is not None:
+    if on_gpu and saved["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
-    step, losses, history, best = saved["step"], saved["losses"].tolist(), saved["history"], saved["best"]
+    step, losses, history, best, pending = saved["step"], saved["losses"].tolist(), saved["history"], saved["best"], list(saved.get("pending", ()))
+    lineage = [*saved.get("lineage", ()), os.path.basename(os.path.dirname(os.path.abspath(resume)))]
     log(f"resumed {resume} at step {step}")
+    if saved.get("where", here) != here:
+        log(f"it ran under {saved['where']} before, now under {here}: the same clips, masks and schedules, but the last bits may differ")
 
 
 def with_latents(batch):
@@ -321,64 +393,90 @@ def with_latents(batch):
 
 
 # ---- the space of the targets, and the per-position mean that R2 is measured from
-if saved:
-    space, stats = model.Space(**saved["space"]), saved["stats"]
-else:
+def target_space():
     stats = {name: torch.as_tensor(value) for name, value in source.stats.items()} if source and source.has_latents and target == "latents" else None
     rstd = lambda: 1 / (stats["variance"] + 1e-6).sqrt()
     space = model.Space(target, target_norm, None, None, torch.zeros(()))
     if stats and target_norm == "standardise":
-        space = model.Space(target, target_norm, stats["mean"], rstd(), torch.zeros_like(stats["mean"]))
-    elif stats and target_norm == "none":
+        return model.Space(target, target_norm, stats["mean"], rstd(), torch.zeros_like(stats["mean"])), stats
+    if stats and target_norm == "none":
         space.zero = stats["mean"]
-    else:
-        picked = [i * n // min(stats_clips, n) for i in range(min(stats_clips, n))]
-        log(f"R2's per-position mean: from {len(picked)} training clips")
-        raw = model.Space(target, "none" if target_norm == "standardise" else target_norm, None, None, space.zero)
-        count = total = squares = 0
-        sample = batches(clips, in_order(picked, batch_size), threads=threads, device=device, failed=lambda i, error: None)
-        for batch in tqdm(sample, desc="statistics", total=-(-len(picked) // batch_size), unit="batch", dynamic_ncols=True, leave=False):
-            batch = with_latents(batch)
-            y = raw.all_targets(batch.patches, batch.latents).double()
-            count, total, squares = count + len(y), total + y.sum(0).cpu(), squares + y.square().sum(0).cpu()
-        if not count:
-            raise InputError(f"none of {len(picked)} training videos could be decoded; check --data with `python cache_latents.py "
-                             f"--teacher none`, which lists the reasons")
-        average = total / count
-        found = {"mean": average.float(), "variance": (squares / count - average.square()).clamp(min=0).float(), "count": torch.tensor(count)}
-        if target_norm == "standardise":
-            stats = found
-            space = model.Space(target, target_norm, stats["mean"], rstd(), torch.zeros_like(stats["mean"]))
-        else:
-            stats, space.zero = stats or found, found["mean"]
+        return space, stats
+    picked = [i * n // min(stats_clips, n) for i in range(min(stats_clips, n))]
+    log(f"R2's per-position mean: from {len(picked)} training clips")
+    raw = model.Space(target, "none" if target_norm == "standardise" else target_norm, None, None, space.zero)
+    count = total = squares = 0
+    sample = batches(clips, in_order(picked, batch_size), threads=threads, device=device, failed=lambda i, error: None)
+    for batch in tqdm(sample, desc="statistics", total=-(-len(picked) // batch_size), unit="batch", dynamic_ncols=True, leave=False):
+        batch = with_latents(batch)
+        y = raw.all_targets(batch.patches, batch.latents).double()
+        count, total, squares = count + len(y), total + y.sum(0).cpu(), squares + y.square().sum(0).cpu()
+    if not count:
+        raise InputError(f"none of {len(picked)} training videos could be decoded; check --data with `python cache_latents.py "
+                         f"--teacher none`, which lists the reasons")
+    mean = total / count
+    found = {"mean": mean.float(), "variance": (squares / count - mean.square()).clamp(min=0).float(), "count": torch.tensor(count)}
+    if target_norm == "standardise":
+        stats = found
+        return model.Space(target, target_norm, stats["mean"], rstd(), torch.zeros_like(stats["mean"])), stats
+    space.zero = found["mean"]
+    return space, stats or found
+
+
+space, stats = (model.Space(**saved["space"]), saved["stats"]) if saved else ranks.first(target_space)
 space = space.to(device)
 
 
 def save(name):
-    content = {"student": salt.student.state_dict(), "predictor": salt.predictor.state_dict(), "encoder_config": model.plain(encoder_config),
+    state = lambda network: {"student": network.student.state_dict(), "predictor": network.predictor.state_dict()}
+    content = {**state(salt), "encoder_config": model.plain(encoder_config),
                "predictor_config": predictor_config, "settings": settings, "step": step, "epoch": step / epoch_length,
-               "losses": torch.tensor(losses, dtype=torch.float64),
-               "history": history, "best": best, "view": view.to_dict(), "stats": stats, "space": model.plain(space.to("cpu")), "identity": identity,
-               "teacher": teacher_identity}
+               "losses": torch.tensor(losses, dtype=torch.float64), "history": history, "best": best, "view": view.to_dict(), "stats": stats,
+               "space": model.plain(space.to("cpu")), "identity": identity, "teacher": teacher_identity, "lineage": lineage}
     if averaged:
-        content["ema"] = {"student": averaged.student.state_dict(), "predictor": averaged.predictor.state_dict()}
+        content["ema"] = state(averaged)
     if name == "last.pth":
-        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-        content |= {"optimizer": optimizer.state_dict(), "rng": rng}
-    save_checkpoint(os.path.join(directory, name), content)
+        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if on_gpu else None}
+        content |= {"optimizer": optimizer.state_dict(), "rng": rng, "pending": torch.stack(pending) if pending else torch.zeros(0, 4), "where": here}
+    content = ranks.whole(content) if fsdp else content
+    ranks.first(lambda: save_checkpoint(os.path.join(directory, name), content, previous if name == "last.pth" else None))
 
 
-# ---- train
-os.makedirs(directory, exist_ok=True)
-metrics = open(os.path.join(directory, "metrics.jsonl"), "w", buffering=1)
-if saved:
-    before = os.path.dirname(os.path.abspath(resume))
-    if os.path.isfile(os.path.join(before, "best.pth")):
-        shutil.copyfile(os.path.join(before, "best.pth"), os.path.join(directory, "best.pth"))
-    if os.path.isfile(os.path.join(before, "metrics.jsonl")):
-        for line in open(os.path.join(before, "metrics.jsonl")):
-            if line.endswith("}\n") and json.loads(line)["step"] <= step:  # a killed run may leave a torn last line
-                metrics.write(line)
+# ---- the run's folder; what it continues goes along
+previous = os.path.join(directory, "previous.pth")
+
+
+def open_folder():
+    os.makedirs(directory, exist_ok=True)
+    metrics = open(os.path.join(directory, "metrics.jsonl"), "w", buffering=1)
+    with contextlib.suppress(OSError):
+        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as the run lives: nobody resumes it meanwhile
+    best_is_lost = False
+    if saved:
+        before = os.path.dirname(os.path.abspath(resume))
+        for left in glob.glob(os.path.join(glob.escape(before), "*.part")):  # half-written when it was killed
+            os.remove(left)
+        if os.path.isfile(os.path.join(before, "best.pth")):
+            try:
+                load_checkpoint(os.path.join(before, "best.pth"))
+                shutil.copyfile(os.path.join(before, "best.pth"), os.path.join(directory, "best.pth.part"))
+                os.replace(os.path.join(directory, "best.pth.part"), os.path.join(directory, "best.pth"))
+            except InputError as error:
+                best_is_lost = True
+                log(f"left behind: {error}; the next evaluation makes a new best.pth")
+        if os.path.isfile(os.path.join(before, "metrics.jsonl")):
+            for line in open(os.path.join(before, "metrics.jsonl")):
+                if line.endswith("}\n") and json.loads(line)["step"] <= step:  # a killed run may leave a torn last line
+                    metrics.write(line)
+    return metrics, best_is_lost
+
+
+metrics = None
+if rank == 0:
+    metrics, best_is_lost = open_folder()
+    if best_is_lost:
+        best = -math.inf if held_out else math.inf
+best = ranks.first(lambda: best)
 failures = set()
 
 
@@ -386,7 +484,7 @@ def failed(part, i, error):
     if (part, i) not in failures:
         failures.add((part, i))
         log(f"skipped, {len(failures)} so far: {error}")
-        with open(os.path.join(directory, "failures.jsonl"), "a") as file:
+        with open(os.path.join(directory, f"failures{f'-rank{rank}' if rank else ''}.jsonl"), "a") as file:
             file.write(json.dumps({"part": part, "record": i, "reason": str(error)}) + "\n")
 
 
@@ -399,57 +497,123 @@ rows_held_out = {"patches": seen if target == "pixels" else ("context",), "laten
 @torch.compiler.set_stance("force_eager")  # a last, smaller batch would be compiled for itself
 def held_out_r2():
     kept = range(min(len(held_out), val_batches * batch_size))
-    stream = batches(held_out_clips, in_order(kept, batch_size), masks, eval_seed, **rows_held_out, threads=threads, device=device,
-                     failed=functools.partial(failed, "held-out"))
-    weights, found = {"": salt} | ({"_ema": averaged} if averaged else {}), {}
+    mine = itertools.islice(in_order(kept, batch_size), *((0, None) if fsdp else (rank, None, world)))  # FSDP2: the ranks run each batch together
+    stream = batches(held_out_clips, mine, masks, eval_seed, **rows_held_out, threads=threads, device=device, failed=functools.partial(failed, "held-out"))
     with torch.no_grad():
-        for network in weights.values():
+        for network in networks:
             model.cast_matrices(network, dtype)
-    for batch in stream:
-        for name, network in weights.items():
-            found.setdefault(name, []).append(model.clip_errors(network, space, batch, masks))
+    parts = [[model.clip_errors(network, space, batch, masks) for network in networks] for batch in stream]
+    if not fsdp:  # back in their order
+        parts = [part for turn in itertools.zip_longest(*ranks.gather(parts)) for part in turn if part]
     entry = {"step": step}
-    for name, network in weights.items():
+    for i, (suffix, network) in enumerate(zip(("", "_ema"), networks)):
         model.cast_matrices(network, "fp32")
-        rows = model.join_errors(found.get(name))
-        entry |= {f"val_r2{name}": float(model.r2(rows.values())), f"val_mse{name}": model.mse(rows.values())}
+        rows = model.join_errors([part[i] for part in parts])
+        entry |= {f"val_r2{suffix}": float(model.r2(rows.values())), f"val_mse{suffix}": model.mse(rows.values())}
     entry["val_r2_background"] = float(model.r2(rows.values(), "background"))
     averaged_r2 = f"; moving average of the weights: R2 {entry['val_r2_ema']:.4f}" if averaged else ""
     log(f"step {step} held-out R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 "
         f"{entry['val_r2_background']:.4f}{averaged_r2})")
-    metrics.write(json.dumps(entry) + "\n")
+    write_metrics(entry)
     history.append(entry)
 
 
-def report(values, ready, step, seconds, steps, waited, rate, decay):
-    """Log the steps since the last line: [loss, squared, spread, gradient norm] of each."""
-    if ready:
-        ready.synchronize()
-    values = values.double()
+trackers = []  # functions that take an entry of metrics.jsonl
+
+
+def open_trackers():
+    if wandb:
+        try:
+            import wandb as service
+        except ImportError:
+            raise InputError("--wandb needs Weights & Biases: pip install wandb, or leave the flag out") from None
+        session = service.init(project=wandb, name=run, group=(lineage or [run])[0], config=settings)
+        trackers.append(lambda entry: session.log(entry, step=entry["step"]))
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out") from None
+        writer = SummaryWriter(os.path.join(directory, "tensorboard"))
+        trackers.append(lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()])
+    for line in open(metrics.name) if trackers else ():  # what a resumed run begins with
+        track_all(json.loads(line))
+
+
+def track_all(entry):
+    for track in trackers:
+        track({name: value for name, value in entry.items() if value is not None})
+
+
+def write_metrics(entry):
+    if rank:
+        return
+    try:
+        metrics.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise InputError(f"{metrics.name} cannot be written ({error.strerror}); free some disk space and continue with --resume auto") from None
+    track_all(entry)
+
+
+def report(values, watched, step, seconds, steps, waited, rate, decay):
+    """Log the steps since the last line. values: [loss, squared, spread, gradient norm] of each; watched: moments of the last one's features, and its update."""
+    values = torch.stack(values).double()
+    finite = values.isfinite().all(1)
+    values[~finite] = math.nan
     losses.extend(values[:, 0].tolist())
-    if not values.isfinite().all():
-        raise InputError(f"the loss or its gradient was not finite between steps {step - steps + 1} and {step} (loss {values[:, 0].tolist()}); "
-                         f"lower --lr, or try --dtype fp32")
-    speed = steps / seconds
-    entry = {"step": step, "epoch": step / epoch_length, "loss": values[:, 0].mean().item(),
-             "r2": 1 - (values[:, 1].sum() / values[:, 2].sum()).item(), "lr": rate, "weight_decay": decay,
-             "grad_norm": values[:, 3].mean().item(),
-             "clipped": (values[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0,
-             "clips_per_s": speed * batch_size, "data_wait": waited / seconds, "mfu": speed * batch_size * clip_flops / full_rate}
-    metrics.write(json.dumps(entry) + "\n")
-    log(f"step {step}/{total_steps} epoch {entry['epoch']:.2f} loss {entry['loss']:.5f} R2 {entry['r2']:.4f} lr {rate:.2e} wd {decay:.3f} "
-        f"grad {entry['grad_norm']:.3g} clipped {entry['clipped']:.0%} {entry['clips_per_s']:.2f} clips/s MFU {entry['mfu']:.0%} "
-        f"waiting {entry['data_wait']:.0%} left {timedelta(seconds=int((total_steps - step) / speed))}")
+    taken = values[finite]
+    speed, (deviation, effective_rank) = steps / seconds, health.collapse(watched[0])
+    mean = lambda column: column.mean().item() if len(taken) else None
+    entry = {"step": step, "epoch": step / epoch_length, "loss": mean(taken[:, 0]), "r2": 1 - (taken[:, 1].sum() / taken[:, 2].sum()).item() if len(taken) else None,
+             "lr": rate, "weight_decay": decay, "grad_norm": mean(taken[:, 3]),
+             "clipped": mean((taken[:, 3] > grad_clip).double()) if grad_clip else 0.0, "skipped": sum(map(math.isnan, losses)),
+             "update_ratio": (watched[1][0] / watched[1][1]).sqrt().item(), "feature_std": deviation, "effective_rank": effective_rank,
+             "clips_per_s": speed * batch_size, "data_wait": waited / seconds, "mfu": speed * batch_size * clip_flops / full_rate / world,
+             "memory_gb": (torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9}
+    entry = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()}
+    write_metrics(entry)
+    show = {name: math.nan if value is None else value for name, value in entry.items()}
+    log(f"step {step}/{total_steps} epoch {show['epoch']:.2f} loss {show['loss']:.5f} R2 {show['r2']:.4f} lr {rate:.2e} wd {decay:.3f} "
+        f"grad {show['grad_norm']:.3g} clipped {show['clipped']:.0%} update {show['update_ratio']:.1e} std {show['feature_std']:.3f} rank {show['effective_rank']:.1f} "
+        f"{show['clips_per_s']:.2f} clips/s MFU {show['mfu']:.0%} waiting {show['data_wait']:.0%} {show['memory_gb']:.2f} GB"
+        f"{' skipped ' + str(show['skipped']) if show['skipped'] else ''} left {timedelta(seconds=int((total_steps - step) / speed))}")
+
+
+def stop_with_diagnosis(last):
+    """After skip_limit steps in a row that were not finite: do the last of them again, clip by clip, and say what is wrong."""
+    mine = shuffled(n, batch_size, seed, [last], rank, world)
+    stream = batches(clips, mine, masks, seed, **rows_of_step, threads=threads, device=device, failed=functools.partial(failed, "training"), substitutes=True)
+    _, records = next(shuffled(n, batch_size, seed, [last], rank, world))
+    model.cast_matrices(salt, dtype)
+    found = health.diagnose(salt, space, [clips.name(int(record))[0] for record in records], with_latents(next(stream)), loss)
+    found = {name: list(dict.fromkeys(itertools.chain(*(part[name] for part in ranks.gather(found))))) for name in found}
+    path = os.path.join(directory, "diagnosis.json")
+    ranks.first(lambda: write_whole(path, json.dumps({"step": last + 1, **found}, indent=1).encode()))
+    if rank:
+        os._exit(1)
+    raise InputError(f"the loss or its gradient was not finite in {skip_limit} steps in a row, the last of them step {last + 1}: {health.in_words(found)}. More is in {path}; the weights were "
+                     "left alone all that time")
 
 
 cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
-pending, clock, waited, logged_step = [], time.perf_counter(), 0.0, step  # pending: what report() takes, of each step since the last line
+if rank == 0:
+    open_trackers()
 if held_out and not history:
     held_out_r2()
-stream = batches(clips, shuffled(n, batch_size, seed, range(step, total_steps)), masks, seed, **rows_of_step, threads=threads, device=device,
+if not saved:
+    save("last.pth")  # a run starts with what it takes to resume it, and its disk has been seen to have room
+config.started = True  # from here on every rank speaks for itself
+clock, waited, logged_step, saved_at = time.perf_counter(), 0.0, step - len(pending), time.monotonic()
+stream = batches(clips, shuffled(n, batch_size, seed, range(step, total_steps), rank, world), masks, seed, **rows_of_step, threads=threads, device=device,
                  failed=functools.partial(failed, "training"), substitutes=True)
-part = batch_size // accumulate
-stopping, marks = False, deque()  # marks: events at the end of steps that a GPU has queued
+share = batch_size // world
+part = share // accumulate
+watching, features = False, []  # in a step that ends in a log line: what the student gives
+salt.student.register_forward_hook(lambda module, inputs, output: features.append(health.moments(output)) if watching else None)
+to_host = lambda x: torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) if on_gpu else x  # there once the step's mark has passed
+stopping, bad = False, 0  # bad: steps in a row that were not finite, up to here
+for loss_before in (*losses, *(values.sum().item() for values in pending)):
+    bad = 0 if math.isfinite(loss_before) else bad + 1
 while step < total_steps and not stopping:
     tick = time.perf_counter()
     batch = with_latents(next(stream))
@@ -459,62 +623,87 @@ while step < total_steps and not stopping:
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = rate, decay * group["decays"]
     model.cast_matrices(salt, dtype)
+    step += 1
+    ended, epoch_ended = step == total_steps, step % epoch_length == 0
+    evaluating = held_out and (ended or step % eval_every == 0)
+    watching = logging = step % log_every == 0 or epoch_ended or ended or bool(evaluating)  # by the step alone: a resumed run writes the same lines
     sums = 0
-    for few in (slice(start, start + part) for start in range(0, batch_size, part)):
+    for start in range(0, share, part):
+        few = slice(start, start + part)
         patches, latents = batch.patches[few], None if batch.latents is None else batch.latents[few]
         drawn = {family: ops.Masks(both.context[few], both.target[few]) for family, both in batch.masks.items()}
-        predictions = salt(patches, drawn)
-        error, squared, spread, gradients = model.salt_loss(predictions, patches, latents, drawn, space, loss, 1 / accumulate)
-        roots, upstream = list(predictions.values()), list(gradients.values())  # the loss brings its gradient; other terms join here
-        if vicreg_variance or vicreg_covariance:
-            penalties = [model.vicreg(prediction) for prediction in predictions.values()]
-            roots.append(sum(vicreg_variance * v + vicreg_covariance * c for v, c in penalties) / len(penalties))
-            upstream.append(None)
-        torch.autograd.backward(roots, upstream)
-        sums = sums + torch.stack([error.float() / accumulate, squared, spread])
+        is_last = start + part == share  # gradients are summed over the ranks with the last part
+        if fsdp:
+            salt.set_requires_gradient_sync(is_last)
+        with contextlib.nullcontext() if fsdp or world == 1 or is_last else distributed.no_sync():
+            predictions = distributed(patches, drawn)
+            error, squared, spread, gradients = model.salt_loss(predictions, patches, latents, drawn, space, loss, 1 / accumulate)
+            roots, upstream = list(predictions.values()), list(gradients.values())  # the loss brings its gradient; other terms join here
+            if vicreg_variance or vicreg_covariance:
+                penalties = [model.vicreg(prediction) for prediction in predictions.values()]
+                roots.append(sum(vicreg_variance * v + vicreg_covariance * c for v, c in penalties) / len(penalties))
+                upstream.append(None)
+            torch.autograd.backward(roots, upstream)
+        sums = sums + torch.stack([error.float() / (accumulate * world), squared, spread])
         del predictions, gradients, roots, upstream  # or they would lie beside the next ones
-    norm = model.update(optimizer, parameters, grad_clip)
+    if world > 1:
+        torch.distributed.all_reduce(sums)
+    norm = model.update(optimizer, parameters, grad_clip, sums[0])
     if averaged:
         model.move_average(averaged, salt, ema)
-    pending.append(torch.cat([sums, norm[None]]))
-    step += 1
-    if on_gpu:  # one step is queued while one runs; further ahead only memory would grow
-        marks.append(torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True)))
-        if len(marks) > 1:
-            marks.popleft().synchronize()
-    if unlogged:
-        now, unlogged = unlogged, None
-        report(*now)
+    pending.append(to_host(torch.cat([sums, norm[None]])))
+    queued.append((pending[-1], torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True)) if on_gpu else None))
+    if logging:
+        watched = [sum(features), health.update_ratio(optimizer)]
+        watching, now = False, time.perf_counter()
+        features.clear()
+        if world > 1:
+            torch.distributed.all_reduce(watched[0])
+        if fsdp:
+            torch.distributed.all_reduce(watched[1])
+        watched = [to_host(x) for x in watched]
 
-    stopping = bool(received)  # looked at once a step: a signal from here on lets one more step run, and that one saves
-    ended, epoch_ended = step == total_steps or stopping, step % epoch_length == 0
-    saving, evaluating = ended or step % save_every == 0, held_out and (step == total_steps or step % eval_every == 0)
-    if step % log_every == 0 or epoch_ended or saving or evaluating:
-        values = torch.empty(len(pending), 4, pin_memory=on_gpu).copy_(torch.stack(pending), non_blocking=True)
-        ready = torch.cuda.current_stream(device).record_event() if on_gpu else None
-        unlogged, pending = (values, ready, step, time.perf_counter() - clock, step - logged_step, waited, rate, decay), []
-        clock, waited, logged_step = time.perf_counter(), 0.0, step
-        if not on_gpu or epoch_ended or saving or evaluating:
-            now, unlogged = unlogged, None
-            report(*now)
+    # Signals and the clock are looked at once a step: a signal from here on lets one more step run, and that one saves.
+    stopping, due = ranks.agree(bool(received), save_minutes > 0 and rank == 0 and time.monotonic() - saved_at > 60 * save_minutes)
+    saving = ended or stopping or due or step % save_every == 0
+    while len(queued) > 1 or queued and (not on_gpu or epoch_ended or evaluating or saving):  # on a GPU one step is queued while one runs
+        values, done = queued.popleft()
+        if done:
+            done.synchronize()
+        bad = 0 if values.isfinite().all() else bad + 1
+        if bad:
+            log(f"step {step - len(queued)} is skipped: loss {values[0]:.4g}, gradient norm {values[3]:.4g}")
+        if bad == skip_limit:
+            stop_with_diagnosis(step - len(queued) - 1)
+    if unlogged:
+        line, unlogged = unlogged, None
+        report(*line)
+    if logging:
+        unlogged = pending, watched, step, now - clock, step - logged_step, waited, rate, decay
+        clock, waited, logged_step, pending = now, 0.0, step, []
+    if unlogged and not queued:
+        line, unlogged = unlogged, None
+        report(*line)
     if evaluating:
         held_out_r2()
         if history[-1]["val_r2"] > best:
             best = history[-1]["val_r2"]
             save("best.pth")
         clock = time.perf_counter()
-    if not held_out and (epoch_ended or step == total_steps):
-        mean_loss = math.fsum(losses[-min(epoch_length, len(losses)):]) / min(epoch_length, len(losses))
+    if not held_out and (epoch_ended or ended):
+        mean_loss = average(losses[-min(epoch_length, len(losses)):])
         if mean_loss < best:
             best = mean_loss
             save("best.pth")
     if saving:
         save("last.pth")
+        saved_at = time.monotonic()
 stream.close()
 for name in ("best.pth", "last.pth"):  # both exist whenever a run has ended
-    if step and not os.path.isfile(os.path.join(directory, name)):
+    if not ranks.first(lambda: os.path.isfile(os.path.join(directory, name))):
         save(name)
-status = "stopped" if stopping else "finished"
+if rank == 0 and os.path.isfile(previous):
+    os.remove(previous)
+status = "stopped" if stopping and step < total_steps else "finished"
 log(f"checkpoints in {directory}")
-if stopping:
-    sys.exit(128 + received[0])
+ranks.leave(128 + (received or [signal.SIGTERM])[0] if status == "stopped" else 0)

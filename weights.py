@@ -48,19 +48,29 @@ CHECKPOINT_VERSION = 1
 CHECKPOINT_PARTS = ("student", "predictor", "encoder_config", "predictor_config", "space", "settings", "view", "identity", "teacher", "step")
 
 
-def save_checkpoint(path, content):
-    """torch.save beside `path`, flush to the disk, rename. Raises InputError where the disk is full; the old file then stands."""
+def save_checkpoint(path, content, previous=None):
+    """torch.save beside `path`, flush to the disk, rename; what was there becomes `previous`, where one is named.
+
+    Raises InputError where the disk is full; the old file then stands.
+    """
     part = f"{path}.part"
     try:
         with open(part, "wb") as file:
             torch.save({"salt_vla": CHECKPOINT_VERSION, **content}, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and os.path.isfile(path):
+            os.replace(path, previous)
         os.replace(part, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, survives a power cut
+        finally:
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         Path(part).unlink(missing_ok=True)
         raise InputError(f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}); free some disk space and "
-                         f"continue with --resume") from None
+                         f"continue with --resume auto") from None
 
 
 def load_checkpoint(path, ema=False):
@@ -79,6 +89,22 @@ def load_checkpoint(path, ema=False):
     if ema and "ema" not in saved:
         raise InputError(f"{path} holds no moving average of the weights: it was trained without --ema")
     return saved | saved["ema"] if ema else saved
+
+
+def newest_checkpoint(places, log):
+    """(path, content) of the newest whole one of the last.pth and previous.pth in the folders `places`; (None, None) where there is none at all.
+
+    One that is damaged is logged, and the next taken. Raises InputError where all of them are.
+    """
+    paths = [path for place in places for name in ("previous.pth", "last.pth") if os.path.isfile(path := os.path.join(place, name))]
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        try:
+            return path, load_checkpoint(path)
+        except InputError as error:
+            log(f"passed over: {error}")
+    if paths:
+        raise InputError(f"none of the {len(paths)} checkpoints is whole ({', '.join(paths)}); delete them to start afresh, or give another --run_name")
+    return None, None
 
 
 # -------------------------------------------------------------------------------------------------------------- VideoMAE

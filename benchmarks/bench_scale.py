@@ -82,7 +82,7 @@ def make_index(where, count):
     (where / "metadata.json").write_text(json_format.dumps({
         "format_version": cache.FORMAT_VERSION, "split": "train", "list_count": count, "list_sha256": "", "teacher": {"name": "t", "sha256": "", "dim": D, "mean": [0.5] * 3, "std": [0.5] * 3},
         "view": VIEW.to_dict(), "view_hash": VIEW.hash(), "views": 1, "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [N, D], "patch_shape": [N, P],
-        "clips": True, "clips_from": None, "count": count, "failures": 0, "ids_sha256": "", "failures_sha256": "", "stats_sha256": "", "shards": shards}, indent=1))
+        "clips": True, "clips_from": None, "count": count, "failures": 0, "ids_sha256": cache.sha256(where / "ids.txt"), "failures_sha256": "", "stats_sha256": "", "shards": shards}, indent=1))
 
 
 def forward_flops(tokens, dim, blocks):

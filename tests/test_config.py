@@ -29,14 +29,14 @@ print(settings)
 '''
 
 
-def apply(tmp_path, *argv, **environ):
+def apply(tmp_path, *argv, positional=None, **environ):
     (tmp_path / "script.py").write_text(SCRIPT)
     scope = {"__file__": str(tmp_path / "script.py"), "config": config}
     exec(compile(SCRIPT.replace("config.apply(globals())", "None").replace("print(settings)", ""), "script.py", "exec"), scope)
     scope.pop("__annotations__", None)  # newer Pythons keep none in globals()
     hook = sys.excepthook
     try:
-        settings = config.apply(scope, list(argv), environ, {"epochs": 1, "steps": 1})
+        settings = config.apply(scope, list(argv), environ, {"epochs": 1, "steps": 1}, positional)
     finally:
         sys.excepthook = hook
     assert all(scope[name] == value for name, value in settings.items()) and "later" not in settings
@@ -64,6 +64,25 @@ def test_bad_flags_are_one_line(tmp_path, argv, message):
         apply(tmp_path, *argv)
 
 
+@pytest.mark.parametrize("argv, paths", [
+    (["a", "b"], ["a", "b"]), (["a", "--epochs", "3", "b"], ["a", "b"]), (["--epochs=3", "a,b", "c"], ["a", "b", "c"]), (["a", "--paths", "b", "c", "--epochs", "3", "d"], ["a", "d", "b", "c"]),
+    (["--paths", "a"], ["a"]), ([], [])])
+def test_words_without_a_flag_go_to_the_positional_setting(tmp_path, argv, paths):
+    settings = apply(tmp_path, *argv, positional="paths", PATHS="")
+    assert settings["paths"] == paths and settings["epochs"] == (3 if any("epochs" in word for word in argv) else 10)
+    assert apply(tmp_path, *argv, positional="paths", PATHS="x,y")["paths"] == (paths or ["x", "y"])
+    if argv and not argv[0].startswith("--"):
+        with pytest.raises(InputError, match=f"unexpected argument '{argv[0]}'"):
+            apply(tmp_path, *argv)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["a", "--epoch", "3"], "unknown flag --epoch; did you mean --epochs"), (["a", "-x"], "unexpected argument '-x'"), (["a", "--epochs"], "expected one argument"), ([","], "at least one value")])
+def test_bad_flags_beside_words(tmp_path, argv, message):
+    with pytest.raises(InputError, match=message):
+        apply(tmp_path, *argv, positional="paths")
+
+
 def test_command_line_over_environment_over_file(tmp_path, capsys):
     settings = apply(tmp_path, "--epochs", "5", EPOCHS="6", LR="1e-2", WEIGHT_DECAY_END="0.3", NAME="", VERBOSE="1")
     assert (settings["epochs"], settings["lr"], settings["weight_decay_end"], settings["name"], settings["verbose"]) == (5, 1e-2, 0.3, "none at all", True)
@@ -85,9 +104,13 @@ def test_a_script_from_the_shell(tmp_path):
         assert text in shown.stdout
     wrong = run(tmp_path / "script.py", "--epoks", "3")
     assert wrong.returncode == 1 and wrong.stderr == "script.py: error: unknown flag --epoks; did you mean --epochs?\n"
+    assert "usage: python script.py [--name value ...]\n" in shown.stdout
+    (tmp_path / "script.py").write_text(SCRIPT.replace("globals())", "globals(), positional='paths')"))
+    assert "usage: python script.py PATHS [...] [--name value ...]\n" in run(tmp_path / "script.py", "--help").stdout
+    assert "'paths': ['a', 'b']" in run(tmp_path / "script.py", "a", "--lr", "1", "b").stdout
 
 
-@pytest.mark.parametrize("stage", ["train", "cache_latents", "eval_distill", "probe_time_arrow", "demo/make_videos", "demo/run", "demo/report"])
+@pytest.mark.parametrize("stage", ["train", "cache_latents", "eval_distill", "probe_time_arrow", "plot_runs", "demo/make_videos", "demo/run", "demo/report"])
 def test_help_of_every_stage_has_a_comment_a_setting(stage):
     path = Path(config.__file__).parent / f"{stage}.py"
     comments = {name: comment for name, (_, comment) in config.read_settings(path).items()}

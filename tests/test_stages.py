@@ -17,71 +17,7 @@ import budget
 import cache
 import model
 import weights
-from tests.test_data import write_video
-
-ROOT = Path(model.__file__).resolve().parent
-VIEW = ["--frames", "4", "--resolution", "48"]
-SMALL = ["--size", "tiny", "--depth", "1", "--predictor_dim", "32", "--predictor_depth", "1", "--predictor_heads", "2", "--batch_size", "4", "--log_every", "2", "--dtype", "fp32"]
-
-
-def run(folder, script, *flags, code=0, **environ):
-    """Run a stage in `folder`; on a wrong exit code show what it printed."""
-    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "2", **environ})
-    assert done.returncode == code, f"{script} {flags} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
-
-
-def error_of(folder, script, *flags, **environ):
-    """The one line that a failing stage ends in."""
-    text = run(folder, script, *flags, code=1, **environ)
-    lines = [line for line in text.splitlines() if ": error: " in line]
-    assert len(lines) == 1 and "Traceback" not in text, text
-    return lines[0]
-
-
-def everything_in(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def moving_square(random, frames):
-    """A bright square that crosses a textured frame, ever slower: 32 x 48 pixels."""
-    background = random.integers(0, 90, (32, 48, 3), dtype=np.uint8)
-    y, x = int(random.integers(4, 20)), 4.0
-    video = []
-    for i in range(frames):
-        frame = background.copy()
-        frame[y:y + 8, int(x):int(x) + 8] = 230
-        x += 30 * 0.2 * 0.83 ** i
-        video.append(frame)
-    return video
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A data folder in SSv2 layout, with one broken video and one listed but absent; caches, a teacher and a trained student."""
-    folder = tmp_path_factory.mktemp("world")
-    random = np.random.default_rng(0)
-    (folder / "data" / "videos").mkdir(parents=True)
-    for i in range(26):
-        write_video(folder / "data" / "videos" / f"{i}.webm", moving_square(random, int(random.integers(12, 24))))
-    (folder / "data" / "videos" / "7.webm").write_bytes(b"not a video")
-    row = lambda i: {"id": str(i), "label": "moving a square", "template": "Moving [something]", "placeholders": ["a square"]}
-    (folder / "data" / "train.json").write_text(json.dumps([row(i) for i in [*range(18), 99]]))
-    (folder / "data" / "validation.json").write_text(json.dumps([row(i) for i in range(18, 26)]))
-    (folder / "data" / "test.json").write_text(json.dumps([{"id": "20"}]))
-    run(folder, "cache_latents", "--data", "data", "--teacher", "none", *VIEW, "--out", "clips")
-    run(folder, "train", "--target", "pixels", "--masks", "ratio", "--cache", "clips", "--max_steps", "6", "--run_name", "teacher", *SMALL)
-    teacher = next(folder.glob("checkpoints/teacher_*/best.pth"))
-    run(folder, "cache_latents", "--data", "data", "--teacher", teacher, "--out", "latents")
-    run(folder, "cache_latents", "--data", "data", "--split", "validation", "--teacher", teacher, "--out", "held_out")
-    run(folder, "train", "--cache", "latents", "--val_cache", "held_out", "--epochs", "4", "--run_name", "student", *SMALL)
-    return folder
-
-
-def run_folder(world, name):
-    return next(world.glob(f"checkpoints/{name}_*"))
-
+from tests.stages import REFUSE, ROOT, SMALL, VIEW, error_of, everything_in, run, run_folder
 
 def test_the_cache_leaves_out_what_cannot_be_decoded(world):
     opened = cache.open_cache(world / "latents")
@@ -417,15 +353,6 @@ def test_a_failed_run_says_so_in_its_log(world, tmp_path):
     assert lines[-2:] == ["status: failed", "Process exiting."] and any(line.startswith("error: nowhere is no cache") for line in lines)
 
 
-def test_a_step_that_is_not_finite_ends_the_run_and_leaves_the_weights_alone(world, tmp_path):
-    flags = ["--cache", world / "latents", *SMALL, "--warmup", "0", "--max_steps", "8", "--log_every", "4", "--save_every", "1", "--grad_clip", "0"]
-    assert "was not finite between steps" in error_of(tmp_path, "train", *flags, "--lr", "1e30")
-    saved = weights.load_checkpoint(next(tmp_path.glob("checkpoints/*/last.pth")))
-    assert all(value.isfinite().all() for value in saved["student"].values()) and 0 < saved["step"] < 8
-    log = next(tmp_path.glob("run_logs/*.log")).read_text().splitlines()
-    assert log[-1] == "Process exiting." and log[-2] == "status: failed"
-
-
 def test_the_environment_is_used_and_logged(world, tmp_path):
     run(tmp_path, "train", "--cache", world / "latents", "--max_steps", "1", *SMALL, RUN_NAME="from_env", LR="1e-3")
     log = next((tmp_path / "run_logs").glob("from_env_*.log")).read_text()
@@ -469,15 +396,6 @@ def test_training_from_a_cache_with_clips_needs_no_av(world, tmp_path):
     flags = ["--cache", str(world / "latents"), "--val_cache", str(world / "held_out"), "--max_steps", "2", *SMALL]
     done = subprocess.run([sys.executable, "-c", code, str(ROOT / "train.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "status: finished" in done.stdout, done.stderr
-
-
-REFUSE = """import _multiprocessing, runpy, sys
-def refused(*arguments, **others): raise OSError(38, "semaphores and shared memory are refused here")
-_multiprocessing.SemLock = type("SemLock", (), {"SEM_VALUE_MAX": 1, "__new__": refused})
-import _posixshmem; _posixshmem.shm_open = refused
-sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def test_every_stage_runs_where_semaphores_and_shared_memory_are_refused(world, tmp_path):

@@ -1,0 +1,104 @@
+"""Several processes under torchrun: who is who, which device is whose, and what they tell each other.
+
+With one process nothing here does anything. Collectives of tensors on a GPU go through NCCL, all others (and what the hosts agree on) through gloo.
+"""
+import atexit
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from config import InputError
+
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device, timeout=timedelta(minutes=30)):
+    """Join the other processes. Returns the name of this one's device: `device` as it is given, or under torchrun its own GPU.
+
+    Raises InputError where WORLD_SIZE is set without the rest of torchrun's environment, or a machine has more ranks than GPUs.
+    """
+    if world == 1:
+        return device
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE is {world} in the environment, but nothing else of torchrun's: start it with torchrun, or unset WORLD_SIZE")
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device.startswith("cuda:"):
+        raise InputError(f"--device {device}: under torchrun each rank takes the GPU of its number; give --device cuda, and CUDA_VISIBLE_DEVICES to choose among them")
+    if device == "cuda" or device == "auto" and torch.cuda.is_available():
+        if local >= count:
+            raise InputError(f"{os.environ['LOCAL_WORLD_SIZE']} ranks were started on a machine with {count} GPUs; lower --nproc_per_node, or give --device cpu")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    on_gpu = device.startswith("cuda")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+    return device
+
+
+def leave(code=0):
+    """End this process. Under torchrun at once, when all ranks are here: threads of gloo have been seen to abort a process that takes itself down in the usual way."""
+    if world == 1:
+        sys.exit(code)
+    dist.barrier()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def first(work):
+    """What work() returns on rank 0, on every rank. Where it fails there, rank 0 says why and the others end without a word."""
+    if world == 1:
+        return work()
+    made = [None, False]
+    if rank == 0:
+        try:
+            made[0] = work()
+        except BaseException:
+            dist.broadcast_object_list([None, True])
+            raise
+    dist.broadcast_object_list(made)
+    if made[1]:
+        os._exit(1)
+    return made[0]
+
+
+def gather(value):
+    """[value of rank 0, of rank 1, ...], on every rank. Values are pickled: plain types and numpy arrays."""
+    if world == 1:
+        return [value]
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(*flags):
+    """Each flag as a bool that is the same on every rank: whether any of them has it set. Hosts alone talk; no GPU waits."""
+    if world == 1:
+        return flags
+    flags = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return tuple(flags.bool().tolist())
+
+
+def whole(state):
+    """A state_dict whose sharded tensors (FSDP2) are gathered, one after another, into main memory; every rank must call it, rank 0 keeps them."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    if hasattr(state, "full_tensor"):
+        full = state.full_tensor()
+        return full.cpu() if rank == 0 else None
+    return state
+
+
+def split_like(optimizer, state):
+    """An optimiser's whole state_dict with its moments split as the optimiser's parameters are (FSDP2)."""
+    from torch.distributed.tensor import distribute_tensor
+    parameters, made = [p for group in optimizer.param_groups for p in group["params"]], {}
+    for number, entry in state["state"].items():
+        like = parameters[number]
+        made[number] = {name: distribute_tensor(x.to(like.device), like.device_mesh, like.placements) if x.shape == like.shape and x.dim() else x for name, x in entry.items()}
+    return {**state, "state": made}

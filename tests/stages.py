@@ -1,0 +1,81 @@
+"""What the tests of whole stages share: running a script as a user does, and a small world of videos, caches and checkpoints."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import model
+from tests.test_data import write_video
+
+ROOT = Path(model.__file__).resolve().parent
+VIEW = ["--frames", "4", "--resolution", "48"]
+SMALL = ["--size", "tiny", "--depth", "1", "--predictor_dim", "32", "--predictor_depth", "1", "--predictor_heads", "2", "--batch_size", "4", "--log_every", "2", "--dtype", "fp32"]
+
+
+def run(folder, script, *flags, code=0, **environ):
+    """Run a stage in `folder`; on a wrong exit code show what it printed."""
+    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "2", **environ})
+    assert done.returncode == code, f"{script} {flags} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def error_of(folder, script, *flags, **environ):
+    """The one line that a failing stage ends in."""
+    text = run(folder, script, *flags, code=1, **environ)
+    lines = [line for line in text.splitlines() if ": error: " in line]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+def everything_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def moving_square(random, frames):
+    """A bright square that crosses a textured frame, ever slower: 32 x 48 pixels."""
+    background = random.integers(0, 90, (32, 48, 3), dtype=np.uint8)
+    y, x = int(random.integers(4, 20)), 4.0
+    video = []
+    for i in range(frames):
+        frame = background.copy()
+        frame[y:y + 8, int(x):int(x) + 8] = 230
+        x += 30 * 0.2 * 0.83 ** i
+        video.append(frame)
+    return video
+
+
+def make_world(folder):
+    """A data folder in SSv2 layout, with one broken video and one listed but absent; caches, a teacher and a trained student."""
+    random = np.random.default_rng(0)
+    (folder / "data" / "videos").mkdir(parents=True)
+    for i in range(26):
+        write_video(folder / "data" / "videos" / f"{i}.webm", moving_square(random, int(random.integers(12, 24))))
+    (folder / "data" / "videos" / "7.webm").write_bytes(b"not a video")
+    row = lambda i: {"id": str(i), "label": "moving a square", "template": "Moving [something]", "placeholders": ["a square"]}
+    (folder / "data" / "train.json").write_text(json.dumps([row(i) for i in [*range(18), 99]]))
+    (folder / "data" / "validation.json").write_text(json.dumps([row(i) for i in range(18, 26)]))
+    (folder / "data" / "test.json").write_text(json.dumps([{"id": "20"}]))
+    run(folder, "cache_latents", "--data", "data", "--teacher", "none", *VIEW, "--out", "clips")
+    run(folder, "train", "--target", "pixels", "--masks", "ratio", "--cache", "clips", "--max_steps", "6", "--run_name", "teacher", *SMALL)
+    teacher = next(folder.glob("checkpoints/teacher_*/best.pth"))
+    run(folder, "cache_latents", "--data", "data", "--teacher", teacher, "--out", "latents")
+    run(folder, "cache_latents", "--data", "data", "--split", "validation", "--teacher", teacher, "--out", "held_out")
+    run(folder, "train", "--cache", "latents", "--val_cache", "held_out", "--epochs", "4", "--run_name", "student", *SMALL)
+    return folder
+
+
+def run_folder(world, name):
+    return next(world.glob(f"checkpoints/{name}_*"))
+
+
+REFUSE = """import _multiprocessing, runpy, sys
+def refused(*arguments, **others): raise OSError(38, "semaphores and shared memory are refused here")
+_multiprocessing.SemLock = type("SemLock", (), {"SEM_VALUE_MAX": 1, "__new__": refused})
+import _posixshmem; _posixshmem.shm_open = refused
+sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""

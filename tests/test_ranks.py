@@ -1,0 +1,174 @@
+"""Several processes under torchrun, gloo on the CPU: the same run as one process, stopped and killed ones included."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import ranks
+import weights
+from tests.stages import ROOT, SMALL, run, run_folder
+
+FLAGS = [*SMALL, "--epochs", "3", "--save_every", "3", "--eval_every", "5", "--val_batches", "3", "--matrix_rate", "1"]  # 12 steps of 4 clips
+
+
+def launch(count, folder, *flags, script="train", restarts=0):
+    """torchrun with `count` ranks: the process, with its output in a pipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, "--max_restarts", restarts, ROOT / f"{script}.py", *flags]
+    return subprocess.Popen([*map(str, command)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(process, code=0):
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == code, text
+    return text
+
+
+def last(folder, name="r"):
+    """The newest last.pth of a run."""
+    return weights.load_checkpoint(max(Path(folder).glob(f"checkpoints/{name}_*/last.pth"), key=os.path.getmtime))
+
+
+def metrics(folder, name="r"):
+    return [json.loads(line) for line in (max(Path(folder).glob(f"checkpoints/{name}_*"), key=os.path.getmtime) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """The run by one process, and its flags."""
+    folder = tmp_path_factory.mktemp("alone")
+    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *FLAGS]
+    run(folder, "train", *flags, "--run_name", "r", OMP_NUM_THREADS="1")
+    return folder, flags
+
+
+def agrees(folder, other, rtol):
+    mine, theirs = last(folder), last(other)
+    assert len(theirs["losses"]) == 12
+    torch.testing.assert_close(mine["losses"], theirs["losses"], rtol=rtol, atol=0)
+    for name, value in theirs["student"].items():  # after 12 steps of at most 2e-4
+        torch.testing.assert_close(mine["student"][name], value, rtol=0, atol=2e-5)
+    for number, state in theirs["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert mine["optimizer"]["state"][number][name].shape == value.shape
+    rows, expected = metrics(folder), metrics(other)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, like in zip(rows, expected):
+        for name in ("loss", "r2", "lr", "weight_decay", "grad_norm", "update_ratio", "feature_std", "effective_rank", "val_r2", "val_mse"):
+            assert (name in row) == (name in like) and row.get(name, 0) == pytest.approx(like.get(name, 0), rel=1e-3, abs=1e-4), (name, row, like)
+
+
+@pytest.mark.parametrize("count, more", [(2, []), (4, ["--ema", "0.9"]), (2, ["--fsdp", "--accumulate", "2", "--recompute"])])
+def test_more_ranks_are_the_same_run(alone, tmp_path, count, more):
+    folder, flags = alone
+    said = finish(launch(count, tmp_path, *flags, "--run_name", "r", *more))
+    agrees(tmp_path, folder, 1e-4)
+    assert f"{count} ranks; {'FSDP2' if '--fsdp' in more else 'DDP'}" in said and said.count("status: finished") == 1
+    assert {path.name for path in next(tmp_path.glob("checkpoints/r_*")).iterdir()} == {"best.pth", "last.pth", "metrics.jsonl"}
+
+
+def test_bfloat16_over_ranks_and_shards(alone, tmp_path):
+    folder, flags = alone
+    run(tmp_path, "train", *flags, "--dtype", "bf16", "--run_name", "one", OMP_NUM_THREADS="1")
+    finish(launch(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "ddp"))
+    finish(launch(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "fsdp", "--fsdp"))
+    for name in ("ddp", "fsdp"):
+        torch.testing.assert_close(last(tmp_path, name)["losses"], last(tmp_path, "one")["losses"], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("more", [[], ["--fsdp"]])
+def test_a_killed_rank_leads_to_a_clean_restart(alone, tmp_path, more):
+    """Rank 1 dies after a line of step 6: torchrun starts both again, they go on from last.pth, and the result is the one of two ranks undisturbed."""
+    _, flags = alone
+    finish(launch(2, tmp_path, *flags, "--run_name", "whole", *more))
+    process, killed, text = launch(2, tmp_path, *flags, "--run_name", "r", "--resume", "auto", *more, restarts=2), False, ""
+    for line in process.stdout:
+        text += line
+        if line.startswith("step 6/") and not killed:
+            mine = int(re.search(r"run r_\d+_\d+_pid(\d+)", text)[1])  # rank 0
+            parent = Path(f"/proc/{mine}/stat").read_text().rpartition(")")[2].split()[1]
+            other = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split() if int(pid) != mine]
+            os.kill(other[0], signal.SIGKILL)
+            killed = True
+    assert process.wait() == 0 and killed, text
+    assert "started again for the 1. time" in text and "resumed" in text
+    whole, resumed = last(tmp_path, "whole"), last(tmp_path)
+    assert torch.equal(whole["losses"], resumed["losses"]) and all(torch.equal(value, resumed["student"][name]) for name, value in whole["student"].items())
+    assert whole["history"] == resumed["history"] and len(resumed["lineage"]) == 1
+
+
+def test_a_run_goes_on_under_another_number_of_ranks(alone, tmp_path):
+    """Torchrun is told to stop: all ranks stop at one step and save. One process goes on, then sharded over two."""
+    folder, flags = alone
+    process = launch(2, tmp_path, *flags, "--run_name", "r")
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode != 0 and "status: stopped" in text
+    stopped = last(tmp_path)["step"]
+    assert 4 <= stopped < 12
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags), "--run_name", "r", "--resume", "auto"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("step 8/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=300)
+    assert f"at step {stopped}" in said and "the last bits may differ" in said
+    finish(launch(2, tmp_path, *flags, "--run_name", "r", "--resume", "auto", "--fsdp"))
+    agrees(tmp_path, folder, 1e-4)
+
+
+def test_evaluation_over_ranks_is_the_same(world, tmp_path):
+    flags = ["--checkpoint", run_folder(world, "student") / "best.pth", "--cache", world / "held_out", "--batch_size", "3", "--dtype", "fp32"]
+    run(tmp_path, "eval_distill", *flags, "--out", "one.json")
+    finish(launch(2, tmp_path, *flags, "--out", "two.json", script="eval_distill"))
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text())["results"][0] for name in ("one", "two"))
+    assert one["clips"] == two["clips"] == 8 and one["r2"] == pytest.approx(two["r2"], rel=1e-5) and one["r2_ci95"] == pytest.approx(two["r2_ci95"], rel=1e-4)
+
+
+def test_wrong_inputs_under_torchrun_are_said_once(alone, world, tmp_path):
+    _, flags = alone
+    for more, restarts, message in ((["--batch_size", "5"], 0, "does not divide --batch_size 5"), (["--run_name", "x"], 1, "give --resume auto"), (["--cache", "nowhere"], 0, "nowhere is no cache")):
+        text = finish(launch(2, tmp_path, *flags, *more, restarts=restarts), 1)
+        lines = [line for line in text.splitlines() if "train.py, rank" in line and ": error: " in line]
+        assert len(lines) == 1 + restarts and all(message in line and "rank 0" in line for line in lines), text
+    assert "--fsdp splits the model over ranks" in run(tmp_path, "train", *flags, "--fsdp", code=1)
+    assert "nothing else of torchrun's" in run(tmp_path, "train", *flags, code=1, WORLD_SIZE="2")
+
+
+def test_ranks_take_their_parts_of_the_same_batches():
+    for world in (1, 2, 3, 4):
+        parts = [list(data.shuffled(50, 12, 3, range(2, 7), rank, world)) for rank in range(world)]
+        for step, whole in enumerate(data.shuffled(50, 12, 3, range(2, 7))):
+            assert all(part[step][0] == whole[0] for part in parts)
+            assert np.array_equal(np.concatenate([part[step][1] for part in parts]), whole[1])
+
+
+def test_a_rank_cannot_choose_its_gpu(monkeypatch):
+    monkeypatch.setattr(ranks, "world", 2)
+    with pytest.raises(ranks.InputError, match="nothing else of torchrun's"):
+        ranks.start("cpu")
+    for name, value in {"MASTER_ADDR": "localhost", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ranks.InputError, match="each rank takes the GPU of its number"):
+        ranks.start("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ranks.InputError, match="2 ranks were started on a machine with 1 GPUs"):
+        ranks.start("cuda")
+
+
+def test_alone_nothing_is_asked_of_others():
+    assert ranks.agree(True, False) == (True, False) and ranks.gather(3) == [3] and ranks.first(lambda: 5) == 5 and ranks.start("cpu") == "cpu"
+    assert ranks.whole({"a": [torch.ones(2)], "b": 1})["a"][0].tolist() == [1, 1]
