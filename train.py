@@ -206,6 +206,7 @@ torch.set_float32_matmul_precision("high")
 if deterministic:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over all memory, for what nobody reads
 
 # ---- data: the clips come under the view of the cache, and under no other
 if "test" in split.split("+"):

@@ -25,7 +25,7 @@ sizes = ["base", "large"]        # students
 batch_sizes = [2]                # clips a step
 device: Literal["cpu", "cuda"] = "cpu"  # cpu or cuda
 rounds = 6                       # turns of each, the first of which is a warm-up
-variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "loader"]] = ["textbook", "ours", "compiled", "recompute", "apart", "loader"]  # who takes turns; with compiled on a GPU CUDA graphs, too, alone
+variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "loader"]] = ["textbook", "ours", "compiled", "recompute", "apart", "loader"]  # who takes turns; with compiled on a GPU CUDA graphs and --deterministic, too, alone
 attention = True                 # also the ways to give two families one pass of attention, forward and backward
 profile = True                   # time of each phase of our step
 memory = True                    # peak memory, a process each
@@ -225,7 +225,11 @@ if inside:  # one variant alone: its peak memory, and its time with CUDA graphs,
         del salt
     else:
         salt.student.recompute = salt.predictor.recompute = variant == "recompute"
-        step = Ours(compiled(salt, "reduce-overhead" if variant == "graphs" else None) if variant in ("compiled", "graphs") else salt)
+        if variant == "deterministic":  # train.py --deterministic
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        step = Ours(compiled(salt, "reduce-overhead" if variant == "graphs" else None) if variant in ("compiled", "graphs", "deterministic") else salt)
     batch, times = some_batch(batch_size), []
     for _ in range(rounds):
         torch.compiler.cudagraph_mark_step_begin()
@@ -390,10 +394,10 @@ for batch_size in batch_sizes:
     for size in sizes:
         print(f"ViT {size}, {batch_size} clips a step", flush=True)
         if memory:
-            for variant in [v for v in ("textbook", "ours", "compiled", "recompute") if v in variants] + (["graphs"] if on_gpu and "compiled" in variants else []):
+            for variant in [v for v in ("textbook", "ours", "compiled", "recompute") if v in variants] + (["graphs", "deterministic"] if on_gpu and "compiled" in variants else []):
                 peak = alone(size, variant, batch_size)
                 results["memory"].append({"size": size, "batch_size": batch_size, "variant": variant, **peak})
-                print(f"  {variant:9} " + (f"fails: {peak['failed']}" if "failed" in peak else f"peak memory {peak['bytes'] / 1e9:.2f} GB, alone {1e3 * peak['seconds']:.1f} ms a step"), flush=True)
+                print(f"  {variant:13} " + (f"fails: {peak['failed']}" if "failed" in peak else f"peak memory {peak['bytes'] / 1e9:.2f} GB, alone {1e3 * peak['seconds']:.1f} ms a step"), flush=True)
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="step-") as temporary:
             stream = None

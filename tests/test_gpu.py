@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -303,6 +304,47 @@ def test_a_step_never_waits_for_the_gpu():
         loop(small_salt().cuda(), 4, "bf16", lambda step: torch.cuda.set_sync_debug_mode("error" if step == 2 else torch.cuda.get_sync_debug_mode()))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_a_log_line_looks_at_never_waits_for_the_gpu():
+    pytest.importorskip("einops")
+    import health
+    import model
+    salt = small_salt().cuda()
+    optimizer = torch.optim.AdamW(model.parameter_groups(salt, 0.04), lr=1e-3, fused=True)
+    for parameter in salt.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    model.update(optimizer, list(salt.parameters()), 0.02, torch.ones((), device="cuda"))
+    features = torch.randn(4, 40, 128, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moments, squares = health.moments(features) + health.moments(features), health.update_ratio(optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = health.collapse(2 * health.moments(features.cpu()))
+    assert health.collapse(moments) == pytest.approx(expected, rel=1e-5) and squares.isfinite().all()
+
+
+DETERMINISTIC = """import os, sys
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+sys.path.insert(0, sys.argv[1])
+import torch
+from tests.test_gpu import loop, small_salt
+torch.use_deterministic_algorithms(True)
+runs = []
+for _ in range(3):
+    salt = small_salt().cuda()
+    losses = torch.stack(loop(salt, 12, "bf16"))
+    runs.append([losses, *salt.state_dict().values()])
+assert all(torch.equal(x, y) for other in runs[1:] for x, y in zip(runs[0], other))
+print("the same bits")
+"""
+
+
+def test_deterministic_steps_give_the_same_bits():
+    pytest.importorskip("einops")
+    done = subprocess.run([sys.executable, "-c", DETERMINISTIC, str(Path(__file__).resolve().parent.parent)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "the same bits" in done.stdout, done.stderr[-2000:]
 
 
 def test_steps_on_the_gpu_are_the_cpus():
