@@ -248,7 +248,7 @@ def read_metadata(folder):
         newer = isinstance(version, int) and version > FORMAT_VERSION
         raise InputError(f"{folder} was made by {'a newer' if newer else 'an older'} version of this code: it has cache format {version}, this code "
                          f"reads {FORMAT_VERSION}; {'update the code' if newer else 'make the cache again'}")
-    if metadata.get("checksum", content_digest(metadata)) != content_digest(metadata):  # caches made before it was kept have none
+    if "checksum" in metadata and metadata["checksum"] != content_digest(metadata):  # caches made before it was kept have none
         raise InputError(f"{path} does not have its checksum: it was changed or damaged; put back the one that was made with the files, or make the cache again")
     return metadata
 

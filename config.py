@@ -37,9 +37,12 @@ def report_in_one_line(kind, error, traceback):
     """sys.excepthook: bad input, a full disk or an unreadable file is one line; anything else is a bug and keeps its traceback."""
     script = os.path.basename(sys.argv[0])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if not started and os.environ.get("LOCAL_RANK", "0") != "0":
+        if issubclass(kind, InputError) and not started and os.environ.get("LOCAL_RANK", "0") != "0":
             return
         script = f"{script}, rank {os.environ.get('RANK')}"
+        if issubclass(kind, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "connection")):
+            kind, error = InputError, InputError(f"another rank is gone, or cannot be reached ({' '.join(str(error).split())[:200]}); its own line says why. In training torchrun "
+                                                 f"--max_restarts N with --resume auto starts all of them again from last.pth")
     if issubclass(kind, KeyboardInterrupt):
         print(f"{script}: interrupted", file=sys.stderr)
     elif kind.__name__ == "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch for --help

@@ -95,7 +95,7 @@ mine = itertools.islice(in_order(kept, batch_size), rank, None, world)
 stream = batches(clips, mine, families, eval_seed, patches=None if encoder else ("context",) if predicts_latents else seen,
                  latents=seen if predicts_latents else (), threads=threads, device=device, failed=lambda i, error: failures.append(str(error)))
 config.started = True
-for batch in tqdm(stream, total=-(-len(kept) // batch_size) // world, unit="batch", dynamic_ncols=True, disable=rank > 0):
+for batch in tqdm(stream, total=-(-len(kept) // (batch_size * world)), unit="batch", dynamic_ncols=True, disable=rank > 0):
     if encoder:
         with torch.no_grad():
             batch = batch._replace(latents=encoder.encode(batch.patches))

@@ -3,6 +3,7 @@
 With one process nothing here does anything. Collectives of tensors on a GPU go through NCCL, all others (and what the hosts agree on) through gloo.
 """
 import atexit
+import contextlib
 import os
 import sys
 from datetime import timedelta
@@ -28,13 +29,23 @@ def start(device, timeout=timedelta(minutes=30)):
     if device.startswith("cuda:"):
         raise InputError(f"--device {device}: under torchrun each rank takes the GPU of its number; give --device cuda, and CUDA_VISIBLE_DEVICES to choose among them")
     if device == "cuda" or device == "auto" and torch.cuda.is_available():
-        if local >= count:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > count:  # so that every rank of the machine says so, not the last ones
             raise InputError(f"{os.environ['LOCAL_WORLD_SIZE']} ranks were started on a machine with {count} GPUs; lower --nproc_per_node, or give --device cpu")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    on_gpu = device.startswith("cuda")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout)
     return device
+
+
+def fresh_store(timeout):
+    """torchrun's store, under a prefix of this start's own.
+
+    torchrun (2.13) keeps one store over its restarts, and gloo would find the addresses that the dead ranks left there and wait for them: 1 restart in 7 hung.
+    """
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=rank == 0 and not kept, timeout=timeout)
+    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}"  # a change of members counts as no restart, so starts with these are counted, too
+    return dist.PrefixStore(f"{start}/{(store.add(start, 1) - 1) // world}", store)
 
 
 def leave(code=0):
@@ -56,7 +67,8 @@ def first(work):
         try:
             made[0] = work()
         except BaseException:
-            dist.broadcast_object_list([None, True])
+            with contextlib.suppress(RuntimeError):  # of a rank that is gone
+                dist.broadcast_object_list([None, True])
             raise
     dist.broadcast_object_list(made)
     if made[1]:

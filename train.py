@@ -6,11 +6,8 @@
 
 Checkpoints go to checkpoints/<run>/, the log to run_logs/<run>.log. Ctrl-C saves and leaves; --resume auto continues.
 """
-import atexit
 import contextlib
 import copy
-import faulthandler
-import fcntl
 import functools
 import glob
 import hashlib
@@ -26,6 +23,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Literal
 
@@ -68,7 +66,7 @@ weight_decay_end = 0.4         # at the end of its cosine
 grad_clip = 0.02               # global norm; the log says in how many steps it bites. 0 is off
 accumulate = 1                 # N: a batch goes through in N parts; activations take 1/N of their memory, batch and schedules stay
 recompute = False              # keep only the blocks' inputs for the backward pass: fewer activations in memory, up to a third more time
-fsdp = False                   # under torchrun: split weights, gradients and moments over the ranks (FSDP2), for students that do not fit one GPU
+fsdp = False                   # under torchrun: split weights, gradients and moments over the ranks (FSDP2), for students that do not fit one GPU; implies --recompute
 compile: Literal["auto", "on", "off"] = "auto"  # torch.compile over the blocks; auto: on a GPU alone (on a CPU it gains 0 - 5 %)
 ema = 0.0                      # decay of a moving average of all weights, 0.999 say, kept beside them; 0 is off
 # the run
@@ -111,11 +109,12 @@ import ranks  # noqa: E402
 from cache import open_cache, prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import Records, Videos, batches, check_batch, in_order, load_split, shuffled  # noqa: E402
-from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
+from journal import Log, Metrics, average, lock_run, summary  # noqa: E402
 from ranks import rank, world  # noqa: E402
-from weights import load_checkpoint, newest_checkpoint, save_checkpoint  # noqa: E402
+from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
+from weights import link_or_copy, load_checkpoint, newest_checkpoint, save_checkpoint  # noqa: E402
 
-# ---- the log, which rank 0 writes; its last line is always `Process exiting.`
+# ---- the log; its last line is always `Process exiting.`
 run = f"{run_name}_{time.strftime('%Y%m%d_%H%M%S')}_pid{os.getpid()}"
 if run_name != os.path.basename(run_name) or not run_name:
     raise InputError(f"--run_name {run_name!r} must be a plain name")
@@ -124,59 +123,24 @@ if world > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and resume 
 if rank == 0:
     prepare_folder(run_logs, "--run_logs")
     prepare_folder(checkpoints, "--checkpoints")
-log_file = open(os.path.join(run_logs, f"{run}.log") if rank == 0 else os.devnull, "w", buffering=1)
-faulthandler.enable(log_file if rank == 0 else sys.stderr)  # a crash in C++ or SIGBUS still says where
-status, losses, epoch_length = "failed", [], 1  # losses: of every step of the run, resumed ones included; nan where it was skipped
+log = Log(os.path.join(run_logs, f"{run}.log"))
+losses, epoch_length = [], 1  # losses: of every step of the run, resumed ones included; nan where it was skipped
 pending, queued = [], deque()  # pending: [loss, squared, spread, gradient norm] of each step since the last line; queued: of those that a GPU has still to do
 unlogged = None  # on a GPU: the line of the step before
 
 
-def log(line=""):
-    try:
-        log_file.write(line + "\n")
-        if rank == 0:
-            tqdm.write(line)
-            sys.stdout.flush()
-    except OSError:  # the terminal or pipe is gone, or the disk is full; the run goes on
-        sys.stdout = open(os.devnull, "w")
-
-
-def close_log():
+def at_end():
     if unlogged:
         try:
+            if on_gpu:
+                torch.cuda.synchronize(device)
             report(*unlogged)
-        except (InputError, RuntimeError) as error:  # the GPU itself may be what ended the run
+        except Exception as error:  # the GPU, the disk or a tracker may be what ended the run
             log(f"the last line is lost: {' '.join(str(error).split())[:200]}")
-    if every := [*losses, *(values[0].item() for values in pending[:len(pending) - len(queued)])]:
-        taken = [i for i, loss in enumerate(every) if math.isfinite(loss)]
-        if taken:
-            least = min(taken, key=every.__getitem__)
-            log(f"minimum loss {every[least]:.6f} at step {least + 1} of {len(every)}")
-        for start in range(0, len(every), epoch_length):
-            log(f"epoch {start // epoch_length + 1}: average loss {average(every[start:start + epoch_length]):.6f} over {len(every[start:start + epoch_length])} steps")
-        log(f"average loss of the last {min(2000, len(every))} steps: {average(every[-2000:]):.6f}")
-        if len(taken) < len(every):
-            log(f"skipped steps, whose loss or gradient was not finite: {len(every) - len(taken)}")
-    log(f"status: {status}")
-    log("Process exiting.")
+    return summary([*losses, *(values[0].item() for values in pending[:len(pending) - len(queued)])], epoch_length)
 
 
-def average(losses):
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
-
-
-def log_error(kind, error, traceback):
-    if world > 1 and issubclass(kind, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
-        kind, error = InputError, InputError(f"another rank is gone, or not to be reached ({' '.join(str(error).split())[:200]}); torchrun --max_restarts N with --resume auto starts all of "
-                                             "them again from last.pth")
-    with contextlib.suppress(OSError):
-        log_file.write(f"error: {' '.join(str(error).split()) or kind.__name__}\n")
-    config.report_in_one_line(kind, error, traceback)
-
-
-sys.excepthook = log_error
-atexit.register(close_log)
+log.at_end = at_end
 received = []  # a signal lets the step under way finish; another one, two seconds later or more, does not wait
 
 
@@ -195,9 +159,9 @@ log(f"run {run}: {' '.join(sys.argv)}")
 log(f"settings {json.dumps(settings)}")
 for line in config.from_environment:
     log(line)
-device = model.pick_device(ranks.start(device))
+device, restarts = model.pick_device(ranks.start(device)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 if world > 1:
-    run, restarts = ranks.first(lambda: run), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    run = ranks.first(lambda: run)
     log(f"{world} ranks{f', started again for the {restarts}. time' if restarts else ''}; {'FSDP2' if fsdp else 'DDP'}: each takes {batch_size // world} of the {batch_size} clips")
 log(ops.extension_line(device))
 where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -266,7 +230,10 @@ if target == "pixels" and (loss != "mse" or target_norm != "none"):
     raise InputError("--target pixels is trained with the MSE on per-patch standardised pixels; leave --loss and --target_norm alone")
 check_batch(n, batch_size)
 if batch_size % (world * accumulate):
-    raise InputError(f"--accumulate {accumulate}{f' times {world} ranks' if world > 1 else ''} does not divide --batch_size {batch_size}; the parts of a batch have one size")
+    raise InputError(f"--accumulate {accumulate}{f' times {world} ranks' if world > 1 else ''} does not divide --batch_size {batch_size}; the parts of a batch have one size, so the two must be divisors together, or the batch a multiple of "
+                     f"{world * accumulate}")
+share = batch_size // world  # clips of a rank,
+part = share // accumulate   # and of one pass
 if (accumulate > 1 or world > 1) and (vicreg_variance or vicreg_covariance):
     raise InputError("VICReg's penalties are statistics of a whole batch, which --accumulate and several ranks take apart; leave one of the two out")
 if fsdp and world == 1:
@@ -280,33 +247,30 @@ identity = {"train": source.identity if source else {"list": hashlib.sha256("\n"
 directory, step, history = os.path.join(checkpoints, run), 0, []  # history: held-out evaluations
 best = -math.inf if held_out else math.inf  # held-out R2, or without a val_cache an epoch's average loss
 lineage = []  # the runs that this one continues, the first one first
-here = {"ranks": world, "threads": torch.get_num_threads(), "device": device.type, "torch": str(torch.__version__)}  # what the last bits depend on
+here = {"ranks": world, "threads": torch.get_num_threads(), "device": device.type, "torch": str(torch.__version__), "accumulate": accumulate, "fsdp": fsdp, "compile": compile,
+        "deterministic": deterministic}  # what the last bits depend on
 changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "run_name", "checkpoints", "run_logs", "threads", "device", "log_every", "save_every", "save_minutes",
               "skip_limit", "wandb", "tensorboard", "recompute", "accumulate", "fsdp", "compile", "matrix_rate", "deterministic"}
 
 
 def find_checkpoint():
-    """The path to resume from, or None; its run must have ended."""
+    """The path to resume from, or None. Its run, and with auto every other one of this name, must have ended; it is locked from here on."""
     if resume == "auto":
-        names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
-        path, _ = newest_checkpoint([os.path.join(checkpoints, name) for name in names if name.rsplit("_", 3)[0] == run_name], log)
-        log(f"resuming from {path}" if path else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
+        places = [os.path.join(checkpoints, name) for name in os.listdir(checkpoints) if name.rsplit("_", 3)[0] == run_name]
     else:
-        path = resume if not os.path.isdir(resume) else newest_checkpoint([resume], log)[0]
-        if path is None:
-            raise InputError(f"--resume {resume} is a folder without a last.pth")
-    before = os.path.join(os.path.dirname(os.path.abspath(path)), "metrics.jsonl") if path else ""
-    if os.path.isfile(before):
-        with open(before) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"--resume: the run of {path} is still going; end it first, or choose another --run_name") from None
-            except OSError:
-                pass  # a file system without locks
+        places = [resume if os.path.isdir(resume) else os.path.dirname(os.path.abspath(resume))]
+    for place in places:
+        locks.append(lock_run(place, wait=120 if restarts else 0))  # a rank that was cut off may take a while to be seen as dead
+    if resume != "auto" and not os.path.isdir(resume):
+        return resume
+    path = newest_checkpoint(places, log)
+    if resume != "auto" and path is None:
+        raise InputError(f"--resume {resume} is a folder without a last.pth")
+    log(f"resuming from {path}" if path else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
     return path
 
 
+locks = []
 resume = ranks.first(find_checkpoint) if resume else None
 saved = load_checkpoint(resume) if resume else None
 if saved:
@@ -320,7 +284,7 @@ if saved:
     for name, value in settings.items():
         if name not in changeable and name in saved["settings"] and json.dumps(saved["settings"].get(name)) != json.dumps(value):
             raise InputError(f"--resume {resume} was trained with --{name} {saved['settings'].get(name)}, not {value}; give the "
-                             f"same, or start a new run")
+                             f"same, or start a new run, with another --run_name if --resume is auto")
 
 # ---- model and optimiser
 shape = {} if depth is None else {"depth": depth}
@@ -341,12 +305,13 @@ if saved and averaged:
     model.load_weights(averaged.student, saved["ema"]["student"], resume)
     model.load_weights(averaged.predictor, saved["ema"]["predictor"], resume)
 networks = [salt, averaged] if averaged else [salt]
-for network in networks:  # split before it goes to the GPU, since the whole need not fit there
-    model.shard(network, device) if fsdp else network.to(device)
+for network in networks:
+    if fsdp:
+        model.shard(network, device)  # before it goes to the GPU, since the whole need not fit there
     network.to(device)
 parameters = list(salt.parameters())
 optimizer = torch.optim.AdamW(model.parameter_groups(salt, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
-salt.student.recompute = salt.predictor.recompute = recompute
+salt.student.recompute = salt.predictor.recompute = recompute or fsdp  # else the casts of all matrices would be kept for the backward pass, on each rank
 on_gpu = device.type == "cuda"
 can_compile = importlib.util.find_spec("triton") and any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
 if compile == "auto" and on_gpu and not can_compile:
@@ -382,7 +347,7 @@ if saved:
         torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
     step, losses, history, best, pending = saved["step"], saved["losses"].tolist(), saved["history"], saved["best"], list(saved.get("pending", ()))
     lineage = [*saved.get("lineage", ()), os.path.basename(os.path.dirname(os.path.abspath(resume)))]
-    log(f"resumed {resume} at step {step}")
+    log(f"resumed {resume} at step {step}{': nothing is left to do' if step == total_steps else ''}")
     if saved.get("where", here) != here:
         log(f"it ran under {saved['where']} before, now under {here}: the same clips, masks and schedules, but the last bits may differ")
 
@@ -407,8 +372,8 @@ def target_space():
     log(f"R2's per-position mean: from {len(picked)} training clips")
     raw = model.Space(target, "none" if target_norm == "standardise" else target_norm, None, None, space.zero)
     count = total = squares = 0
-    sample = batches(clips, in_order(picked, batch_size), threads=threads, device=device, failed=lambda i, error: None)
-    for batch in tqdm(sample, desc="statistics", total=-(-len(picked) // batch_size), unit="batch", dynamic_ncols=True, leave=False):
+    sample = batches(clips, in_order(picked, part), threads=threads, device=device, failed=lambda i, error: None)
+    for batch in tqdm(sample, desc="statistics", total=-(-len(picked) // part), unit="batch", dynamic_ncols=True, leave=False):
         batch = with_latents(batch)
         y = raw.all_targets(batch.patches, batch.latents).double()
         count, total, squares = count + len(y), total + y.sum(0).cpu(), squares + y.square().sum(0).cpu()
@@ -441,43 +406,42 @@ def save(name):
         content |= {"optimizer": optimizer.state_dict(), "rng": rng, "pending": torch.stack(pending) if pending else torch.zeros(0, 4), "where": here}
     content = ranks.whole(content) if fsdp else content
     ranks.first(lambda: save_checkpoint(os.path.join(directory, name), content, previous if name == "last.pth" else None))
+    if name == "last.pth" and rank == 0 and os.path.isfile(previous):  # two of its own are on the disk: many restarts do not fill it
+        for path in superseded:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        superseded.clear()
 
 
 # ---- the run's folder; what it continues goes along
 previous = os.path.join(directory, "previous.pth")
+superseded = [os.path.join(os.path.dirname(resume), name) for name in ("last.pth", "previous.pth")] if saved and settings["resume"] == "auto" else []
 
 
 def open_folder():
+    """Make it; returns `best`, or where best.pth turns out to be damaged what it is at the start."""
     os.makedirs(directory, exist_ok=True)
-    metrics = open(os.path.join(directory, "metrics.jsonl"), "w", buffering=1)
-    with contextlib.suppress(OSError):
-        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as the run lives: nobody resumes it meanwhile
-    best_is_lost = False
-    if saved:
-        before = os.path.dirname(os.path.abspath(resume))
-        for left in glob.glob(os.path.join(glob.escape(before), "*.part")):  # half-written when it was killed
-            os.remove(left)
-        if os.path.isfile(os.path.join(before, "best.pth")):
-            try:
-                load_checkpoint(os.path.join(before, "best.pth"))
-                shutil.copyfile(os.path.join(before, "best.pth"), os.path.join(directory, "best.pth.part"))
-                os.replace(os.path.join(directory, "best.pth.part"), os.path.join(directory, "best.pth"))
-            except InputError as error:
-                best_is_lost = True
-                log(f"left behind: {error}; the next evaluation makes a new best.pth")
-        if os.path.isfile(os.path.join(before, "metrics.jsonl")):
-            for line in open(os.path.join(before, "metrics.jsonl")):
-                if line.endswith("}\n") and json.loads(line)["step"] <= step:  # a killed run may leave a torn last line
-                    metrics.write(line)
-    return metrics, best_is_lost
+    if not saved:
+        return best
+    before = os.path.dirname(os.path.abspath(resume))
+    for left in glob.glob(os.path.join(glob.escape(before), "*.part")):  # half-written when it was killed
+        os.remove(left)
+    try:
+        load_checkpoint(os.path.join(before, "best.pth"))
+        link_or_copy(os.path.join(before, "best.pth"), os.path.join(directory, "best.pth"))
+    except InputError as error:
+        if step >= min(eval_every if held_out else epoch_length, total_steps):
+            log(f"left behind: {error}; the next evaluation makes a new best.pth")
+        return -math.inf if held_out else math.inf
+    return best
 
 
-metrics = None
-if rank == 0:
-    metrics, best_is_lost = open_folder()
-    if best_is_lost:
-        best = -math.inf if held_out else math.inf
-best = ranks.first(lambda: best)
+best = ranks.first(open_folder)
+metrics = Metrics(directory)
+if saved:
+    metrics.go_on(os.path.dirname(os.path.abspath(resume)), step)
+resumed, saved = bool(saved), None  # its memory is wanted
+ranks.first(lambda: metrics.follow(run, (lineage or [run])[0], settings, directory, wandb, tensorboard))
 failures = set()
 
 
@@ -498,7 +462,7 @@ rows_held_out = {"patches": seen if target == "pixels" else ("context",), "laten
 @torch.compiler.set_stance("force_eager")  # a last, smaller batch would be compiled for itself
 def held_out_r2():
     kept = range(min(len(held_out), val_batches * batch_size))
-    mine = itertools.islice(in_order(kept, batch_size), *((0, None) if fsdp else (rank, None, world)))  # FSDP2: the ranks run each batch together
+    mine = itertools.islice(in_order(kept, part), *((0, None) if fsdp else (rank, None, world)))  # FSDP2: the ranks run each batch together
     stream = batches(held_out_clips, mine, masks, eval_seed, **rows_held_out, threads=threads, device=device, failed=functools.partial(failed, "held-out"))
     with torch.no_grad():
         for network in networks:
@@ -512,75 +476,39 @@ def held_out_r2():
         rows = model.join_errors([part[i] for part in parts])
         entry |= {f"val_r2{suffix}": float(model.r2(rows.values())), f"val_mse{suffix}": model.mse(rows.values())}
     entry["val_r2_background"] = float(model.r2(rows.values(), "background"))
+    entry = ranks.first(lambda: entry)  # with FSDP2 each rank has worked it out: what is best, all must see alike
     averaged_r2 = f"; moving average of the weights: R2 {entry['val_r2_ema']:.4f}" if averaged else ""
     log(f"step {step} held-out R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 "
         f"{entry['val_r2_background']:.4f}{averaged_r2})")
-    write_metrics(entry)
+    metrics.write(entry)
     history.append(entry)
 
 
-trackers = []  # functions that take an entry of metrics.jsonl
-
-
-def open_trackers():
-    if wandb:
-        try:
-            import wandb as service
-        except ImportError:
-            raise InputError("--wandb needs Weights & Biases: pip install wandb, or leave the flag out") from None
-        session = service.init(project=wandb, name=run, group=(lineage or [run])[0], config=settings)
-        trackers.append(lambda entry: session.log(entry, step=entry["step"]))
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out") from None
-        writer = SummaryWriter(os.path.join(directory, "tensorboard"))
-        trackers.append(lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()])
-    for line in open(metrics.name) if trackers else ():  # what a resumed run begins with
-        track_all(json.loads(line))
-
-
-def track_all(entry):
-    for track in trackers:
-        track({name: value for name, value in entry.items() if value is not None})
-
-
-def write_metrics(entry):
-    if rank:
-        return
-    try:
-        metrics.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise InputError(f"{metrics.name} cannot be written ({error.strerror}); free some disk space and continue with --resume auto") from None
-    track_all(entry)
-
-
 def report(values, watched, step, seconds, steps, waited, rate, decay):
-    """Log the steps since the last line. values: [loss, squared, spread, gradient norm] of each; watched: moments of the last one's features, and its update."""
+    """Log the steps since the last line. values: [loss, squared, spread, gradient norm] of each; watched: the last one's features, as a future of health.collapse, and its update."""
     values = torch.stack(values).double()
     finite = values.isfinite().all(1)
     values[~finite] = math.nan
     losses.extend(values[:, 0].tolist())
+    if rank:
+        return
     taken = values[finite]
-    speed, (deviation, effective_rank) = steps / seconds, health.collapse(watched[0])
-    mean = lambda column: column.mean().item() if len(taken) else None
-    entry = {"step": step, "epoch": step / epoch_length, "loss": mean(taken[:, 0]), "r2": 1 - (taken[:, 1].sum() / taken[:, 2].sum()).item() if len(taken) else None,
-             "lr": rate, "weight_decay": decay, "grad_norm": mean(taken[:, 3]),
-             "clipped": mean((taken[:, 3] > grad_clip).double()) if grad_clip else 0.0, "skipped": sum(map(math.isnan, losses)),
+    speed, (deviation, effective_rank) = steps / seconds, watched[0].result()
+    entry = {"step": step, "epoch": step / epoch_length, "loss": taken[:, 0].mean().item(), "r2": 1 - (taken[:, 1].sum() / taken[:, 2].sum()).item(),
+             "lr": rate, "weight_decay": decay, "grad_norm": taken[:, 3].mean().item(),
+             "clipped": (taken[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0, "skipped": sum(map(math.isnan, losses)),
              "update_ratio": (watched[1][0] / watched[1][1]).sqrt().item(), "feature_std": deviation, "effective_rank": effective_rank,
              "clips_per_s": speed * batch_size, "data_wait": waited / seconds, "mfu": speed * batch_size * clip_flops / full_rate / world,
              "memory_gb": (torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9}
-    entry = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()}
-    write_metrics(entry)
-    show = {name: math.nan if value is None else value for name, value in entry.items()}
-    log(f"step {step}/{total_steps} epoch {show['epoch']:.2f} loss {show['loss']:.5f} R2 {show['r2']:.4f} lr {rate:.2e} wd {decay:.3f} "
-        f"grad {show['grad_norm']:.3g} clipped {show['clipped']:.0%} update {show['update_ratio']:.1e} std {show['feature_std']:.3f} rank {show['effective_rank']:.1f} "
-        f"{show['clips_per_s']:.2f} clips/s MFU {show['mfu']:.0%} waiting {show['data_wait']:.0%} {show['memory_gb']:.2f} GB"
-        f"{' skipped ' + str(show['skipped']) if show['skipped'] else ''} left {timedelta(seconds=int((total_steps - step) / speed))}")
+    metrics.write(entry)
+    log(f"step {step}/{total_steps} epoch {entry['epoch']:.2f} loss {entry['loss']:.5f} R2 {entry['r2']:.4f} lr {rate:.2e} wd {decay:.3f} "
+        f"grad {entry['grad_norm']:.3g} clipped {entry['clipped']:.0%} update {entry['update_ratio']:.1e} std {entry['feature_std']:.3f} rank {entry['effective_rank']:.1f} "
+        f"{entry['clips_per_s']:.2f} clips/s MFU {entry['mfu']:.0%} waiting {entry['data_wait']:.0%} {entry['memory_gb']:.2f} GB"
+        f"{' skipped ' + str(entry['skipped']) if entry['skipped'] else ''} left {timedelta(seconds=int((total_steps - step) / speed))}")
 
 
-def stop_with_diagnosis(last):
+@torch.compiler.set_stance("force_eager")
+def stop_with_diagnosis(last, its_loss, its_norm):
     """After skip_limit steps in a row that were not finite: do the last of them again, clip by clip, and say what is wrong."""
     mine = shuffled(n, batch_size, seed, [last], rank, world)
     stream = batches(clips, mine, masks, seed, **rows_of_step, threads=threads, device=device, failed=functools.partial(failed, "training"), substitutes=True)
@@ -592,26 +520,24 @@ def stop_with_diagnosis(last):
     ranks.first(lambda: write_whole(path, json.dumps({"step": last + 1, **found}, indent=1).encode()))
     if rank:
         os._exit(1)
-    raise InputError(f"the loss or its gradient was not finite in {skip_limit} steps in a row, the last of them step {last + 1}: {health.in_words(found)}. More is in {path}; the weights were "
+    raise InputError(f"the loss or its gradient was not finite in {skip_limit} steps in a row, the last of them step {last + 1} (loss {its_loss:.4g}, gradient norm {its_norm:.4g}): {health.in_words(found, its_loss)}. More is in {path}; the weights were "
                      "left alone all that time")
 
 
 cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
-if rank == 0:
-    open_trackers()
 if held_out and not history:
     held_out_r2()
-if not saved:
+if not resumed:
     save("last.pth")  # a run starts with what it takes to resume it, and its disk has been seen to have room
 config.started = True  # from here on every rank speaks for itself
-clock, waited, logged_step, saved_at = time.perf_counter(), 0.0, step - len(pending), time.monotonic()
+clock, waited, timed_step, saved_at = time.perf_counter(), 0.0, step, time.monotonic()
 stream = batches(clips, shuffled(n, batch_size, seed, range(step, total_steps), rank, world), masks, seed, **rows_of_step, threads=threads, device=device,
                  failed=functools.partial(failed, "training"), substitutes=True)
-share = batch_size // world
-part = share // accumulate
 watching, features = False, []  # in a step that ends in a log line: what the student gives
 salt.student.register_forward_hook(lambda module, inputs, output: features.append(health.moments(output)) if watching else None)
 to_host = lambda x: torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) if on_gpu else x  # there once the step's mark has passed
+analyst = ThreadPoolExecutor(1)  # singular values take 0.1 s of a line's step, beside which the GPU must not wait
+features_of_step = lambda done, moments: (done and done.synchronize(), health.collapse(moments))[1]
 stopping, bad = False, 0  # bad: steps in a row that were not finite, up to here
 for loss_before in (*losses, *(values.sum().item() for values in pending)):
     bad = 0 if math.isfinite(loss_before) else bad + 1
@@ -633,10 +559,7 @@ while step < total_steps and not stopping:
         few = slice(start, start + part)
         patches, latents = batch.patches[few], None if batch.latents is None else batch.latents[few]
         drawn = {family: ops.Masks(both.context[few], both.target[few]) for family, both in batch.masks.items()}
-        is_last = start + part == share  # gradients are summed over the ranks with the last part
-        if fsdp:
-            salt.set_requires_gradient_sync(is_last)
-        with contextlib.nullcontext() if fsdp or world == 1 or is_last else distributed.no_sync():
+        with distributed.no_sync() if world > 1 and not fsdp and start + part < share else contextlib.nullcontext():  # DDP sums over the ranks with the last part
             predictions = distributed(patches, drawn)
             error, squared, spread, gradients = model.salt_loss(predictions, patches, latents, drawn, space, loss, 1 / accumulate)
             roots, upstream = list(predictions.values()), list(gradients.values())  # the loss brings its gradient; other terms join here
@@ -653,7 +576,6 @@ while step < total_steps and not stopping:
     if averaged:
         model.move_average(averaged, salt, ema)
     pending.append(to_host(torch.cat([sums, norm[None]])))
-    queued.append((pending[-1], torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True)) if on_gpu else None))
     if logging:
         watched = [sum(features), health.update_ratio(optimizer)]
         watching, now = False, time.perf_counter()
@@ -663,6 +585,10 @@ while step < total_steps and not stopping:
         if fsdp:
             torch.distributed.all_reduce(watched[1])
         watched = [to_host(x) for x in watched]
+    done = torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True)) if on_gpu else None
+    queued.append((pending[-1], done))
+    if logging and rank == 0:
+        watched[0] = analyst.submit(features_of_step, done, watched[0])
 
     # Signals and the clock are looked at once a step: a signal from here on lets one more step run, and that one saves.
     stopping, due = ranks.agree(bool(received), save_minutes > 0 and rank == 0 and time.monotonic() - saved_at > 60 * save_minutes)
@@ -674,14 +600,14 @@ while step < total_steps and not stopping:
         bad = 0 if values.isfinite().all() else bad + 1
         if bad:
             log(f"step {step - len(queued)} is skipped: loss {values[0]:.4g}, gradient norm {values[3]:.4g}")
-        if bad == skip_limit:
-            stop_with_diagnosis(step - len(queued) - 1)
-    if unlogged:
+        if bad >= skip_limit:
+            stop_with_diagnosis(step - len(queued) - 1, *values[[0, 3]].tolist())
+    if unlogged and (logging or saving or rank or unlogged[1][0].done()):
         line, unlogged = unlogged, None
         report(*line)
     if logging:
-        unlogged = pending, watched, step, now - clock, step - logged_step, waited, rate, decay
-        clock, waited, logged_step, pending = now, 0.0, step, []
+        unlogged = pending, watched, step, now - clock, step - timed_step, waited, rate, decay
+        clock, waited, timed_step, pending = now, 0.0, step, []
     if unlogged and not queued:
         line, unlogged = unlogged, None
         report(*line)
@@ -700,11 +626,12 @@ while step < total_steps and not stopping:
         save("last.pth")
         saved_at = time.monotonic()
 stream.close()
+analyst.shutdown()
 for name in ("best.pth", "last.pth"):  # both exist whenever a run has ended
     if not ranks.first(lambda: os.path.isfile(os.path.join(directory, name))):
         save(name)
 if rank == 0 and os.path.isfile(previous):
     os.remove(previous)
-status = "stopped" if stopping and step < total_steps else "finished"
+log.status = "stopped" if stopping and step < total_steps else "finished"
 log(f"checkpoints in {directory}")
-ranks.leave(128 + (received or [signal.SIGTERM])[0] if status == "stopped" else 0)
+ranks.leave(128 + (received or [signal.SIGTERM])[0] if log.status == "stopped" else 0)

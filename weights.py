@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import warnings
 import zipfile
@@ -68,9 +69,23 @@ def save_checkpoint(path, content, previous=None):
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        if "CUDA" in str(error):  # of a kernel before, seen only now
+            raise
         Path(part).unlink(missing_ok=True)
         raise InputError(f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}); free some disk space and "
                          f"continue with --resume auto") from None
+
+
+def link_or_copy(source, path):
+    """Have the file `source` at `path`, too, whole or not at all; checkpoints are replaced and never changed, so a link will do."""
+    part = Path(f"{path}.part")
+    try:
+        os.link(source, part)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def load_checkpoint(path, ema=False):
@@ -92,19 +107,20 @@ def load_checkpoint(path, ema=False):
 
 
 def newest_checkpoint(places, log):
-    """(path, content) of the newest whole one of the last.pth and previous.pth in the folders `places`; (None, None) where there is none at all.
+    """Path of the newest whole one of the last.pth and previous.pth in the folders `places`; None where there is none at all.
 
     One that is damaged is logged, and the next taken. Raises InputError where all of them are.
     """
     paths = [path for place in places for name in ("previous.pth", "last.pth") if os.path.isfile(path := os.path.join(place, name))]
-    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+    for path in sorted(paths, key=lambda path: (os.path.getmtime(path), path.endswith("last.pth")), reverse=True):
         try:
-            return path, load_checkpoint(path)
+            load_checkpoint(path)
+            return path
         except InputError as error:
             log(f"passed over: {error}")
     if paths:
         raise InputError(f"none of the {len(paths)} checkpoints is whole ({', '.join(paths)}); delete them to start afresh, or give another --run_name")
-    return None, None
+    return None
 
 
 # -------------------------------------------------------------------------------------------------------------- VideoMAE

@@ -90,6 +90,7 @@ def test_a_diagnosis_names_what_is_not_finite(salt_and_batch):
     found = look()
     assert found["weights"] == ["predictor.proj.bias"] and found["clips"] == ["a", "b", "c"] and not found["targets"]
     assert "the weights themselves are not finite (predictor.proj.bias)" in health.in_words(found)
+    assert "its norm: it overflows" in health.in_words({"weights": [], "targets": [], "clips": [], "gradients": []}, 0.5)
     with torch.no_grad():
         salt.predictor.proj.bias[3] = 0
         salt.student.blocks[0].fc1.bias[0] = 3e38
@@ -126,11 +127,11 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(world, tmp_path):
 def test_many_of_them_in_a_row_end_the_run_with_a_diagnosis(world, tmp_path):
     names = poisoned(world, tmp_path, range(17))
     line = error_of(tmp_path, "train", "--cache", "poisoned", *SMALL, "--epochs", "9", "--skip_limit", "5", "--run_name", "r")
-    assert "in 5 steps in a row, the last of them step 5: the targets of" in line and "--verify" in line
+    assert "in 5 steps in a row, the last of them step 5 (loss inf, gradient norm" in line and "): the targets of" in line and "--verify" in line
     found = json.loads(next(tmp_path.glob("checkpoints/r_*/diagnosis.json")).read_text())
     assert found["step"] == 5 and len(found["targets"]) == 4 and set(found["targets"]) <= set(names) and found["weights"] == []
     line = error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, "--epochs", "9", "--lr", "1e30", "--warmup", "0", "--grad_clip", "0", "--run_name", "lr")
-    assert "in 10 steps in a row, the last of them step 11: not finite: the loss of" in line and "lower --lr" in line
+    assert "in 10 steps in a row, the last of them step 11 (loss" in line and "): not finite: the loss of" in line and "lower --lr" in line
     log = next(tmp_path.glob("run_logs/lr_*.log")).read_text().splitlines()
     assert log[-1] == "Process exiting." and log[-2] == "status: failed" and log[-3].endswith("was not finite: 10") and any(row.startswith("error: the loss or its gradient") for row in log)
     saved = weights.load_checkpoint(next(tmp_path.glob("checkpoints/lr_*/last.pth")))

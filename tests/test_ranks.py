@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +15,16 @@ import torch
 import data
 import ranks
 import weights
+from tests.test_health import poisoned
 from tests.stages import ROOT, SMALL, run, run_folder
 
 FLAGS = [*SMALL, "--epochs", "3", "--save_every", "3", "--eval_every", "5", "--val_batches", "3", "--matrix_rate", "1"]  # 12 steps of 4 clips
 
 
-def launch(count, folder, *flags, script="train", restarts=0):
+def launch(count, folder, *flags, script="train", restarts=0, path=""):
     """torchrun with `count` ranks: the process, with its output in a pipe."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, "--max_restarts", restarts, ROOT / f"{script}.py", *flags]
-    return subprocess.Popen([*map(str, command)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([*map(str, command)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
 
 
 def finish(process, code=0):
@@ -65,7 +67,7 @@ def agrees(folder, other, rtol):
             assert (name in row) == (name in like) and row.get(name, 0) == pytest.approx(like.get(name, 0), rel=1e-3, abs=1e-4), (name, row, like)
 
 
-@pytest.mark.parametrize("count, more", [(2, []), (4, ["--ema", "0.9"]), (2, ["--fsdp", "--accumulate", "2", "--recompute"])])
+@pytest.mark.parametrize("count, more", [(2, ["--accumulate", "2"]), (4, ["--ema", "0.9"]), (2, ["--fsdp", "--accumulate", "2", "--recompute"])])
 def test_more_ranks_are_the_same_run(alone, tmp_path, count, more):
     folder, flags = alone
     said = finish(launch(count, tmp_path, *flags, "--run_name", "r", *more))
@@ -138,6 +140,30 @@ def test_evaluation_over_ranks_is_the_same(world, tmp_path):
     assert one["clips"] == two["clips"] == 8 and one["r2"] == pytest.approx(two["r2"], rel=1e-5) and one["r2_ci95"] == pytest.approx(two["r2_ci95"], rel=1e-4)
 
 
+def test_skipped_steps_and_a_diagnosis_over_ranks(alone, world, tmp_path):
+    """A record that is not finite: both ranks skip the steps that hold it. All of them: both stop, and the diagnosis names clips of both."""
+    _, flags = alone
+    names = poisoned(world, tmp_path, [3])
+    finish(launch(2, tmp_path, *flags, "--cache", "poisoned", "--run_name", "r", "--tensorboard"))
+    lost = last(tmp_path)["losses"].isnan().sum()
+    assert 1 <= lost <= 3 and last(tmp_path)["optimizer"]["state"][0]["step"] == 12 - lost
+    shutil.rmtree(tmp_path / "poisoned")
+    names = poisoned(world, tmp_path, range(17))
+    text = finish(launch(2, tmp_path, *flags, "--cache", "poisoned", "--run_name", "all", "--skip_limit", "3", "--fsdp"), 1)
+    assert "rank 0: error: the loss or its gradient was not finite in 3 steps in a row" in text and text.count("Traceback (most recent call last)") == 1  # torchrun's own
+    found = json.loads(next(tmp_path.glob("checkpoints/all_*/diagnosis.json")).read_text())
+    assert len(found["targets"]) == 4 and set(found["targets"]) <= set(names)
+
+
+def test_what_happens_to_one_rank_alone_is_said(world, tmp_path):
+    """Rank 1 runs out of memory while it is set up."""
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif os.environ.get('RANK') == '1':\n    import torch\n"
+                                               "    def full(self, *a, **k): raise torch.OutOfMemoryError('CUDA out of memory')\n    torch.nn.Module.to = full\n")
+    process = launch(2, tmp_path, "--cache", world / "latents", *FLAGS, path=str(tmp_path))
+    text = finish(process, 1)
+    assert "train.py, rank 1: error: the GPU is out of memory; in training give --accumulate 2" in text, text
+
+
 def test_wrong_inputs_under_torchrun_are_said_once(alone, world, tmp_path):
     _, flags = alone
     for more, restarts, message in ((["--batch_size", "5"], 0, "does not divide --batch_size 5"), (["--run_name", "x"], 1, "give --resume auto"), (["--cache", "nowhere"], 0, "nowhere is no cache")):
@@ -165,8 +191,10 @@ def test_a_rank_cannot_choose_its_gpu(monkeypatch):
     with pytest.raises(ranks.InputError, match="each rank takes the GPU of its number"):
         ranks.start("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ranks.InputError, match="2 ranks were started on a machine with 1 GPUs"):
-        ranks.start("cuda")
+    for number in "01":
+        monkeypatch.setenv("LOCAL_RANK", number)
+        with pytest.raises(ranks.InputError, match="2 ranks were started on a machine with 1 GPUs"):
+            ranks.start("cuda")
 
 
 def test_alone_nothing_is_asked_of_others():

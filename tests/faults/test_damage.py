@@ -91,12 +91,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world, tmp_path)
     flags = ["--cache", world / "latents", *TINY, "--max_steps", "12", "--save_every", "4", "--run_name", "r", "--resume", "auto"]
     assert run(tmp_path, "train", *flags)[0] == 0
     folder = next(tmp_path.glob("checkpoints/r_*"))
-    whole = (folder / "last.pth").read_bytes()
+    whole, lines = (folder / "last.pth").read_bytes(), (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([lines[0], lines[1].replace('"r2":', '"r2"\x1a'), *lines[2:]]) + "\n")
     shutil.copy(folder / "last.pth", folder / "previous.pth")
     os.utime(folder / "previous.pth", (1, 1))
     (folder / "last.pth").write_bytes(flip(whole, np.random.default_rng(2))[0])
     code, text = run(tmp_path, "train", *flags)
-    assert code == 0 and "passed over: " in text and f"resumed {os.path.join('checkpoints', folder.name, 'previous.pth')} at step 12" in text
+    assert code == 0 and "passed over: " in text and f"resumed {os.path.join('checkpoints', folder.name, 'previous.pth')} at step 12: nothing is left to do" in text
+    assert (max(tmp_path.glob("checkpoints/r_*"), key=os.path.getmtime) / "metrics.jsonl").read_text().splitlines() == [lines[0], *lines[2:]]
     for path in tmp_path.glob("checkpoints/r_*/*.pth"):
         if path.name != "best.pth":
             path.write_bytes(whole[:len(whole) // 2])

@@ -1,0 +1,138 @@
+"""What a run writes down as it goes: its log, metrics.jsonl, and what follows these (Weights & Biases, TensorBoard). Ranks other than 0 write nothing."""
+import atexit
+import contextlib
+import faulthandler
+import fcntl
+import json
+import math
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+import config
+from config import InputError
+from ranks import rank
+
+
+class Log:
+    """run_logs/<run>.log, and the terminal. Its last line is always `Process exiting.`, before it the status, and before that what at_end() says."""
+
+    def __init__(self, path):
+        self.file = open(path if rank == 0 else os.devnull, "w", buffering=1)
+        self.status, self.at_end = "failed", lambda: ()
+        faulthandler.enable(self.file if rank == 0 else sys.stderr)  # a crash in C++ or SIGBUS still says where
+        sys.excepthook = self.on_error
+        atexit.register(self.close)
+
+    def __call__(self, line):
+        with contextlib.suppress(OSError):  # a full disk; the run says so where it cannot do without
+            self.file.write(line + "\n")
+        try:
+            if rank == 0:
+                tqdm.write(line)
+                sys.stdout.flush()
+        except OSError:  # the terminal or pipe is gone; the run and its log go on
+            sys.stdout = open(os.devnull, "w")
+
+    def on_error(self, kind, error, traceback):
+        with contextlib.suppress(OSError):
+            self.file.write(f"error: {' '.join(str(error).split()) or kind.__name__}\n")
+        config.report_in_one_line(kind, error, traceback)
+
+    def close(self):
+        for line in (*self.at_end(), f"status: {self.status}", "Process exiting."):
+            self(line)
+
+
+def average(losses):
+    """Mean of those that are finite; nan where none is."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def summary(losses, epoch_length):
+    """Lines on a run's losses, one a step, nan where the step was skipped."""
+    finite, last = [i for i, loss in enumerate(losses) if math.isfinite(loss)], losses[-2000:]
+    if finite:
+        least = min(finite, key=losses.__getitem__)
+        yield f"minimum loss {losses[least]:.6f} at step {least + 1} of {len(losses)}"
+    for start in range(0, len(losses), epoch_length):
+        part = losses[start:start + epoch_length]
+        yield f"epoch {start // epoch_length + 1}: average loss {average(part):.6f} over {len(part)} steps"
+    if losses:
+        yield f"average loss of the last {len(last)} steps: {average(last):.6f}"
+    if len(finite) < len(losses):
+        yield f"skipped steps, whose loss or gradient was not finite: {len(losses) - len(finite)}"
+
+
+class Metrics:
+    """metrics.jsonl of a run's folder, an entry a line. It is locked as long as the run lives, so that nobody resumes it meanwhile."""
+
+    def __init__(self, folder):
+        self.path, self.followers = os.path.join(folder, "metrics.jsonl"), []  # followers: functions that take an entry
+        self.file = open(self.path if rank == 0 else os.devnull, "w", buffering=1)
+        with contextlib.suppress(OSError):  # a file system without locks
+            if rank == 0:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def go_on(self, before, step):
+        """Begin with the entries of the run in the folder `before`, up to a step."""
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(before, "metrics.jsonl"), errors="replace") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave a torn last line, a disk a damaged one
+                    if line.endswith("}\n") and json.loads(line)["step"] <= step:
+                        self.file.write(line)
+
+    def follow(self, run, group, settings, folder, wandb=None, tensorboard=False):
+        """Pass entries on to the Weights & Biases project `wandb` and to TensorBoard, those at hand first."""
+        if wandb:
+            try:
+                import wandb as service
+            except ImportError:
+                raise InputError("--wandb needs Weights & Biases: pip install wandb, or leave the flag out") from None
+            session = service.init(project=wandb, name=run, group=group, config=settings)
+            self.followers.append(lambda entry: session.log(entry, step=entry["step"]))
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out") from None
+            writer = SummaryWriter(os.path.join(folder, "tensorboard"))
+            self.followers.append(lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()])
+        for line in open(self.path) if self.followers else ():
+            self.tell(json.loads(line))
+
+    def tell(self, entry):
+        for follower in self.followers:
+            follower({name: value for name, value in entry.items() if value is not None})
+
+    def write(self, entry):
+        """entry: {name: number}; one that is not finite becomes null, for JSON has none."""
+        if rank:
+            return
+        entry = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()}
+        try:
+            self.file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written ({error.strerror}); free some disk space and continue with --resume auto") from None
+        self.tell(entry)
+
+
+def lock_run(folder, wait=0):
+    """Lock a run that has ended, so that one process alone continues it; returns the open file that holds the lock, None where it has no metrics.jsonl or the
+    file system no locks. Raises InputError where after `wait` seconds it, or one that continues it, is still going.
+    """
+    until = time.monotonic() + wait
+    while True:
+        try:
+            file = open(os.path.join(folder, "metrics.jsonl"), "r+")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise InputError(f"--resume: the run {os.path.basename(folder)}, or one that continues it, is still going; end it first, or choose another --run_name") from None
+            time.sleep(1)
+        except OSError:
+            return None
