@@ -3,6 +3,7 @@
 # CPU. make cuda-check: builds the CUDA kernels with a CUDA torch of its own (no GPU needed, nvcc is). make gpu-check: on a machine with
 # a GPU, with the python3 on PATH. make faults: breaks runs and caches in every way of docs/RELIABILITY.md, in full (about 25 minutes).
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 EXTENSION := $(VENV)/extension.stamp
@@ -19,7 +20,7 @@ CUDA_BUILD := build/cuda-check
 setup: $(EXTENSION)
 
 test: setup $(TEST_REQUIREMENTS)
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile tests
 
 faults: setup $(TEST_REQUIREMENTS)
 	rm -f out/faults.jsonl

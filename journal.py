@@ -71,7 +71,7 @@ class Metrics:
     """metrics.jsonl of a run's folder, an entry a line. It is locked as long as the run lives, so that nobody resumes it meanwhile."""
 
     def __init__(self, folder):
-        self.path, self.followers = os.path.join(folder, "metrics.jsonl"), []  # followers: functions that take an entry
+        self.path, self.followers = os.path.join(folder, "metrics.jsonl"), []  # followers: (function that takes an entry, function that ends it)
         self.file = open(self.path if rank == 0 else os.devnull, "w", buffering=1)
         with contextlib.suppress(OSError):  # a file system without locks
             if rank == 0:
@@ -93,20 +93,25 @@ class Metrics:
             except ImportError:
                 raise InputError("--wandb needs Weights & Biases: pip install wandb, or leave the flag out") from None
             session = service.init(project=wandb, name=run, group=group, config=settings)
-            self.followers.append(lambda entry: session.log(entry, step=entry["step"]))
+            self.followers.append((lambda entry: session.log(entry, step=entry["step"]), session.finish))
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise InputError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out") from None
             writer = SummaryWriter(os.path.join(folder, "tensorboard"))
-            self.followers.append(lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()])
+            self.followers.append((lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()], writer.close))
         for line in open(self.path) if self.followers else ():
             self.tell(json.loads(line))
 
     def tell(self, entry):
-        for follower in self.followers:
-            follower({name: value for name, value in entry.items() if value is not None})
+        for follow, _ in self.followers:
+            follow({name: value for name, value in entry.items() if value is not None})
+
+    def close(self):
+        for _, end in self.followers:
+            end()
+        self.followers.clear()
 
     def write(self, entry):
         """entry: {name: number}; one that is not finite becomes null, for JSON has none."""

@@ -510,9 +510,8 @@ def report(values, watched, step, seconds, steps, waited, rate, decay):
 @torch.compiler.set_stance("force_eager")
 def stop_with_diagnosis(last, its_loss, its_norm):
     """After skip_limit steps in a row that were not finite: do the last of them again, clip by clip, and say what is wrong."""
-    mine = shuffled(n, batch_size, seed, [last], rank, world)
-    stream = batches(clips, mine, masks, seed, **rows_of_step, threads=threads, device=device, failed=functools.partial(failed, "training"), substitutes=True)
-    _, records = next(shuffled(n, batch_size, seed, [last], rank, world))
+    (epoch, records), = shuffled(n, batch_size, seed, [last], rank, world)
+    stream = batches(clips, [(epoch, records)], masks, seed, **rows_of_step, threads=threads, device=device, failed=functools.partial(failed, "training"), substitutes=True)
     model.cast_matrices(salt, dtype)
     found = health.diagnose(salt, space, [clips.name(int(record))[0] for record in records], with_latents(next(stream)), loss)
     found = {name: list(dict.fromkeys(itertools.chain(*(part[name] for part in ranks.gather(found))))) for name in found}
@@ -520,8 +519,8 @@ def stop_with_diagnosis(last, its_loss, its_norm):
     ranks.first(lambda: write_whole(path, json.dumps({"step": last + 1, **found}, indent=1).encode()))
     if rank:
         os._exit(1)
-    raise InputError(f"the loss or its gradient was not finite in {skip_limit} steps in a row, the last of them step {last + 1} (loss {its_loss:.4g}, gradient norm {its_norm:.4g}): {health.in_words(found, its_loss)}. More is in {path}; the weights were "
-                     "left alone all that time")
+    raise InputError(f"the loss or its gradient was not finite in {skip_limit} steps in a row, the last of them step {last + 1} (loss {its_loss:.4g}, gradient norm {its_norm:.4g}): "
+                     f"{health.in_words(found, its_loss)}. More is in {path}; the weights were left alone all that time")
 
 
 cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
@@ -632,6 +631,7 @@ for name in ("best.pth", "last.pth"):  # both exist whenever a run has ended
         save(name)
 if rank == 0 and os.path.isfile(previous):
     os.remove(previous)
+metrics.close()
 log.status = "stopped" if stopping and step < total_steps else "finished"
 log(f"checkpoints in {directory}")
 ranks.leave(128 + (received or [signal.SIGTERM])[0] if log.status == "stopped" else 0)

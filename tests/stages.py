@@ -18,7 +18,7 @@ SMALL = ["--size", "tiny", "--depth", "1", "--predictor_dim", "32", "--predictor
 def run(folder, script, *flags, code=0, **environ):
     """Run a stage in `folder`; on a wrong exit code show what it printed."""
     done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "2", **environ})
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environ})
     assert done.returncode == code, f"{script} {flags} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 

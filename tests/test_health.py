@@ -142,13 +142,14 @@ def test_trackers_get_what_metrics_get(world, tmp_path):
     """--wandb against a stand-in that writes down its calls; --tensorboard against its own reader."""
     pytest.importorskip("tensorboard")
     (tmp_path / "wandb.py").write_text("import json\nclass init:\n    def __init__(self, **how): self.file = open('calls', 'a'); print(json.dumps({**how, 'config': len(how['config'])}), file=self.file)\n"
-                                       "    def log(self, entry, step): print(json.dumps([step, entry]), file=self.file, flush=True)\n")
+                                       "    def log(self, entry, step): print(json.dumps([step, entry]), file=self.file, flush=True)\n"
+                                       "    def finish(self): print('[\"finished\"]', file=self.file)\n")
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--epochs", "3", "--run_name", "r", "--wandb", "project", "--tensorboard"]
     run(tmp_path, "train", *flags, PYTHONPATH=str(tmp_path))
     folder = next(tmp_path.glob("checkpoints/r_*"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first, *calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert first["project"] == "project" and first["name"] == first["group"] == folder.name and calls == [[row["step"], row] for row in rows]
+    assert first["project"] == "project" and first["name"] == first["group"] == folder.name and calls == [*([row["step"], row] for row in rows), ["finished"]]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [(event.step, pytest.approx(event.value, rel=1e-5)) for event in events.Scalars("loss")] == [(row["step"], row["loss"]) for row in rows if "loss" in row]

@@ -47,7 +47,7 @@ def alone(world, tmp_path_factory):
     """The run by one process, and its flags."""
     folder = tmp_path_factory.mktemp("alone")
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *FLAGS]
-    run(folder, "train", *flags, "--run_name", "r", OMP_NUM_THREADS="1")
+    run(folder, "train", *flags, "--run_name", "r")
     return folder, flags
 
 
@@ -78,7 +78,7 @@ def test_more_ranks_are_the_same_run(alone, tmp_path, count, more):
 
 def test_bfloat16_over_ranks_and_shards(alone, tmp_path):
     folder, flags = alone
-    run(tmp_path, "train", *flags, "--dtype", "bf16", "--run_name", "one", OMP_NUM_THREADS="1")
+    run(tmp_path, "train", *flags, "--dtype", "bf16", "--run_name", "one")
     finish(launch(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "ddp"))
     finish(launch(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "fsdp", "--fsdp"))
     for name in ("ddp", "fsdp"):

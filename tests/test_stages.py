@@ -149,7 +149,7 @@ def finished_losses(folder):
 def test_resuming_is_exact(world, grad, tmp_path):
     """16 steps at a stretch, against the same run ended by SIGTERM about its first held-out evaluation, between two saves, and continued."""
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", "--epochs", "4", "--run_name", "r", "--save_every", "5", "--eval_every", "6", *SMALL, *grad]
-    run(tmp_path, "train", *flags, "--checkpoints", "whole")
+    run(tmp_path, "train", *flags, "--checkpoints", "whole", OMP_NUM_THREADS="2")
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     for line in process.stdout:
         if line.startswith("step 6/"):
@@ -160,7 +160,7 @@ def test_resuming_is_exact(world, grad, tmp_path):
     stopped = next(tmp_path.glob("checkpoints/r_*"))
     assert {"best.pth", "last.pth"} <= {path.name for path in stopped.iterdir()} and 6 <= weights.load_checkpoint(stopped / "last.pth")["step"] < 16
     assert f"of {weights.load_checkpoint(stopped / 'last.pth')['step']}\n" in rest  # every step that ran is in it: `minimum loss .. at step a of b`
-    said = run(tmp_path, "train", *flags, "--resume", "auto")
+    said = run(tmp_path, "train", *flags, "--resume", "auto", OMP_NUM_THREADS="2")
     assert f"resuming from {Path('checkpoints') / stopped.name}" in said
     whole = weights.load_checkpoint(next(tmp_path.glob("whole/r_*")) / "last.pth")
     resumed = weights.load_checkpoint(next(path for path in tmp_path.glob("checkpoints/r_*") if path != stopped) / "last.pth")
@@ -210,16 +210,18 @@ def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):
     assert "without --ema" in error_of(tmp_path, "eval_distill", "--checkpoint", run_folder(world, "student") / "best.pth", "--cache", world / "held_out", "--ema")
 
 
-def test_two_signals_at_once_save_as_one_does(world, tmp_path):
+@pytest.mark.parametrize("signals", [(signal.SIGTERM, signal.SIGINT), (signal.SIGHUP,)])
+def test_signals_save_and_leave(world, tmp_path, signals):
+    """Two at once as one does, and a terminal that closes."""
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--cache", str(world / "latents"), "--epochs", "500", *SMALL], cwd=tmp_path, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:
         if line.startswith("step 8/"):
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGINT)
+            for number in signals:
+                process.send_signal(number)
             break
     rest = process.stdout.read()
-    assert process.wait() in (128 + signal.SIGTERM, 128 + signal.SIGINT) and "status: stopped" in rest
+    assert process.wait() in [128 + number for number in signals] and "status: stopped" in rest
     assert {path.name for path in next(tmp_path.glob("checkpoints/*")).iterdir()} == {"best.pth", "last.pth", "metrics.jsonl"}
 
 
