@@ -1,7 +1,7 @@
 # make test, make demo: each sets up .venv and the extension where that has not been done, then does its job.
 # make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; make emulate: the CUDA kernels likewise, run on the
 # CPU. make cuda-check: builds the CUDA kernels with a CUDA torch of its own (no GPU needed, nvcc is). make gpu-check: on a machine with
-# a GPU, with the python3 on PATH. make faults: breaks runs and caches in every way of docs/RELIABILITY.md, in full (about 25 minutes).
+# a GPU, with the python3 on PATH. make faults: breaks runs and caches in every way of docs/RELIABILITY.md, in full (about 20 minutes).
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
 VENV := .venv

@@ -32,11 +32,13 @@ from config import InputError  # noqa: E402
 
 LAST = 2000      # steps at a run's end that its mean is taken over
 BATCHES = 20     # of which an interval is made
-SMOOTH = 0.02    # of the longest run: the running mean in the picture
+SMOOTH = 0.02    # of a run: the running mean in the picture
 WIDTH = 100      # columns of the table
 ABREAST = 6      # runs side by side in it
 INCIDENTAL = {"run_name", "resume", "checkpoints", "run_logs"}  # settings that say where a run is, not what it is
 
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    raise InputError("plot_runs.py runs in one process; start it without torchrun")
 if not runs:
     raise InputError("give one or more runs: logs, folders of checkpoints/, or run names; see --help")
 for flag, path in (("--out", out), ("--json", json)):
@@ -71,7 +73,8 @@ def find(word):
     if word in names:
         return word, *files_of(word), None
     if named := sorted((name for name in names if re.fullmatch(re.escape(word) + r"_\d{8}_\d{6}_pid\d+", name)), key=lambda name: name.split("_")[-3:]):
-        return named[-1], *files_of(named[-1]), f"the newest of {len(named)} named {word}" if len(named) > 1 else None
+        name = next((name for name in reversed(named) if has_steps(*files_of(name))), named[-1])  # a start that was refused leaves a log, too
+        return name, *files_of(name), f"the newest of {len(named)} named {word}{'' if name == named[-1] else ' that got to a step'}" if len(named) > 1 else None
     if path.is_dir():
         if log := files_of(path.name, path.parent.parent)[0]:
             return path.name, log, None, None
@@ -177,8 +180,10 @@ def read_log(path):
             found["held_out"].append({"step": int(match[1])} | {name: float(value) for name, value in zip(names, match.groups()[1:]) if value})
         elif match := re.match(r"minimum loss (\S+) at step (\d+) of \d+", line):
             found["minimum"] = {"loss": float(match[1]), "step": int(match[2]), "over": "every step"}
-        elif match := re.match(r"resumed (.+) at step (\d+)$", line):
+        elif match := re.match(r"resumed (.+) at step (\d+)", line):
             found["resumed"] = {"from": match[1], "step": int(match[2])}
+        elif match := re.match(r"\d+ clips, view .*; (\d+) steps of ", line):
+            found["total"] = int(match[1])
         elif line.startswith(("status: ", "error: ")):
             found[line[:line.index(":")]] = line.partition(": ")[2].strip()
     if found["settings"] is not None and last != "Process exiting.":
@@ -193,6 +198,14 @@ def alive(log):
         return bool(pid) and b"train.py" in Path(f"/proc/{pid[1]}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+def has_steps(log, metrics):
+    return bool(metrics and read_metrics(metrics)[0] or log and read_log(log)["training"])
+
+
+class Empty(InputError):
+    """A run without a logged step."""
 
 
 # ---- what it comes to
@@ -241,7 +254,7 @@ def summarise(name, log, metrics, note):
     if not training:
         training, held_out = logged.get("training", []), logged.get("held_out", [])
     if not training:
-        raise InputError(f"{os.path.relpath(log or metrics)} holds no logged step; a log has lines like `step 120 loss 9.71`, a metrics.jsonl has `step` and `loss`")
+        raise Empty(f"{os.path.relpath(log or metrics)} holds no logged step; a log has lines like `step 120 loss 9.71`, a metrics.jsonl has `step` and `loss`")
     notes, resumed, settings = [note] if note else [], logged.get("resumed"), logged.get("settings")
     (training, again), (held_out, _) = ascending(training), ascending(held_out)
     steps = np.array([row["step"] for row in training])
@@ -298,7 +311,15 @@ found = [(name if taken.count(name) == 1 else word, *files) for word, name, *fil
 for flag, path in (("--out", out), ("--json", json)):
     if path and os.path.abspath(path) in [os.path.abspath(file) for run in found for file in run[1:3] if file]:
         raise InputError(f"{flag} {path} is one of the files to read; name another")
-results, curves = zip(*(summarise(*run) for run in found))
+summaries, left_out = [], []
+for run in found:
+    try:
+        summaries.append(summarise(*run))
+    except Empty as error:
+        left_out.append(error)
+if not summaries:
+    raise left_out[0]
+results, curves = zip(*summaries)
 known = [result for result in results if result["settings"]]
 names = dict.fromkeys(name for result in known for name in result["settings"] if name not in INCIDENTAL)
 differences = {name: {result["run"]: result["settings"][name] for result in known if name in result["settings"]} for name in names
@@ -388,6 +409,8 @@ for start in range(0, len(results), ABREAST):
     print()
 for label, result in zip(labels, results):
     print(f"{label}: {'; '.join([result['source'], *result['notes']])}")
+for error in left_out:
+    print(f"left out: {error}")
 if len(known) > 1 and not differences:
     print("the runs have the same settings")
 
@@ -416,9 +439,9 @@ if out:
     panels = ["loss"] + ["R2"] * any(curve["held_out"] for curve in curves) + ["rate"] * any(np.isfinite(curve["rates"]).any() for curve in curves)
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5.5 * len(panels), 5), layout="constrained", sharex=True, squeeze=False, width_ratios=[1.5, 1, 1][:len(panels)])
     axes = dict(zip(panels, axes[0]))
-    window = max(max(SMOOTH * (curve["steps"][-1] - curve["steps"][0]), 4 * np.median(curve["counts"])) for curve in curves)  # one for all, in steps
     backgrounds = {}
     for i, (label, result, curve) in enumerate(zip(labels, results, curves)):
+        window = max(SMOOTH * (curve["steps"][-1] - curve["steps"][0]), 4 * np.median(curve["counts"]))  # in steps
         style = {"color": f"C{i % 10}", "ls": ("-", "--", "-.")[i // 10 % 3]}
         for panel, values in (("loss", curve["losses"]), ("rate", curve["rates"])):
             if panel in axes and np.isfinite(values).any():
@@ -437,7 +460,7 @@ if out:
                 panel.axvline(result["resumed"]["step"], color=style["color"], lw=0.8, ls=":")
     values = np.concatenate([curve["losses"][np.isfinite(curve["losses"])] for curve in curves])
     spread = len(values) and values.min() > 0 and values.max() > 4 * values.min()
-    axes["loss"].set(title=f"training loss  (pale: as logged; running mean of {round(window)} steps; v: minimum)", xlabel="step", yscale="log" if spread else "linear")
+    axes["loss"].set(title="training loss  (pale: as logged; bold: running mean; v: minimum)", xlabel="step", yscale="log" if spread else "linear")
     if spread:
         axes["loss"].yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
         axes["loss"].yaxis.set_major_formatter("{x:g}")
@@ -453,7 +476,8 @@ if out:
     for panel in axes.values():
         panel.grid(alpha=0.25)
         panel.margins(x=0.02)
-    figure.legend(loc="outside upper center", ncols=min(4, len(results)), frameon=False)
+    if len(values):
+        figure.legend(loc="outside upper center", ncols=min(4, len(results)), frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format=Path(out).suffix[1:], dpi=120)
     write_whole(out, picture.getvalue())

@@ -63,6 +63,8 @@ from data import VideoError, load_split, patchify, prefetch, read_clip  # noqa: 
 from views import View, random_half  # noqa: E402
 from weights import load_checkpoint  # noqa: E402
 
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    raise InputError("probe_time_arrow.py runs in one process; start it without torchrun")
 if not data or not (checkpoint or after):
     raise InputError("give --data and either --checkpoint or --after; see --help")
 if checkpoint and after:

@@ -77,7 +77,7 @@ eval_every: int | None = None  # steps between held-out evaluations [once an epo
 val_batches = 20               # batches an evaluation
 stats_clips = 256              # training clips that give R2's per-position mean where the cache has none
 save_every = 500               # steps between last.pth
-save_minutes = 15.0            # minutes after which it is saved at the latest
+save_minutes = 15.0            # minutes after which it is saved at the latest; 0: by steps alone
 log_every = 20                 # steps between log lines
 skip_limit = 10                # steps in a row whose loss or gradient is not finite, after which the run stops with a diagnosis; fewer are skipped
 resume: str | None = None      # auto (the newest whole checkpoint of this run_name; afresh where there is none) or a last.pth
@@ -118,6 +118,8 @@ from weights import link_or_copy, load_checkpoint, newest_checkpoint, save_check
 run = f"{run_name}_{time.strftime('%Y%m%d_%H%M%S')}_pid{os.getpid()}"
 if run_name != os.path.basename(run_name) or not run_name:
     raise InputError(f"--run_name {run_name!r} must be a plain name")
+if resume == "":
+    raise InputError("--resume is empty; give auto, a last.pth, or leave it out to start afresh")
 if world > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and resume != "auto":
     raise InputError("torchrun --max_restarts starts this command again when a rank dies: give --resume auto, so that it goes on where it was")
 if rank == 0:
@@ -230,8 +232,8 @@ if target == "pixels" and (loss != "mse" or target_norm != "none"):
     raise InputError("--target pixels is trained with the MSE on per-patch standardised pixels; leave --loss and --target_norm alone")
 check_batch(n, batch_size)
 if batch_size % (world * accumulate):
-    raise InputError(f"--accumulate {accumulate}{f' times {world} ranks' if world > 1 else ''} does not divide --batch_size {batch_size}; the parts of a batch have one size, so the two must be divisors together, or the batch a multiple of "
-                     f"{world * accumulate}")
+    parts = " times ".join([f"{world} ranks"] * (world > 1) + [f"--accumulate {accumulate}"] * (accumulate > 1))
+    raise InputError(f"{parts} {'do' if world > 1 else 'does'} not divide --batch_size {batch_size}; the parts of a batch have one size, so it must be a multiple of {world * accumulate}")
 share = batch_size // world  # clips of a rank,
 part = share // accumulate   # and of one pass
 if (accumulate > 1 or world > 1) and (vicreg_variance or vicreg_covariance):
@@ -347,9 +349,15 @@ if saved:
         torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
     step, losses, history, best, pending = saved["step"], saved["losses"].tolist(), saved["history"], saved["best"], list(saved.get("pending", ()))
     lineage = [*saved.get("lineage", ()), os.path.basename(os.path.dirname(os.path.abspath(resume)))]
-    log(f"resumed {resume} at step {step}{': nothing is left to do' if step == total_steps else ''}")
+    log(f"resumed {resume} at step {step}")
     if saved.get("where", here) != here:
         log(f"it ran under {saved['where']} before, now under {here}: the same clips, masks and schedules, but the last bits may differ")
+
+
+if saved and settings["resume"] == "auto" and step == total_steps:  # a script that asks again and again leaves nothing behind
+    log("that run has finished: nothing is left to do")
+    log.status = "finished"
+    ranks.leave()
 
 
 def with_latents(batch):
@@ -406,16 +414,16 @@ def save(name):
         content |= {"optimizer": optimizer.state_dict(), "rng": rng, "pending": torch.stack(pending) if pending else torch.zeros(0, 4), "where": here}
     content = ranks.whole(content) if fsdp else content
     ranks.first(lambda: save_checkpoint(os.path.join(directory, name), content, previous if name == "last.pth" else None))
-    if name == "last.pth" and rank == 0 and os.path.isfile(previous):  # two of its own are on the disk: many restarts do not fill it
-        for path in superseded:
-            with contextlib.suppress(OSError):
-                os.remove(path)
-        superseded.clear()
+    if rank == 0 and (name == "best.pth" or os.path.isfile(previous)):  # of its own there is a best.pth, or two last.pth: many restarts do not fill the disk
+        for old in ("best.pth",) if name == "best.pth" else ("last.pth", "previous.pth"):
+            if superseded:
+                with contextlib.suppress(OSError):
+                    os.remove(os.path.join(superseded, old))
 
 
 # ---- the run's folder; what it continues goes along
 previous = os.path.join(directory, "previous.pth")
-superseded = [os.path.join(os.path.dirname(resume), name) for name in ("last.pth", "previous.pth")] if saved and settings["resume"] == "auto" else []
+superseded = os.path.dirname(resume) if saved and settings["resume"] == "auto" else None
 
 
 def open_folder():
@@ -502,7 +510,7 @@ def report(values, watched, step, seconds, steps, waited, rate, decay):
              "memory_gb": (torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9}
     metrics.write(entry)
     log(f"step {step}/{total_steps} epoch {entry['epoch']:.2f} loss {entry['loss']:.5f} R2 {entry['r2']:.4f} lr {rate:.2e} wd {decay:.3f} "
-        f"grad {entry['grad_norm']:.3g} clipped {entry['clipped']:.0%} update {entry['update_ratio']:.1e} std {entry['feature_std']:.3f} rank {entry['effective_rank']:.1f} "
+        f"grad {entry['grad_norm']:.3g} clipped {entry['clipped']:.0%} update {entry['update_ratio']:.1e} std {entry['feature_std']:.3f} erank {entry['effective_rank']:.1f} "
         f"{entry['clips_per_s']:.2f} clips/s MFU {entry['mfu']:.0%} waiting {entry['data_wait']:.0%} {entry['memory_gb']:.2f} GB"
         f"{' skipped ' + str(entry['skipped']) if entry['skipped'] else ''} left {timedelta(seconds=int((total_steps - step) / speed))}")
 

@@ -71,8 +71,9 @@ def save_checkpoint(path, content, previous=None):
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         if "CUDA" in str(error):  # of a kernel before, seen only now
             raise
+        full = isinstance(error, RuntimeError) and shutil.disk_usage(os.path.dirname(path) or ".").free < 1 << 20
         Path(part).unlink(missing_ok=True)
-        raise InputError(f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}); free some disk space and "
+        raise InputError(f"the checkpoint {path} could not be written ({'No space left on device' if full else str(error).splitlines()[0]}); see to its disk and "
                          f"continue with --resume auto") from None
 
 

@@ -1,8 +1,11 @@
 """What the tests of whole stages share: running a script as a user does, and a small world of videos, caches and checkpoints."""
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,21 @@ def run(folder, script, *flags, code=0, **environ):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environ})
     assert done.returncode == code, f"{script} {flags} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
+
+
+def start(words, folder, limit=300, before=None, **environ):
+    """A process whose output comes by a pipe; it and its children are killed after `limit` seconds, so that what hangs fails. before() runs in it first."""
+    process = subprocess.Popen([*map(str, words)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+                               preexec_fn=before, env={**os.environ, "OMP_NUM_THREADS": "1", **environ})
+
+    def end():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    watchdog = threading.Timer(limit, end)
+    watchdog.daemon = True
+    watchdog.start()
+    return process
 
 
 def error_of(folder, script, *flags, **environ):

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import data
 import ranks
 import weights
 from tests.test_health import poisoned
-from tests.stages import ROOT, SMALL, run, run_folder
+from tests.stages import ROOT, SMALL, run, run_folder, start
 
 FLAGS = [*SMALL, "--epochs", "3", "--save_every", "3", "--eval_every", "5", "--val_batches", "3", "--matrix_rate", "1"]  # 12 steps of 4 clips
 
@@ -24,11 +23,11 @@ FLAGS = [*SMALL, "--epochs", "3", "--save_every", "3", "--eval_every", "5", "--v
 def launch(count, folder, *flags, script="train", restarts=0, path=""):
     """torchrun with `count` ranks: the process, with its output in a pipe."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, "--max_restarts", restarts, ROOT / f"{script}.py", *flags]
-    return subprocess.Popen([*map(str, command)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+    return start(command, folder, PYTHONPATH=path)
 
 
 def finish(process, code=0):
-    text = process.communicate(timeout=300)[0]
+    text = process.communicate()[0]
     assert process.returncode == code, text
     return text
 
@@ -59,7 +58,7 @@ def agrees(folder, other, rtol):
         torch.testing.assert_close(mine["student"][name], value, rtol=0, atol=2e-5)
     for number, state in theirs["optimizer"]["state"].items():
         for name, value in state.items():
-            assert mine["optimizer"]["state"][number][name].shape == value.shape
+            torch.testing.assert_close(mine["optimizer"]["state"][number][name], value, rtol=1e-2, atol=1e-4 * value.abs().max().item())
     rows, expected = metrics(folder), metrics(other)
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, like in zip(rows, expected):
@@ -71,7 +70,7 @@ def agrees(folder, other, rtol):
 def test_more_ranks_are_the_same_run(alone, tmp_path, count, more):
     folder, flags = alone
     said = finish(launch(count, tmp_path, *flags, "--run_name", "r", *more))
-    agrees(tmp_path, folder, 1e-4)
+    agrees(tmp_path, folder, 1e-5)
     assert f"{count} ranks; {'FSDP2' if '--fsdp' in more else 'DDP'}" in said and said.count("status: finished") == 1
     assert {path.name for path in next(tmp_path.glob("checkpoints/r_*")).iterdir()} == {"best.pth", "last.pth", "metrics.jsonl"}
 
@@ -114,19 +113,18 @@ def test_a_run_goes_on_under_another_number_of_ranks(alone, tmp_path):
         if line.startswith("step 4/"):
             process.send_signal(signal.SIGTERM)
             break
-    text = process.communicate(timeout=300)[0]
+    text = process.communicate()[0]
     assert process.returncode != 0 and "status: stopped" in text
     stopped = last(tmp_path)["step"]
     assert 4 <= stopped < 12
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags), "--run_name", "r", "--resume", "auto"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start([sys.executable, ROOT / "train.py", *flags, "--run_name", "r", "--resume", "auto"], tmp_path)
     said = ""
     for line in process.stdout:
         said += line
         if line.startswith("step 8/"):
             process.send_signal(signal.SIGTERM)
             break
-    process.communicate(timeout=300)
+    process.communicate()
     assert f"at step {stopped}" in said and "the last bits may differ" in said
     finish(launch(2, tmp_path, *flags, "--run_name", "r", "--resume", "auto", "--fsdp"))
     agrees(tmp_path, folder, 1e-4)

@@ -17,7 +17,7 @@ import budget
 import cache
 import model
 import weights
-from tests.stages import REFUSE, ROOT, SMALL, VIEW, error_of, everything_in, run, run_folder
+from tests.stages import REFUSE, ROOT, SMALL, VIEW, error_of, everything_in, run, run_folder, start
 
 def test_the_cache_leaves_out_what_cannot_be_decoded(world):
     opened = cache.open_cache(world / "latents")
@@ -150,7 +150,7 @@ def test_resuming_is_exact(world, grad, tmp_path):
     """16 steps at a stretch, against the same run ended by SIGTERM about its first held-out evaluation, between two saves, and continued."""
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", "--epochs", "4", "--run_name", "r", "--save_every", "5", "--eval_every", "6", *SMALL, *grad]
     run(tmp_path, "train", *flags, "--checkpoints", "whole", OMP_NUM_THREADS="2")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path, OMP_NUM_THREADS="2")
     for line in process.stdout:
         if line.startswith("step 6/"):
             process.send_signal(signal.SIGTERM)
@@ -213,8 +213,7 @@ def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):
 @pytest.mark.parametrize("signals", [(signal.SIGTERM, signal.SIGINT), (signal.SIGHUP,)])
 def test_signals_save_and_leave(world, tmp_path, signals):
     """Two at once as one does, and a terminal that closes."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--cache", str(world / "latents"), "--epochs", "500", *SMALL], cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
+    process = start([sys.executable, ROOT / "train.py", "--cache", world / "latents", "--epochs", "500", *SMALL], tmp_path)
     for line in process.stdout:
         if line.startswith("step 8/"):
             for number in signals:
@@ -231,6 +230,7 @@ def test_a_resumed_run_must_be_the_same_run(world):
     assert "--lr 0.0002, not 0.001" in error_of(world, "train", *flags, "--lr", "1e-3")
     assert "other training clips" in error_of(world, "train", "--target", "pixels", "--cache", "clips", *SMALL, "--resume", last)
     assert "another --val_cache" in error_of(world, "train", "--cache", "latents", "--epochs", "4", *SMALL, "--resume", last)
+    assert "--resume is empty" in error_of(world, "train", *flags[:-1], "")
     assert "holds no optimizer" in error_of(world, "train", *flags[:-1], run_folder(world, "student") / "best.pth")
 
 

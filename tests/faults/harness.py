@@ -6,14 +6,14 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from tests.stages import ROOT, SMALL
+from tests.stages import ROOT, SMALL, start
 
 FULL = os.environ.get("SALT_FAULTS") == "full"
 RECORD = Path(os.environ.get("SALT_FAULTS_RECORD", ROOT / "out" / "faults.jsonl"))
@@ -42,10 +42,11 @@ def run(folder, script, *flags, prefix=(), **how):
     return watched([*prefix, *command(script, *flags)], folder, **how)
 
 
-def watched(words, folder, **how):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **how.pop("env", {})}
-    done = subprocess.run(list(map(str, words)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=LIMIT, env=env, **how)
-    return done.returncode, done.stdout
+def watched(words, folder, before=None, **environ):
+    process = start(words, folder, LIMIT, before, **environ)
+    text = process.communicate()[0]
+    assert process.returncode != -signal.SIGKILL, f"{words} did not end in {LIMIT} s:\n{text}"
+    return process.returncode, text
 
 
 def one_line(text):
@@ -55,32 +56,22 @@ def one_line(text):
     return lines[0]
 
 
-def kill_later(words, folder, seconds):
-    """Start a command and SIGKILL it after so many seconds. True where it was killed, False where it had ended well before."""
-    process = subprocess.Popen(list(map(str, words)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        text, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=LIMIT)
-        return process.returncode == -signal.SIGKILL
-    assert process.returncode == 0, text
-    return False
+def killed_at_random(words, folder, kills, random, shortest, longest, phase):
+    """Run a command again and again, killed at a random moment between `shortest` and `longest` seconds each time, `kills` times or until it ends; then to its end.
 
-
-def killed_at_random(words, folder, kills, random, longest):
-    """Run a command again and again, killed at a random moment within `longest` seconds each time, `kills` times or until it ends; then to its end.
-
-    Returns how often it was killed.
+    Returns a Counter of the moments: what phase(what it had printed) says after each kill.
     """
-    killed = 0
-    while killed < kills:
-        if not kill_later(words, folder, random.uniform(0, longest)):
-            return killed
-        killed += 1
+    moments = Counter()
+    while moments.total() < kills:
+        process = start(words, folder, random.uniform(shortest, longest))
+        text = process.communicate()[0]
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, text
+            return moments
+        moments[phase(text)] += 1
     code, text = watched(words, folder)
     assert code == 0, text
-    return killed
+    return moments
 
 
 def seconds_of(words, folder):

@@ -54,15 +54,15 @@ def flip_ends(content, random):
 
 def test_flipped_bits_in_caches(world, tmp_path):
     """Small files: found when the cache is opened or its statistics are read. Shards: found by --verify, always."""
-    random, copy = np.random.default_rng(1), tmp_path / "copy"
+    random, copy, harmless = np.random.default_rng(1), tmp_path / "copy", 0
     shutil.copytree(world / "latents", copy)
-    contents, opened = {path.name: path.read_bytes() for path in copy.iterdir()}, cache.open_cache(copy)
+    contents, opened = {path.name: path.read_bytes() for path in sorted(copy.iterdir())}, cache.open_cache(copy)
     before = {"metadata": opened.metadata, "ids": list(map(opened.ids.fields, range(len(opened)))), "stats": opened.stats}
     tried = {"shards": [0, 0], "metadata.json, ids.txt, stats.npz, failures.jsonl": [0, 0]}
     for i in range(count(24, 120)):
         name = list(contents)[i % len(contents)]
         damaged, at = flip(contents[name], random)
-        if name.endswith(".npy") and i % 3 == 0:  # the header, too
+        if name.endswith(".npy") and random.random() < 0.3:  # the header, too
             damaged, at = flip(contents[name][:128], random)
             damaged += contents[name][128:]
         (copy / name).write_bytes(damaged)
@@ -77,32 +77,36 @@ def test_flipped_bits_in_caches(world, tmp_path):
             quick = clean(error)
         row[1] += quick
         try:
-            assert upkeep.verify(copy)[0] or name == "metadata.json" and json.loads(damaged) == json.loads(contents[name]), (name, at)
+            if not upkeep.verify(copy)[0]:  # a blank for another
+                assert name == "metadata.json" and json.loads(damaged) == json.loads(contents[name]), (name, at)
+                harmless += 1
         except InputError as error:
             assert clean(error)
         (copy / name).write_bytes(contents[name])
     assert upkeep.verify(copy) == ([], [])
     for kind, (total, quick) in tried.items():
-        record(f"a flipped bit in a cache's {kind}", total, f"all found by --verify, {quick} already on opening; the others leave ids, statistics and metadata as they were")
+        record(f"a flipped bit in a cache's {kind}", total, f"{total - (0 if kind == 'shards' else harmless)} found by --verify, {quick} already on opening; the others leave ids, statistics and metadata as they were")
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world, tmp_path):
     """The newest last.pth is damaged: the run goes on from previous.pth; with both damaged it stops, since starting afresh would hide the loss."""
-    flags = ["--cache", world / "latents", *TINY, "--max_steps", "12", "--save_every", "4", "--run_name", "r", "--resume", "auto"]
-    assert run(tmp_path, "train", *flags)[0] == 0
+    flags = ["--cache", world / "latents", *TINY, "--max_steps", "12", "--save_every", "4", "--run_name", "r", "--resume"]
+    assert run(tmp_path, "train", *flags, "auto")[0] == 0
     folder = next(tmp_path.glob("checkpoints/r_*"))
     whole, lines = (folder / "last.pth").read_bytes(), (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join([lines[0], lines[1].replace('"r2":', '"r2"\x1a'), *lines[2:]]) + "\n")
     shutil.copy(folder / "last.pth", folder / "previous.pth")
     os.utime(folder / "previous.pth", (1, 1))
     (folder / "last.pth").write_bytes(flip(whole, np.random.default_rng(2))[0])
-    code, text = run(tmp_path, "train", *flags)
-    assert code == 0 and "passed over: " in text and f"resumed {os.path.join('checkpoints', folder.name, 'previous.pth')} at step 12: nothing is left to do" in text
+    code, text = run(tmp_path, "train", *flags, os.path.join("checkpoints", folder.name))
+    assert code == 0 and "passed over: " in text and f"resumed {os.path.join('checkpoints', folder.name, 'previous.pth')} at step 12" in text
     assert (max(tmp_path.glob("checkpoints/r_*"), key=os.path.getmtime) / "metrics.jsonl").read_text().splitlines() == [lines[0], *lines[2:]]
+    code, text = run(tmp_path, "train", *flags, "auto")
+    assert code == 0 and "that run has finished: nothing is left to do" in text and len(list(tmp_path.glob("checkpoints/r_*"))) == 2
     for path in tmp_path.glob("checkpoints/r_*/*.pth"):
         if path.name != "best.pth":
             path.write_bytes(whole[:len(whole) // 2])
-    code, text = run(tmp_path, "train", *flags)
+    code, text = run(tmp_path, "train", *flags, "auto")
     assert code == 1 and "none of the 3 checkpoints is whole" in one_line(text)
 
 

