@@ -14,8 +14,9 @@ import functools
 import glob
 import importlib
 import importlib.metadata
-import itertools
+import operator
 import os
+import pathlib
 import platform
 import re
 import resource
@@ -41,6 +42,7 @@ patience = 180.0               # seconds that one check may take before it count
 json: str | None = None        # JSON file for the results
 # -----------------------------------------------------------------------------------------------------------------------
 settings = config.apply(globals(), None if __name__ == "__main__" else [], least={"disk_mb": 1, "patience": 1})  # a child and the tests import it
+on_gpu = "cuda:0" if device in ("auto", "cuda") else device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GB = 1e9
@@ -54,13 +56,15 @@ HOST_MEMORY = 4 * GB        # the process on a GPU machine: torch, three batches
 
 # Oldest driver on which programs of a CUDA major version run, and from 11 on any minor one: NVIDIA, "CUDA Compatibility", minor version compatibility, table 1.
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+DOCS = "docs/TROUBLESHOOTING.md"
 
 
 class Trouble(Exception):
-    """Why something does not work, in one line."""
+    """Why something does not work, in one line; with the status and the advice of the check that it ends."""
+    def __init__(self, why, status="FAIL", advice=f"{DOCS} has a section for this check"):
+        super().__init__(why)
+        self.status, self.advice = status, advice
 
-
-# ---------------------------------------------------------------------------------------------------------------- children
 
 def run_limited(command, seconds, **others):
     """(stdout, stderr, exit code) of a process. Raises Trouble where it has not ended in time; does not wait for what cannot be killed."""
@@ -69,11 +73,8 @@ def run_limited(command, seconds, **others):
     try:
         return (*process.communicate(timeout=seconds), process.returncode)
     except subprocess.TimeoutExpired:
-        with contextlib.suppress(OSError):
-            if open(f"/proc/{process.pid}/stat").read().rpartition(")")[2].split()[0] == "D":
-                raise Trouble(f"no answer in {seconds:g} s: stuck inside the kernel (state D), as with a wedged driver or a dead network disk; "
-                              "`dmesg` may say why, and often only a reboot helps") from None
-        raise Trouble(f"no answer in {seconds:g} s") from None
+        stuck = read(f"/proc/{process.pid}/stat", "").rpartition(")")[2].split()[:1] == ["D"]
+        raise Trouble(f"no answer in {seconds:g} s" + (": stuck inside the kernel (state D), as with a wedged driver or a dead network disk; see dmesg, and reboot" if stuck else "")) from None
     finally:
         for number in (signal.SIGINT, signal.SIGKILL):  # the first lets it tidy up
             if process.poll() is None:
@@ -90,33 +91,31 @@ def last_line(text, otherwise="it said nothing"):
 CHILD = "import sys; sys.path.insert(0, sys.argv[1]); import doctor; doctor.answer(*sys.argv[2:])"
 
 
-def in_child(function, *arguments, seconds=None):
-    """What `function`, one of this file's, returns in a process of its own. Raises Trouble where that raised, died or hung."""
-    said, complaint, code = run_limited([sys.executable, "-c", CHILD, HERE, function.__name__, dumps(arguments)], seconds or patience)
-    found = said.rpartition("\n@answer ")[2] if "\n@answer " in said else None
-    if code < 0:
-        raise Trouble(f"died of {signal.Signals(-code).name} ({last_line(complaint)})")
-    if found is None:
-        raise Trouble(last_line(complaint, f"exit code {code}"))
-    answered = loads(found)
-    if "trouble" in answered:
-        raise Trouble(answered["trouble"])
-    return answered["value"]
+def in_child(function, *arguments, seconds=None, found="{}", **verdict):
+    """What `function`, one of this file's, returns in a process of its own. Raises Trouble, with this verdict, where that raised, died or hung."""
+    try:
+        said, complaint, code = run_limited([sys.executable, "-c", CHILD, HERE, function.__name__, dumps(arguments)], seconds or patience)
+        if code < 0:
+            raise Trouble(f"died of {signal.Signals(-code).name} ({last_line(complaint)})")
+        if "\n@answer " not in said:
+            raise Trouble(last_line(complaint, f"exit code {code}"))
+        value, trouble = loads(said.rpartition("\n@answer ")[2])
+        if trouble:
+            raise Trouble(trouble)
+        return value
+    except Trouble as trouble:
+        raise Trouble(found.format(trouble), **verdict) from None
 
 
 def answer(name, arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        found = {"value": globals()[name](*loads(arguments))}
-    except Trouble as error:
-        found = {"trouble": str(error)}
+        found = globals()[name](*loads(arguments)), None
     except Exception as error:
-        found = {"trouble": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+        found = None, ("" if isinstance(error, Trouble) else f"{type(error).__name__}: ") + " ".join(str(error).split())[:400]
     print("\n@answer " + dumps(found), flush=True)
     os._exit(0)  # a driver that hangs on the way out has nothing to add
 
-
-# ------------------------------------------------------------------------------------------------------- texts of the system
 
 def read(path, otherwise=None):
     try:
@@ -134,15 +133,9 @@ def requirements(text):
 
 def satisfies(version, wanted):
     """Whether a version fits [(operator, version), ...]; a local part such as +cu130 does not count."""
-    def release(text):
-        return [int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split(".")]
-
-    for operator, other in wanted:
-        pairs = list(itertools.zip_longest(release(version), release(other), fillvalue=0))
-        ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
-        if not {"==": ours == theirs, "!=": ours != theirs, ">=": ours >= theirs, "<=": ours <= theirs, ">": ours > theirs, "<": ours < theirs}[operator]:
-            return False
-    return True
+    release = lambda text: [int(part) for part in re.sub(r"(\.0+)+$", "", re.match(r"\d+(\.\d+)*", text)[0]).split(".")]
+    compare = {"==": operator.eq, "!=": operator.ne, ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+    return all(compare[sign](release(version), release(other)) for sign, other in wanted)
 
 
 def fields(text):
@@ -161,50 +154,34 @@ def character_majors(text):
     return {name: int(major) for major, name in re.findall(r"^\s*(\d+) (\S+)$", text.partition("Block devices:")[0], re.MULTILINE)}
 
 
-def file_system(folder, mounts):
-    """(type, mount point) of the file system that holds an absolute path, by the text of /proc/mounts."""
-    points = [line.split()[:3] for line in mounts.splitlines() if len(line.split()) >= 3]
-    inside = [(point, kind) for _, point, kind in points if f"{folder}/".startswith(point.rstrip("/") + "/")]
-    return max(reversed(inside), key=lambda entry: len(entry[0]))[::-1] if inside else ("unknown", "")
-
-
-def cgroup_values(groups, controller, file, old_file, root="/sys/fs/cgroup"):
-    """Contents of one limit's file in this process's control group and those above it; groups: the text of /proc/self/cgroup."""
+def cgroup_values(groups, controller, files, old_files, root):
+    """[words in a limit's files, ...] of this process's control group and those above it, version 2 or 1; groups: the text of /proc/self/cgroup."""
     found = []
     for _, names, path in (line.split(":", 2) for line in groups.splitlines() if line.count(":") >= 2):
-        base, name = (root, file) if not names else (os.path.join(root, controller), old_file) if controller in names.split(",") else (None, None)
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts), -1, -1) if base else ():
-            text = read(os.path.join(base, *parts[:depth], name))
-            if text is not None:
-                found.append((os.path.join(base, *parts[:depth]), text.strip()))
-    return found
+        if not names or controller in names.split(","):
+            base, wanted = (f"{root}/{controller}", old_files) if names else (root, files)
+            for folder in (pathlib.PurePath(path), *pathlib.PurePath(path).parents):
+                found.append(" ".join(read(f"{base}{folder}/{file}", "") for file in wanted).split())
+    return [words for words in found if words]
 
 
 def cpu_quota(groups, root="/sys/fs/cgroup"):
     """CPUs' worth of time that the control groups allow, or None."""
-    shares = []
-    for folder, text in cgroup_values(groups, "cpu", "cpu.max", "cpu.cfs_quota_us", root):
-        quota, period = text.split() if " " in text else (text, read(os.path.join(folder, "cpu.cfs_period_us"), "100000"))
-        if quota not in ("max", "-1"):
-            shares.append(int(quota) / int(period))
-    return min(shares, default=None)
+    found = cgroup_values(groups, "cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"], root)
+    return min((int(quota) / int(*period or [100_000]) for quota, *period in found if quota not in ("max", "-1")), default=None)
 
 
 def memory_limit(groups, root="/sys/fs/cgroup"):
     """Bytes of memory that the control groups allow, or None."""
-    limits = [int(text) for _, text in cgroup_values(groups, "memory", "memory.max", "memory.limit_in_bytes", root) if text != "max"]
+    limits = [int(text) for text, in cgroup_values(groups, "memory", ["memory.max"], ["memory.limit_in_bytes"], root) if text != "max"]
     return min((limit for limit in limits if limit < 1 << 60), default=None)
 
 
-# ------------------------------------------------------------------------------------------- what is installed: the checks
-# A check returns (status, what was found, lines of advice ...).
 
 def check_python():
     return "ok", f"{platform.python_version()} in {sys.prefix}, {platform.system()} {platform.release()} on {platform.machine()}"
 
 
-IMPORTED_AS = {"scikit-learn": "sklearn"}
 NEEDED_TO_TRAIN = ("torch", "numpy", "av", "einops", "safetensors", "tqdm")
 
 
@@ -212,14 +189,14 @@ def try_imports(names):
     found = {}
     for name in names:
         try:
-            importlib.import_module(IMPORTED_AS.get(name, name))
+            importlib.import_module("sklearn" if name == "scikit-learn" else name)
         except Exception as error:
             found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return found
 
 
 def check_packages():
-    wanted, problems, worst, install = requirements(read(os.path.join(HERE, "requirements.txt"), "")), [], "ok", "pip install -r requirements.txt"
+    wanted, problems, fatal = requirements(read(os.path.join(HERE, "requirements.txt"), "")), [], False
     broken = in_child(try_imports, [name for name, _ in wanted])
     for name, pins in wanted:
         try:
@@ -228,28 +205,46 @@ def check_packages():
             version = None
         if name in broken:
             problems.append(f"{name} {'is not installed' if version is None else f'{version} cannot be imported ({broken[name]})'}")
-            worst = "FAIL" if name in NEEDED_TO_TRAIN or worst == "FAIL" else "warn"
+            fatal |= name in NEEDED_TO_TRAIN
         elif version and not satisfies(version, pins):
             problems.append(f"{name} {version}, not {','.join(map(''.join, pins))}")
-            worst = "FAIL" if worst == "FAIL" else "warn"
-    if worst == "ok":
+    if not problems:
         return "ok", f"the {len(wanted)} of requirements.txt, at the versions it names"
-    return worst, "; ".join(problems), f"{install} in the environment of this python; another torch for another CUDA version is fine (README.md, Which torch)"
+    return ("FAIL" if fatal else "warn", "; ".join(problems),
+            "pip install -r requirements.txt in the environment of this python; another torch for another CUDA version is fine (README.md, Which torch)")
 
 
-def torch_works():
+def dotted(built):
+    """torch.cuda.get_arch_list(), ['sm_90', 'sm_100a', 'compute_120'], as ops.covers takes it: '9.0;10.0a;12.0+PTX'."""
+    names = filter(None, (re.fullmatch(r"(sm|compute)_(\d+)(\d[af]?)", name) for name in built))
+    return ";".join(f"{name[2]}.{name[3]}{'+PTX' if name[1] == 'compute' else ''}" for name in names)
+
+
+def torch_works(where="cpu"):
+    """torch's facts, and a GPU's, once gradients of a matrix product there, in float32 and bfloat16, are those of numpy in float64."""
     import numpy as np
     import torch
+    facts = {"version": str(torch.__version__), "cuda": torch.version.cuda, "threads": torch.get_num_threads(), "name": "this processor"}
+    if where != "cpu":
+        import ops
+        gpu = torch.device(where)
+        torch.cuda.set_device(gpu)
+        capability, built = torch.cuda.get_device_capability(gpu), torch.cuda.get_arch_list()
+        facts |= {"name": torch.cuda.get_device_name(gpu), "capability": "{}.{}".format(*capability), "bf16": torch.cuda.is_bf16_supported(including_emulation=False)}
+        if built and not ops.covers(dotted(built), capability):
+            raise Trouble(f"torch {facts['version']} has no code for {facts['name']}, compute capability {facts['capability']}; it has {' '.join(built)}")
+        facts["free"], facts["total"] = torch.cuda.mem_get_info(gpu)
     torch.manual_seed(0)
-    a, b = torch.randn(64, 48, requires_grad=True), torch.randn(48, 32)
-    for kind, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
-        a.grad = None
-        (a.to(kind) @ b.to(kind)).float().square().sum().backward()
-        x, y = a.detach().double().numpy(), b.double().numpy()
-        expected = 2 * x @ y @ y.T
-        if not np.abs(a.grad.numpy() - expected).max() < tolerance * np.abs(expected).max():
-            raise Trouble(f"torch {torch.__version__} gets the gradient of a {kind} matrix product wrong on this processor")
-    return {"version": str(torch.__version__), "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
+    a, b = torch.randn(256, 128), torch.randn(128, 64)
+    x, y = a.double().numpy(), b.double().numpy()
+    expected = 2 * x @ y @ y.T
+    for kind, tolerance in ((torch.float32, 5e-3), (torch.bfloat16, 0.1)):
+        leaf = a.to(where, copy=True).requires_grad_()
+        (leaf.to(kind) @ b.to(where, kind)).float().square().sum().backward()
+        wrong = np.abs(leaf.grad.cpu().numpy() - expected).max() / np.abs(expected).max()
+        if not wrong < tolerance:
+            raise Trouble(f"torch {facts['version']}: the gradient of a {kind} matrix product on {facts['name']} is off by {wrong:.1e}")
+    return facts
 
 
 @functools.cache
@@ -264,15 +259,14 @@ def check_torch():
 
 
 def check_cpu():
-    everywhere = os.cpu_count()
-    allowed, quota = len(os.sched_getaffinity(0)) if sys.platform == "linux" else everywhere, cpu_quota(read("/proc/self/cgroup", ""))
+    everywhere, quota = os.cpu_count(), cpu_quota(read("/proc/self/cgroup", ""))
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else everywhere
     has = fields(read("/proc/cpuinfo", "")).get("flags", "").split()
     simd = [title for flag, title in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("amx_bf16", "AMX")) if flag in has]
     found = f"{allowed} of {everywhere} cores, {', '.join(simd) or 'no AVX2'}" + (f"; the control group allows the time of {quota:g}" if quota else "")
     usable = max(1, min(allowed, int(quota or allowed)))
     if usable < everywhere and not all(os.environ.get(name, "").isdigit() and int(os.environ[name]) <= usable for name in ("OMP_NUM_THREADS", "THREADS")):
-        return ("warn", found, f"scripts start a thread for each of the {everywhere} cores, and threads that wait for each other's turn are slower than few: "
-                f"OMP_NUM_THREADS={usable} THREADS={usable} in the environment")
+        return "warn", found, f"a thread for each of {everywhere} cores is slower than few: OMP_NUM_THREADS={usable} THREADS={usable} in the environment ({DOCS}, cpu)"
     return "ok", found
 
 
@@ -281,27 +275,23 @@ def check_memory():
     if not memory:
         return "warn", "this system has no /proc/meminfo", "how much memory there is could not be found out"
     limit = memory_limit(read("/proc/self/cgroup", ""))
-    available = min(memory["MemAvailable"], limit or memory["MemAvailable"])
     found = f"{memory['MemAvailable'] / GB:.1f} of {memory['MemTotal'] / GB:.1f} GB free" + (f"; the control group allows {limit / GB:.1f}" if limit else "")
-    if available < HOST_MEMORY:
-        return ("warn", found, f"below the {HOST_MEMORY / GB:.0f} GB that a run on a GPU wants of the host (ViT-L on a CPU: 8 GB); beyond it the kernel kills the run "
-                "(`Killed`, exit code 137). Lower --batch_size and --threads, or choose a smaller --size")
-    return "ok", found
+    if min(memory["MemAvailable"], limit or memory["MemAvailable"]) >= HOST_MEMORY:
+        return "ok", found
+    return ("warn", found, f"below the {HOST_MEMORY / GB:.0f} GB that a run on a GPU wants of the host (ViT-L on a CPU: 8 GB), the kernel may kill it: lower --batch_size and --threads, "
+            f"or a smaller --size ({DOCS}, memory)")
 
 
 def check_limits():
     limits = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in ("NOFILE", "FSIZE", "AS", "MEMLOCK")}
-    size = lambda limit: "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GB:.3g} GB"
+    size = {name: "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / GB:.3g} GB" for name, (soft, _) in limits.items()}
     soft, hard = limits["NOFILE"]
-    found = f"open files {soft} (at most {'unlimited' if hard == resource.RLIM_INFINITY else hard}), file size {size(limits['FSIZE'][0])}, address space {size(limits['AS'][0])}, locked memory {size(limits['MEMLOCK'][0])}"
-    advice = []
-    if 0 <= hard < 1024:
-        advice.append("few open files: a cache keeps a quarter as many shards open (it raises the soft limit itself) and opens the others again and again; `ulimit -Hn 65536` as an administrator")
-    if limits["FSIZE"][0] != resource.RLIM_INFINITY and limits["FSIZE"][0] < CHECKPOINTS / 3:
-        advice.append("a file may not grow to the size of a checkpoint of ViT-L (about 4.1 GB) or a shard (1.2 GB): saving ends with `File too large`; `ulimit -f unlimited`")
-    if limits["AS"][0] != resource.RLIM_INFINITY:
-        advice.append("CUDA reserves far more address space than it uses, and shards are mapped: with a limit both may fail with out of memory; `ulimit -v unlimited`")
-    return "warn" if advice else "ok", found, *advice
+    cases = ((0 <= hard < 1024, "few open files: a cache keeps a quarter as many shards open and opens the others again and again; `ulimit -Hn 65536` as an administrator"),
+             (size["FSIZE"] != "unlimited" and limits["FSIZE"][0] < CHECKPOINTS / 3, "a file may not grow to a checkpoint of ViT-L (about 4.1 GB) or a shard (1.2 GB): `ulimit -f unlimited`"),
+             (size["AS"] != "unlimited", "CUDA reserves far more address space than it uses, and shards are mapped: both may fail with out of memory; `ulimit -v unlimited`"))
+    advice = [text for wrong, text in cases if wrong]
+    return ("warn" if advice else "ok", f"open files {soft} (at most {'unlimited' if hard == resource.RLIM_INFINITY else hard}), file size {size['FSIZE']}, "
+            f"address space {size['AS']}, locked memory {size['MEMLOCK']}", *advice)
 
 
 def extension_works(devices):
@@ -320,25 +310,35 @@ def extension_works(devices):
     return {"missing": ops.MISSING, "line": ops.extension_line(devices[-1]), **ops.EXTENSION}
 
 
+def nvcc_trouble(cuda):
+    """Why the CUDA kernels cannot be built here for torch's CUDA version, or None."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or max(glob.glob("/usr/local/cuda*/bin/nvcc"), default="")  # cuda/ is after cuda-12.8/
+    if not os.path.exists(nvcc):
+        return f"no nvcc{f' in CUDA_HOME={home}' if home else ''}: python setup.py build_ext leaves the CUDA kernels out"
+    release = None
+    with contextlib.suppress(Trouble, OSError):
+        release = re.search(r"release (\d+)\.\d+", run_limited([nvcc, "--version"], min(patience, 60))[0])
+    if not release or release[1] != cuda.split(".")[0]:
+        return f"{nvcc} is of {f'CUDA {release[0][8:]}' if release else 'unknown release'}, torch is built for {cuda}: set CUDA_HOME to a toolkit of that major version"
+
+
 def check_extension():
-    places = ["cpu"] + ([torch_device()] if gpu_wanted() else [])
-    try:
-        facts = in_child(extension_works, places)
-    except Trouble as trouble:
-        return "FAIL", str(trouble), "build it again: rm -rf build salt_ops*.so; python setup.py build_ext. Until then SALT_OPS=reference runs without it"
-    if facts["missing"]:
-        return ("warn", f"not in use ({facts['missing']})", "everything runs on the plain PyTorch reference, with the same results, slower" +
-                ("" if "SALT_OPS" in facts["missing"] else ": python setup.py build_ext"))
-    line = facts["line"].removeprefix("salt_ops: ")
-    if "; on the GPU" in line or "; not for this GPU" in line:
-        return "warn", line, "the loss and the gathering of rows run slower on the GPU; results are the same"
-    if "amx_bf16" in read("/proc/cpuinfo", "") and not facts["amx"]:
-        return ("warn", line, "this processor has AMX, and the system does not hand it out (Linux before 5.16, or a seccomp filter on arch_prctl), or SALT_SIMD turns it off: "
-                "bfloat16 on the CPU is slower")
+    places = ["cpu"] + ([on_gpu] if gpus() else [])
+    facts = in_child(extension_works, places, advice="build it again: rm -rf build salt_ops*.so; python setup.py build_ext. Until then SALT_OPS=reference runs without it")
+    line, missing, cuda, advice = facts["line"].removeprefix("salt_ops: "), facts["missing"] or "", torch_facts()["cuda"], []
+    if missing:
+        line = f"not in use ({missing})"
+        advice.append("the plain PyTorch reference runs: same results, slower" + ("" if "SALT_OPS" in missing else "; python setup.py build_ext"))
+    elif "; on the GPU" in line or "; not for this GPU" in line:
+        advice.append("the loss and the gathering of rows run slower on the GPU; results are the same")
+    elif "amx_bf16" in read("/proc/cpuinfo", "") and not facts["amx"]:
+        advice.append("this processor has AMX; Linux before 5.16, a seccomp filter on arch_prctl or SALT_SIMD withholds it: bfloat16 on the CPU is slower")
+    trouble = nvcc_trouble(cuda) if cuda and "cuda" not in facts["devices"] and "SALT_OPS" not in missing else None
+    if advice or trouble:
+        return "warn", line, *advice, *filter(None, [trouble])
     return "ok", f"{line}; its loss and gradient are the reference's on {' and '.join(places)}"
 
-
-# --------------------------------------------------------------------------------------------------------- the GPU's chain
 
 def probe_nodes():
     """{device file: [error number or None, major]} of the NVIDIA device files here, and of those that every GPU program opens."""
@@ -355,29 +355,22 @@ def probe_nodes():
 
 def cuda_init():
     """What the driver's own library says: cuInit's error number, name and text, and how many GPUs it counts."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        return {"library": str(error)}
-    code, count, text = library.cuInit(0), ctypes.c_int(0), ctypes.c_char_p()
-    words = []
-    for function in (library.cuGetErrorName, library.cuGetErrorString):
-        words.append(text.value.decode() if function(code, ctypes.byref(text)) == 0 and text.value else "")
+    library, count, name, text = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0), ctypes.c_char_p(), ctypes.c_char_p()
+    code = library.cuInit(0)
+    library.cuGetErrorName(code, ctypes.byref(name))
+    library.cuGetErrorString(code, ctypes.byref(text))
     if code == 0:
         library.cuDeviceGetCount(ctypes.byref(count))
-    return {"library": None, "code": code, "name": words[0], "text": words[1], "count": count.value}
+    return {"code": code, "name": (name.value or b"").decode(), "text": (text.value or b"").decode(), "count": count.value}
 
 
 def nvml_init():
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError as error:
-        return {"library": str(error)}
+    library, count = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_uint(0)
     library.nvmlErrorString.restype = ctypes.c_char_p
-    code, count = library.nvmlInit_v2(), ctypes.c_uint(0)
+    code = library.nvmlInit_v2()
     if code == 0:
         library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    return {"library": None, "code": code, "text": library.nvmlErrorString(code).decode(), "count": count.value}
+    return {"code": code, "text": library.nvmlErrorString(code).decode(), "count": count.value}
 
 
 def torch_sees():
@@ -385,12 +378,11 @@ def torch_sees():
     import torch
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        available = torch.cuda.is_available()
         try:
-            available = available and torch.zeros(1, device="cuda").item() == 0
+            count = torch.cuda.device_count() if torch.cuda.is_available() and torch.zeros(1, device="cuda").item() == 0 else 0
         except Exception as error:  # counted, but not usable
             return {"count": 0, "said": " ".join(str(error).split())[:300]}
-    return {"count": torch.cuda.device_count() if available else 0, "said": " ".join(str(said[-1].message).split())[:300] if said else ""}
+    return {"count": count, "said": " ".join(str(said[-1].message).split())[:300] if said else ""}
 
 
 @functools.cache
@@ -424,123 +416,71 @@ def cuda_facts():
     return facts
 
 
-def torch_device():
-    return "cuda:0" if device in ("auto", "cuda") else device
-
-
-def gpu_wanted():
-    """Whether training is to use a GPU that torch can use."""
+def gpus():
+    """How many GPUs torch can use, 0 where training is not to use any."""
     with contextlib.suppress(Trouble):
-        return device != "cpu" and cuda_facts()["count"] > 0
-    return False
+        return 0 if device == "cpu" else cuda_facts()["count"]
+    return 0
 
 
-CREATE_NODES = "as an administrator, on the host: nvidia-modprobe -u -c 0 (or run nvidia-smi once; nvidia-persistenced keeps them)"
-
-# cuInit's answers (cuda.h, CUresult). What is certain is in the error's own text; these say what tends to be behind it.
-CUINIT = {
-    3: "the driver's library did not initialise; with 999 and 304, usually device files, the nvidia-uvm module or a sandbox: see the lines driver and sandbox",
-    34: "the libcuda.so.1 that was found is the CUDA toolkit's stub for linking: take .../stubs out of LD_LIBRARY_PATH",
-    46: "the GPU is held by another process (compute mode exclusive) or MPS, or was lost: nvidia-smi -q | grep -A1 'Compute Mode'; dmesg | grep Xid",
-    100: "the driver runs and shows this process no GPU: CUDA_VISIBLE_DEVICES, a container without --gpus or with device files left out, or a GPU that fell off the bus (dmesg | grep Xid)",
-    101: "CUDA_VISIBLE_DEVICES names a GPU that is not there",
-    304: "a system call was refused. Typically a sandbox: seccomp filters without memfd_create and Landlock rules without writing to /proc/self/task/*/comm have both done "
-         "this while nvidia-smi worked; see the line sandbox",
-    802: "on machines with NVSwitch nvidia-fabricmanager is not running, or not of the driver's version: systemctl status nvidia-fabricmanager; a confidential-computing GPU may not be ready",
-    803: "libcuda.so.1 and the kernel module are of different driver versions: the driver was updated under a running kernel. Reboot, or unload and load the modules; in a container, start it anew",
-    804: "a forward-compatibility libcuda (package cuda-compat) is in the path on a GPU that it does not support (GeForce): take it out of LD_LIBRARY_PATH",
-    999: "unspecific. Most often nvidia-uvm is not loaded or stale (after suspend): modprobe -r nvidia_uvm; modprobe nvidia_uvm; then device files, then dmesg",
-}
+CREATE_NODES = "as an administrator, on the host: nvidia-modprobe -u -c 0"
+WEDGED = "the driver is wedged or crashed: dmesg | grep -e NVRM -e Xid; reboot"
+CUINIT = {34: "a stub library: take .../stubs out of LD_LIBRARY_PATH", 46: "another process holds the GPU: nvidia-smi -q", 100: "no GPU for this process: CUDA_VISIBLE_DEVICES, a container without --gpus all, or a lost GPU",
+          101: "CUDA_VISIBLE_DEVICES names a GPU that is not there", 304: "a sandbox refused a system call, often memfd_create: see the line sandbox",
+          802: "systemctl status nvidia-fabricmanager", 803: "the driver was updated under a running kernel: reboot; a container: start it anew", 804: "take cuda-compat out of LD_LIBRARY_PATH"}
 
 
 def broken_link(facts):
     """(what is broken, what to do) at the first link of the chain from torch down to the GPU that does not hold; facts: see cuda_facts."""
-    major = facts["cuda"] and int(facts["cuda"].split(".")[0])
+    driver, nodes, init, visible = (facts[name] for name in ("driver", "nodes", "init", "visible"))
     if not facts["cuda"]:
-        seen = f"; {facts['pci']} on the PCI bus" if facts["pci"] else ""
-        return f"torch {facts['torch']} is a CPU build{seen}", "install a CUDA build of the torch in requirements.txt: the selector on pytorch.org names the command for your CUDA version"
-    if not facts["wsl"]:
-        if facts["pci"] == 0 and facts["driver"] is None:
-            return "there is no NVIDIA GPU on the PCI bus", "in a virtual machine it has to be passed through; on the metal look at `lspci -d 10de:` and dmesg"
-        if facts["driver"] is None and facts["module"] is False:
-            return ("the kernel module nvidia is not loaded", "modprobe nvidia, and dmesg for why it did not load: not built for this kernel (dkms status), refused by Secure Boot, "
-                    "nouveau in its place, no driver installed")
-    if facts["driver"] and major in OLDEST_DRIVER and int(facts["driver"].split(".")[0]) < OLDEST_DRIVER[major]:
-        return (f"driver {facts['driver']} is too old for CUDA {facts['cuda']}, which needs {OLDEST_DRIVER[major]} or newer",
-                "update the driver, or install the build of the same torch for an older CUDA (README.md, Which torch); data-centre GPUs may also use the package cuda-compat")
-    if not facts["wsl"] and isinstance(facts["nodes"], dict):
-        for path, (error, node_major) in facts["nodes"].items():
-            expected = facts["majors"].get("nvidia-uvm") if path.endswith("uvm") else 195
-            container = "in a container: docker run --gpus all with the NVIDIA Container Toolkit"
-            if error == errno.ENOENT:
-                return f"the device file {path} is missing", f"{CREATE_NODES}; {container}"
-            if expected and node_major is not None and node_major != expected:
-                return f"the device file {path} has major number {node_major}, the driver has {expected}", f"it is left over from before: rm {path}, then {CREATE_NODES}"
-            if error == errno.EPERM:
-                return (f"opening {path} is not permitted (EPERM)", f"the container's device control group, or a sandbox, does not list it: {container}; where it worked until a "
-                        "`systemctl daemon-reload`, start the container anew (docs/TROUBLESHOOTING.md)")
-            if error == errno.EACCES:
-                return f"no right to open {path} (EACCES)", f"ls -l {path}: join its group (usermod -aG video USER, log in again), or set NVreg_DeviceFileMode=0666"
-            if error in (errno.ENXIO, errno.ENODEV, errno.EIO):
-                return f"there is no driver or no working GPU behind {path} ({errno.errorcode[error]})", "dmesg | grep -e NVRM -e Xid; modprobe nvidia-uvm for /dev/nvidia-uvm; else reboot"
-            if error:
-                return f"{path} cannot be opened ({errno.errorcode.get(error, error)}: {os.strerror(error)})", "dmesg | grep -e NVRM -e Xid"
-    elif not facts["wsl"]:
-        return f"opening the NVIDIA device files: {facts['nodes']}", "the driver is wedged: dmesg | grep -e NVRM -e Xid; reboot"
-    if facts["visible"] is not None and facts["visible"].strip() in ("", "-1", "NoDevFiles"):
-        return f"CUDA_VISIBLE_DEVICES is {facts['visible']!r}, which hides every GPU", "unset CUDA_VISIBLE_DEVICES, or give it the GPUs' numbers; under slurm ask for a GPU (--gres=gpu:1)"
-    if not isinstance(facts["init"], dict):
-        return f"cuInit: {facts['init']}", "the driver is wedged or crashed: dmesg | grep -e NVRM -e Xid; reboot"
-    if facts["init"]["library"]:
-        return (f"the driver's library cannot be loaded ({facts['init']['library']})", "install the driver's user-space part, of the kernel module's version; in a container "
-                "the NVIDIA Container Toolkit brings it (NVIDIA_DRIVER_CAPABILITIES=compute,utility)")
-    if facts["init"]["code"]:
-        code = facts["init"]["code"]
-        visible = f"; CUDA_VISIBLE_DEVICES is {facts['visible']!r}" if facts["visible"] is not None else ""
-        return f"cuInit gives {code} {facts['init']['name']} ({facts['init']['text']}){visible}", CUINIT.get(code, "cuda.h has the number; dmesg | grep -e NVRM -e Xid")
-    if facts["init"]["count"] == 0:
-        return "cuInit works and counts no GPU", f"CUDA_VISIBLE_DEVICES is {facts['visible']!r}; MIG without an instance (nvidia-smi -L) also looks like this"
-    return f"the driver counts {facts['init']['count']} GPUs and torch cannot use them: {facts['said'] or 'it says nothing'}", "see the message; reinstall torch where it names a library"
+        return (f"torch {facts['torch']} is a CPU build{'; {} on the PCI bus'.format(facts['pci']) if facts['pci'] else ''}",
+                "install the CUDA build of the torch in requirements.txt that the selector on pytorch.org names")
+    if driver is None and not facts["wsl"]:
+        if facts["pci"] == 0:
+            return "there is no NVIDIA GPU on the PCI bus", "lspci -d 10de:; in a virtual machine it has to be passed through"
+        if facts["module"] is False:
+            return "the kernel module nvidia is not loaded", "modprobe nvidia; dmesg says why it does not load"
+    oldest = OLDEST_DRIVER.get(int(facts["cuda"].split(".")[0]), 0)
+    if driver and int(driver.split(".")[0]) < oldest:
+        return (f"driver {driver} is too old for CUDA {facts['cuda']}, which needs {oldest} or newer",
+                "update the driver, or install the build of the same torch for an older CUDA (README.md, Which torch)")
+    if isinstance(nodes, str) and not facts["wsl"]:
+        return f"opening the NVIDIA device files: {nodes}", WEDGED
+    for path, (error, major) in () if facts["wsl"] else nodes.items():
+        expected = facts["majors"].get("nvidia-uvm") if path.endswith("uvm") else 195
+        if error == errno.ENOENT:
+            return f"the device file {path} is missing", f"{CREATE_NODES}; in a container: docker run --gpus all"
+        if expected and major not in (None, expected):
+            return f"the device file {path} has major number {major}, the driver has {expected}", f"it is left over from before: rm {path}, then {CREATE_NODES}"
+        if error:
+            do = {errno.EPERM: "a container's device control group or a sandbox does not list it: docker run --gpus all; where it worked before, start the container anew",
+                  errno.EACCES: "join its group (usermod -aG), or set NVreg_DeviceFileMode=0666"}
+            return f"{path} cannot be opened ({errno.errorcode.get(error, error)}: {os.strerror(error)})", do.get(error, "no driver or a dead GPU behind it: dmesg | grep -e NVRM -e Xid")
+    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}, which hides every GPU", "unset CUDA_VISIBLE_DEVICES; under slurm ask for a GPU (--gres=gpu:1)"
+    if isinstance(init, str):
+        absent = "install the driver's user-space part; in a container the NVIDIA Container Toolkit brings it"
+        return f"cuInit: {init}", absent if init.startswith("OSError: libcuda") else WEDGED
+    seen = f"; CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else ""
+    if init["code"]:
+        return (f"cuInit gives {init['code']} {init['name']} ({init['text']}){seen}",
+                CUINIT.get(init["code"], "nvidia-uvm missing or stale (modprobe -r nvidia_uvm; modprobe nvidia_uvm), or a sandbox; cuda.h has the number") + "; table cuInit's codes")
+    if init["count"] == 0:
+        return f"cuInit works and counts no GPU{seen}", "nvidia-smi -L: MIG without an instance looks like this"
+    return f"the driver counts {init['count']} GPUs and torch cannot use them: {facts['said'] or 'it says nothing'}", "see the message; reinstall torch where it names a library"
 
 
 def check_driver():
     facts = system_facts()
     nodes = facts["nodes"] if isinstance(facts["nodes"], dict) else {}
     usable = [path.removeprefix("/dev/") for path, (error, _) in nodes.items() if error is None]
-    gpus = "GPUs on the PCI bus unknown (no /sys)" if facts["pci"] is None else f"{facts['pci'] or 'no'} NVIDIA GPU{'s' * (facts['pci'] > 1)} on the PCI bus"
-    found = (f"{gpus}; driver {facts['driver'] or 'none'}; module nvidia {'loaded' if facts['module'] else 'not to be seen' if facts['module'] is None else 'not loaded'}; "
+    count = {None: "GPUs on the PCI bus unknown (no /sys)", 0: "no NVIDIA GPU on the PCI bus"}.get(facts["pci"], f"NVIDIA GPUs on the PCI bus: {facts['pci']}")
+    found = (f"{count}; driver {facts['driver'] or 'none'}; module nvidia {({None: 'not to be seen', False: 'not loaded', True: 'loaded'})[facts['module']]}; "
              f"device files {', '.join(usable) or 'none that open'}" + ("; WSL: the driver is Windows's" if facts["wsl"] else ""))
     if facts["pci"] and (facts["driver"] is None or len(usable) < len(nodes)) and device != "cpu":
         return "warn", found, "a GPU is there and cannot be reached; the line cuda says at which link, with what to do"
     return "ok", found
-
-
-def dotted(built):
-    """torch.cuda.get_arch_list(), ['sm_90', 'sm_100a', 'compute_120'], as ops.covers takes it: '9.0;10.0a;12.0+PTX'."""
-    names = filter(None, (re.fullmatch(r"(sm|compute)_(\d+)(\d[af]?)", name) for name in built))
-    return ";".join(f"{name[2]}.{name[3]}{'+PTX' if name[1] == 'compute' else ''}" for name in names)
-
-
-def gpu_works(where):
-    """Facts of the GPU that torch calls `where`, after a matrix product on it that is compared with the CPU's."""
-    import torch
-    import ops
-    gpu = torch.device(where)
-    torch.cuda.set_device(gpu)
-    properties, capability = torch.cuda.get_device_properties(gpu), torch.cuda.get_device_capability(gpu)
-    built = torch.cuda.get_arch_list()
-    if built and not ops.covers(dotted(built), capability):
-        raise Trouble(f"torch {torch.__version__} has no code for {properties.name}, compute capability {capability[0]}.{capability[1]}; it has {' '.join(built)}")
-    free, total = torch.cuda.mem_get_info(gpu)
-    a, b = torch.randn(512, 256), torch.randn(256, 128)
-    x, y = a.to(gpu).requires_grad_(), b.to(gpu)
-    (x @ y).square().sum().backward()
-    difference = ((x.grad.cpu() - 2 * (a @ b) @ b.T).abs().max() / (2 * (a @ b) @ b.T).abs().max()).item()
-    half = ((a.to(gpu).bfloat16() @ b.to(gpu).bfloat16()).float().cpu() - a @ b).abs().max().item() / (a @ b).abs().max().item()
-    if not (difference < 5e-3 and half < 5e-2):
-        raise Trouble(f"matrix products on {properties.name} differ from the CPU's by {difference:.1e} (float32) and {half:.1e} (bfloat16)")
-    return {"name": properties.name, "capability": f"{capability[0]}.{capability[1]}", "free": free, "total": total,
-            "bf16": torch.cuda.is_bf16_supported(including_emulation=False), "count": torch.cuda.device_count()}
 
 
 def check_cuda():
@@ -549,79 +489,43 @@ def check_cuda():
     facts = cuda_facts()
     if not facts["count"]:
         link, advice = broken_link(facts)
-        return ("FAIL", link, advice) if device.startswith("cuda") else ("warn", f"training would run on the CPU: {link}", advice)
+        asked = device.startswith("cuda")
+        return "FAIL" if asked else "warn", link if asked else f"training would run on the CPU: {link}", f"{advice} ({DOCS}, driver, cuda)"
     if device.startswith("cuda:") and int(device[5:]) >= facts["count"]:
         return "FAIL", f"--device {device}: torch sees {facts['count']} GPUs", "numbers start at 0, and CUDA_VISIBLE_DEVICES renumbers"
-    try:
-        gpu = in_child(gpu_works, torch_device())
-    except Trouble as trouble:
-        return "FAIL", str(trouble), "a build of torch that has code for the GPU (README.md, Which torch); wrong results or a crash: dmesg | grep Xid, and another GPU"
-    found = (f"{gpu['name']}, {gpu['free'] / GB:.1f} of {gpu['total'] / GB:.1f} GB free, compute capability {gpu['capability']}, CUDA {facts['cuda']} on driver {facts['driver']}; "
-             f"products and gradients are right" + (f"; {gpu['count']} GPUs" if gpu["count"] > 1 else ""))
-    advice = []
-    if not gpu["bf16"]:
-        advice.append("this GPU has no bfloat16 (Ampere and newer do): it is emulated, slowly; --dtype fp32 may be faster")
+    gpu = in_child(torch_works, on_gpu, advice="a torch with code for the GPU (README.md, Which torch); wrong results or a crash: dmesg | grep Xid, and another GPU")
+    advice = [] if gpu["bf16"] else ["this GPU has no bfloat16 (Ampere and newer do): it is emulated, slowly; --dtype fp32 may be faster"]
     if gpu["free"] < 0.8 * gpu["total"]:
         advice.append("other processes hold its memory: nvidia-smi names them; else --accumulate, then --recompute")
-    return "warn" if advice else "ok", found, *advice
-
-
-def check_nvcc():
-    if not torch_facts()["cuda"]:
-        return "ok", "not needed: torch is a CPU build"
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc") or next(iter([*glob.glob("/usr/local/cuda/bin/nvcc"), *sorted(glob.glob("/usr/local/cuda-*/bin/nvcc"), reverse=True)]), None)
-    if not nvcc or not os.path.exists(nvcc):
-        return "warn", f"no nvcc{f' in CUDA_HOME={home}' if home else ''}", "python setup.py build_ext leaves the CUDA kernels out; where they are built already (line extension) nothing is missing"
-    release = re.search(r"release (\d+)\.(\d+)", run_limited([nvcc, "--version"], min(patience, 60))[0])
-    if not release or release[1] != torch_facts()["cuda"].split(".")[0]:
-        return ("warn", f"{nvcc} is {'of unknown release' if not release else f'CUDA {release[1]}.{release[2]}'}, torch is built for {torch_facts()['cuda']}",
-                "the CUDA kernels do not build with another major version: install that toolkit, and set CUDA_HOME to it")
-    return "ok", f"{nvcc}, CUDA {release[1]}.{release[2]}"
+    return ("warn" if advice else "ok", f"{gpu['name']}, {gpu['free'] / GB:.1f} of {gpu['total'] / GB:.1f} GB free, compute capability {gpu['capability']}, CUDA {facts['cuda']} on driver "
+            f"{facts['driver']}; products and gradients are right" + (f"; {facts['count']} GPUs" if facts["count"] > 1 else ""), *advice)
 
 
 def check_nvml():
     try:
         facts = in_child(nvml_init, seconds=min(patience, 60))
+        works, found = facts["code"] == 0, f"nvmlInit_v2 gives {facts['code']} ({facts['text']}), {facts['count']} GPUs"
     except Trouble as trouble:
-        facts = {"library": None, "code": -1, "text": str(trouble), "count": 0}
-    found = f"libnvidia-ml.so.1: {facts['library']}" if facts["library"] else f"nvmlInit_v2 gives {facts['code']} ({facts['text']}), {facts['count']} GPUs"
-    if facts["library"] is None and facts["code"] == 0:
-        return "ok", found
-    if not gpu_wanted():
-        return "ok", f"{found}; nothing here needs it without a GPU"
-    return ("warn", found, "nvidia-smi does not work. One GPU trains without NVML; NCCL between GPUs needs it, and torch, out of memory, then says `NVML_SUCCESS == r INTERNAL ASSERT FAILED` "
-            "in place of how much was asked for", "18 (driver/library version mismatch): the driver was updated under a running kernel, reboot. Unknown Error in a container that worked before: "
-            "start it anew (docs/TROUBLESHOOTING.md)")
-
-
-CAPABILITIES = {16: "SYS_MODULE", 21: "SYS_ADMIN", 27: "MKNOD"}
+        works, found = False, str(trouble)
+    if works or not gpus():
+        return "ok", found + ("" if works else "; nothing here needs it without a GPU")
+    return "warn", found, f"one GPU trains without it, NCCL between GPUs does not; 18: reboot; Unknown Error in a container that worked before: start it anew ({DOCS}, nvml)"
 
 
 def sandbox(status):
-    """(what was found, [what it means, ...]) of the text of /proc/self/status."""
+    """(what was found, [what it means for CUDA and NVML, ...]) of the text of /proc/self/status."""
     values = fields(status)
-    privileges, mode = values.get("NoNewPrivs"), values.get("Seccomp")
-    held = int(values.get("CapEff", "0"), 16)
-    capabilities = [name for bit, name in CAPABILITIES.items() if held >> bit & 1]
-    modes = {"0": "none", "1": "strict", "2": "filter"}
-    found = (f"NoNewPrivs {privileges or 'unknown'}, Seccomp {mode or 'unknown'}{f' ({modes[mode]})' if mode in modes else ''}"
-             f"{', ' + values['Seccomp_filters'] + ' filters' if values.get('Seccomp_filters', '0') != '0' else ''}, capabilities {', '.join(capabilities) or 'none of ' + ', '.join(CAPABILITIES.values())}")
-    meaning = []
-    if privileges == "0":
-        meaning.append("NoNewPrivs 0: setuid programs get their privileges, so CUDA and NVML can have nvidia-modprobe, where it is installed, load nvidia-uvm and make missing device files")
-    elif privileges == "1":
-        meaning.append("NoNewPrivs 1: no program started from here gains privileges by setuid. CUDA and NVML run nvidia-modprobe for missing device files and for nvidia-uvm, and here that "
-                       "fails" + (" unless this process may do so itself" if "MKNOD" in capabilities else "") + f". {CREATE_NODES}, before. Where they exist and open, this stops neither CUDA nor NVML")
-    if mode == "0":
-        meaning.append("Seccomp 0: no system call is filtered")
-    elif mode == "1":
-        meaning.append("Seccomp 1: only read, write and exit are left; neither CUDA nor Python could run, so this text is not of this process")
-    elif mode == "2":
-        meaning.append("Seccomp 2: a filter may refuse system calls; which ones cannot be read from here. Docker's default filter lets CUDA and NVML work. Others have let NVML and nvidia-smi work while "
-                       "cuInit gave 304 (memfd_create refused); 999 and 100 also occur. So judge by the lines cuda and nvml, and to find out start once without (docker run --security-opt "
-                       "seccomp=unconfined). io_uring, mbind and perf_event_open are often refused too; nothing here needs them")
-    return found, meaning
+    privileges, mode, filters, held = values.get("NoNewPrivs"), values.get("Seccomp"), values.get("Seccomp_filters", "0"), int(values.get("CapEff", "0"), 16)
+    capabilities = [name for bit, name in ((16, "SYS_MODULE"), (21, "SYS_ADMIN"), (27, "MKNOD")) if held >> bit & 1]
+    title = {"0": " (none)", "1": " (strict)", "2": " (filter)"}.get(mode, "")
+    found = (f"NoNewPrivs {privileges or 'unknown'}, Seccomp {mode or 'unknown'}{title}{f', {filters} filters' if filters != '0' else ''}, "
+             f"capabilities {', '.join(capabilities) or 'none of SYS_MODULE, SYS_ADMIN, MKNOD'}")
+    itself = ", unless this process may do so itself" if "MKNOD" in capabilities else ""
+    meaning = {"NoNewPrivs 0": "CUDA and NVML can have nvidia-modprobe load nvidia-uvm and make missing device files",
+               "NoNewPrivs 1": f"nvidia-modprobe cannot load nvidia-uvm or make device files{itself}: {CREATE_NODES}; with them there it stops neither CUDA nor NVML",
+               "Seccomp 0": "no system call is filtered, for CUDA or NVML", "Seccomp 1": "only read, write and exit are left: neither CUDA nor NVML could run",
+               "Seccomp 2": f"may stop CUDA (cuInit 304) where NVML works; Docker's default filter stops neither. To find out: --security-opt seccomp=unconfined ({DOCS}, sandbox)"}
+    return found, [f"{key}: {meaning[key]}" for key in (f"NoNewPrivs {privileges}", f"Seccomp {mode}") if key in meaning]
 
 
 def check_sandbox():
@@ -629,13 +533,10 @@ def check_sandbox():
     if text is None:
         return "warn", "there is no /proc/self/status", "whether system calls are filtered cannot be seen; judge by the lines cuda and nvml"
     found, meaning = sandbox(text)
-    values = fields(text)
-    bound = (values.get("NoNewPrivs") == "1" or values.get("Seccomp") == "2") and device != "cpu"
+    bound = ("NoNewPrivs 1" in found or "Seccomp 2" in found) and device != "cpu"
     there = bound and (system_facts()["pci"] or system_facts()["driver"] or device.startswith("cuda"))  # a GPU, or the wish for one
-    return "warn" if there and not gpu_wanted() else "ok", found, *meaning
+    return "warn" if there and not gpus() else "ok", found, *meaning
 
-
-# ---------------------------------------------------------------------------------------------------------- video and disk
 
 CODECS = {"vp9": (("libvpx-vp9", "vp9"), ("libvpx-vp9",)), "h264": (("h264",), ("libx264", "libopenh264")), "hevc": (("hevc",), ("libx265",)),
           "av1": (("libdav1d", "libaom-av1"), ("libsvtav1", "libaom-av1")), "mpeg4": (("mpeg4",), ("mpeg4",))}  # decoders, encoders; FFmpeg's own av1 decoder wants a GPU
@@ -664,11 +565,8 @@ def codecs_work():
     found = {}
     levels = np.arange(16) * 12 + 30  # a grey frame's level says which frame it is
     for codec, (decoders, encoders) in CODECS.items():
-        if not any(name in av.codecs_available for name in decoders):
-            found[codec] = "no decoder"
-            continue
-        found[codec] = "present"
-        for encoder in encoders:
+        found[codec] = "present" if any(name in av.codecs_available for name in decoders) else "no decoder"
+        for encoder in encoders if found[codec] == "present" else ():
             try:
                 video = io.BytesIO()
                 write_frames(video, encoder, [np.full((64, 64, 3), level, np.uint8) for level in levels], "matroska")
@@ -683,20 +581,16 @@ def codecs_work():
 
 
 def check_codecs():
-    try:
-        facts = in_child(codecs_work)
-    except Trouble as trouble:
-        return "FAIL", str(trouble), "pip install 'av>=18,<19' brings FFmpeg with it (a system's older av may hide it). Without decoding only a cache with clips (--clips on) can be trained from"
-    groups = {}
+    install = "pip install 'av>=18,<19' brings FFmpeg with all of them"
+    facts, groups = in_child(codecs_work, advice=f"{install}. Without decoding only a cache with clips (--clips on) can be trained from"), {}
     for codec, state in facts["codecs"].items():
         groups.setdefault(state, []).append(codec)
-    good = [f"{', '.join(groups[state])} {text}" for state, text in (("decoded", "encoded, read by data.read_clip and right"), ("present", "present (no encoder to try it with)")) if state in groups]
-    bad = [f"{', '.join(codecs)}: {state}" for state, codecs in groups.items() if state not in ("decoded", "present")]
-    found = f"av {facts['version']}: {'; '.join(good + bad)}"
-    if not bad:
+    titles = {"decoded": "encoded, read by data.read_clip and right", "present": "present (no encoder to try it with)"}
+    found = f"av {facts['version']}: " + "; ".join(f"{', '.join(codecs)} {titles.get(state, state)}" for state, codecs in groups.items())
+    if set(groups) <= set(titles):
         return "ok", found
     fatal = "decoded" not in groups or any("wrongly" in state for state in groups)
-    return "FAIL" if fatal else "warn", found, "videos of these codecs are left out when caching and counted in failures.jsonl; pip install 'av>=18,<19' has all of them (Something-Something v2 is vp9)"
+    return "FAIL" if fatal else "warn", found, f"videos of these codecs are left out and counted in failures.jsonl; {install} (Something-Something v2 is vp9)"
 
 
 def try_disk(folder, megabytes):
@@ -704,96 +598,76 @@ def try_disk(folder, megabytes):
     import fcntl
     import random
     space = os.statvfs(folder)
-    free = space.f_bavail * space.f_frsize
-    block, rest = random.randbytes(1 << 20), []
-    blocks = max(1, min(megabytes * 10**6, free // 4) >> 20)
+    free, block, rest = space.f_bavail * space.f_frsize, random.randbytes((1 << 20) - 8), []
+    blocks = [number.to_bytes(8, "little") for number in range(max(1, min(megabytes * 10**6, free // 4) >> 20))]
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         start = time.perf_counter()
-        for number in range(blocks):
-            if file.write(number.to_bytes(8, "little") + block[8:]) < len(block):
-                raise Trouble("only a part of a write went through: the disk is full, or a quota or RLIMIT_FSIZE is reached (File too large)")
+        if any(file.write(number + block) < 1 << 20 for number in blocks):
+            raise Trouble("only a part of a write went through: the disk is full, or a quota or RLIMIT_FSIZE is reached (File too large)")
         os.fsync(file.fileno())
         wrote = time.perf_counter() - start
         if sys.platform == "linux":
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         start = time.perf_counter()
-        for number in range(blocks):
-            if file.read(1 << 20) != number.to_bytes(8, "little") + block[8:]:
-                raise Trouble(f"what was written to {folder} did not come back the same")
+        if any(file.read(1 << 20) != number + block for number in blocks):
+            raise Trouble(f"what was written to {folder} did not come back the same")
         took = time.perf_counter() - start
     with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as inside:
-        one, two = os.path.join(inside, "one"), os.path.join(inside, "two")
-        for path in (one, two):
-            with open(path, "w") as file:
-                file.write(path)
+        one, two = pathlib.Path(inside, "one"), pathlib.Path(inside, "two")
+        one.write_text("one"), two.write_text("two")
         os.replace(one, two)
-        if os.path.exists(one) or open(two).read() != one:
+        if one.exists() or two.read_text() != "one":
             rest.append("renaming over a file does not replace it")
         with open(two) as first, open(two) as second:
             try:
                 fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                try:
+                with contextlib.suppress(BlockingIOError):
                     fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     rest.append("locks do not exclude each other (flock)")
-                except BlockingIOError:
-                    pass
             except OSError as error:
                 rest.append(f"files cannot be locked (flock: {error.strerror})")
-    return {"free": free, "size": blocks << 20, "write": (blocks << 20) / wrote, "read": (blocks << 20) / took, "rest": rest}
+    size = len(blocks) << 20
+    return {"free": free, "size": size, "write": size / wrote, "read": size / took, "rest": rest}
 
 
 def check_disk():
     folder = os.path.abspath(os.path.expanduser(out))
-    try:
-        facts = in_child(try_disk, folder, disk_mb)
-    except Trouble as trouble:
-        return "FAIL", f"{folder}: {trouble}", "checkpoints and caches could not be written there: give --out another folder, make room, or mend its rights (a disk that went read-only: dmesg)"
-    kind, _ = file_system(os.path.realpath(folder), read("/proc/mounts", ""))
-    rate, wanted = facts["read"] / COLD_CLIP, GPU_CLIPS if gpu_wanted() else CPU_CLIPS
-    found = (f"{folder} ({kind}): {facts['free'] / GB:.1f} GB free; {facts['size'] / 1e6:.0f} MB written and synced at {facts['write'] / 1e6:.0f} MB/s, read back at {facts['read'] / 1e6:.0f} "
-             f"= {rate:.0f} clips/s out of a cold cache of {COLD_CLIP / 1e6:.2f} MB a clip")
+    facts = in_child(try_disk, folder, disk_mb, found=folder.replace("{", "{{").replace("}", "}}") + ": {}",
+                     advice="checkpoints and caches could not be written there: give --out another folder, make room, or mend its rights (a disk that went read-only: dmesg)")
+    rate, wanted = facts["read"] / COLD_CLIP, GPU_CLIPS if gpus() else CPU_CLIPS
     advice = []
     if facts["free"] < CHECKPOINTS:
         advice.append(f"below the {CHECKPOINTS / GB:.0f} GB that the checkpoints of a ViT-L run may take; Something-Something v2 cached takes 407 GB, 814 with clips, 204 as --latents i8")
     if rate < wanted:
-        advice.append(f"slower than the {wanted} clips/s of {'a GPU' if gpu_wanted() else 'a CPU'}: the log's data wait would show it. A cache that fits into memory is read from disk only once; "
-                      "else --latents i8, a local NVMe disk, or train from videos")
+        advice.append(f"slower than the {wanted} clips/s of {'a GPU' if gpus() else 'a CPU'}: a cache that fits into memory, --latents i8, a local NVMe disk, or train from videos ({DOCS}, disk)")
     if facts["rest"]:
         advice.append(f"{'; '.join(facts['rest'])}: two cache_latents.py at once could spoil one cache there (network file systems: mount with locks)")
-    return "warn" if advice else "ok", found, *advice
+    return ("warn" if advice else "ok", f"{folder}: {facts['free'] / GB:.1f} GB free; {facts['size'] / 1e6:.0f} MB written and synced at {facts['write'] / 1e6:.0f} MB/s, read back at "
+            f"{facts['read'] / 1e6:.0f} = {rate:.0f} clips/s out of a cold cache of {COLD_CLIP / 1e6:.2f} MB a clip", *advice)
 
-
-# ----------------------------------------------------------------------------------------------- between processes
 
 def check_shm():
-    gpus = cuda_facts()["count"] if gpu_wanted() else 0
-    needless = "nothing here uses it: batches are made by threads of one process"
-    advice = ("NCCL between GPUs of one machine and DataLoader workers of other code do use it: docker run --shm-size=1g (or --ipc=host); where that cannot be had, NCCL_SHM_DISABLE=1, slower. "
-              "One that is too small ends in a bus error")
+    several, unused = gpus() > 1, "batches are made without it, by threads of one process"
     try:
-        with tempfile.TemporaryFile(dir="/dev/shm") as file:
-            file.write(b"x")
+        tempfile.TemporaryFile(dir="/dev/shm", buffering=0).write(b"x")
         space = os.statvfs("/dev/shm")
+        small, found = space.f_blocks * space.f_frsize < 1 << 30, f"/dev/shm has {space.f_bavail * space.f_frsize / GB:.2f} of {space.f_blocks * space.f_frsize / GB:.2f} GB free; {unused}"
     except OSError as error:
-        return "warn" if gpus > 1 else "ok", f"/dev/shm cannot be used ({error.strerror}); {needless}", *([advice] if gpus > 1 else [])
-    size = space.f_blocks * space.f_frsize
-    found = f"/dev/shm has {space.f_bavail * space.f_frsize / GB:.2f} of {size / GB:.2f} GB free; {needless}"
-    return ("warn", found, advice) if gpus > 1 and size < 1 << 30 else ("ok", found)
+        small, found = True, f"/dev/shm cannot be used ({error.strerror}); {unused}"
+    if several and small:
+        return "warn", found, f"NCCL between GPUs of one machine uses it: docker run --shm-size=1g (or --ipc=host), else NCCL_SHM_DISABLE=1, slower ({DOCS}, shm)"
+    return "ok", found
 
 
 def make_semaphore():
     import multiprocessing
-    with multiprocessing.Semaphore():
-        return True
+    multiprocessing.Semaphore()
 
 
 def check_semaphores():
-    try:
-        in_child(make_semaphore, seconds=min(patience, 60))
-    except Trouble as trouble:
-        return ("warn", f"refused ({trouble})", "training needs none, and tqdm does without. torch.compile's worker processes do (it is on by default on a GPU): TORCHINDUCTOR_COMPILE_THREADS=1, "
-                "or --compile off. They live in /dev/shm, so that must be there and writable")
+    in_child(make_semaphore, seconds=min(patience, 60), found="refused ({})", status="warn", advice="training needs none, torch.compile's worker processes on a GPU do: "
+             f"TORCHINDUCTOR_COMPILE_THREADS=1, or --compile off; is /dev/shm there and writable? ({DOCS}, shm)")
     return "ok", "can be made"
 
 
@@ -809,53 +683,39 @@ def group_of_one():
     dist.all_reduce(ones)
     if ones.tolist() != [1] * 4:
         raise Trouble("a sum over one rank is not what it should be")
-    nccl = dist.is_nccl_available() and torch.version.cuda and ".".join(map(str, torch.cuda.nccl.version()))
-    return {"nccl": nccl or None}
+    return ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() and torch.version.cuda else None
 
 
 def check_ranks():
-    try:
-        nccl = in_child(group_of_one, seconds=min(patience, 90))["nccl"]
-    except Trouble as trouble:
-        return ("warn", f"no gloo group on the loopback ({trouble})", "one process trains without; torchrun does not work here. A sandbox without sockets, or no interface lo (ip link set lo up); "
-                "between machines GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface")
-    found = f"gloo works on the loopback; NCCL {nccl or 'is not in this torch'}"
-    if not nccl and gpu_wanted() and cuda_facts()["count"] > 1:
-        return "warn", found, "several GPUs train together over NCCL, which the Linux CUDA builds of torch bring"
-    return "ok", found
+    nccl = in_child(group_of_one, seconds=min(patience, 90), found="no gloo group on the loopback ({})", status="warn", advice="one process trains without; torchrun does not work "
+                    f"here: a sandbox without sockets, or no interface lo (ip link set lo up) ({DOCS}, ranks)")
+    if not nccl and gpus() > 1:
+        return "warn", "gloo works on the loopback; NCCL is not in this torch", "several GPUs train together over NCCL, which the Linux CUDA builds of torch bring"
+    return "ok", f"gloo works on the loopback; NCCL {nccl or 'is not in this torch'}"
 
-
-# ------------------------------------------------------------------------------------------------------------ the real thing
 
 def make_videos(folder):
     import numpy as np
     random = np.random.default_rng(0)
     for name in ("train/0", "train/1", "train/2", "train/3", "validation/4"):
-        path = os.path.join(folder, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        frames = list(random.integers(0, 255, (8, 48, 64, 3), dtype=np.uint8))
-        for encoder, suffix in (("libvpx-vp9", "webm"), ("libx264", "mp4"), ("mpeg4", "avi")):
-            try:
-                write_frames(f"{path}.{suffix}", encoder, frames)
-                break
-            except ValueError:  # no such encoder in this build: av.codec.UnknownCodecError
-                pass
-        else:
-            raise Trouble("this build of FFmpeg encodes neither vp9 nor h264 nor mpeg4, so there is no video to try with")
+        os.makedirs(os.path.dirname(f"{folder}/{name}"), exist_ok=True)
+        write_frames(f"{folder}/{name}.avi", "mpeg4", list(random.integers(0, 255, (8, 48, 64, 3), dtype=np.uint8)))  # FFmpeg's own encoder, so every build has it
 
 
 def check_training():
-    flags = ["--target", "pixels", "--masks", "ratio", "--data", "videos", "--frames", "4", "--resolution", "48", "--size", "tiny", "--depth", "1", "--predictor_depth", "1",
-             "--predictor_dim", "32", "--predictor_heads", "2", "--batch_size", "2", "--max_steps", "2", "--log_every", "1", "--threads", "2", "--device", device,
-             "--checkpoints", "checkpoints", "--run_logs", "run_logs", "--run_name", "doctor"]
+    flags = ("--target pixels --masks ratio --data videos --frames 4 --resolution 48 --size tiny --depth 1 --predictor_depth 1 --predictor_dim 32 --predictor_heads 2 --batch_size 2 "
+             f"--max_steps 2 --log_every 1 --threads 2 --device {device} --checkpoints checkpoints --run_logs run_logs --run_name doctor").split()
     script = os.path.join(HERE, "train.py")
-    ours = {name.upper() for name in config.read_settings(script)} | {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT"}  # this is one process, and these are its settings
-    environ = {name: value for name, value in os.environ.items() if name not in ours}
-    with tempfile.TemporaryDirectory(dir=os.path.expanduser(out), prefix=".doctor-", ignore_cleanup_errors=True) as folder:
+    ours = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT", *map(str.upper, config.read_settings(script))}  # one process, its own settings
+    try:
+        inside = tempfile.TemporaryDirectory(dir=os.path.expanduser(out), prefix=".doctor-", ignore_cleanup_errors=True)
+    except OSError as error:
+        return "FAIL", f"not tried: nothing can be written to {out} ({error.strerror}); see disk"
+    with inside as folder:
         in_child(make_videos, os.path.join(os.path.abspath(folder), "videos"))
         start = time.perf_counter()
         try:
-            said, complaint, code = run_limited([sys.executable, script, *flags], patience, cwd=folder, env=environ)
+            said, complaint, code = run_limited([sys.executable, script, *flags], patience, cwd=folder, env={name: value for name, value in os.environ.items() if name not in ours})
         except Trouble as trouble:
             return "FAIL", f"two steps of a small model: {trouble}", "on a GPU the first step compiles: a slow processor may want --patience 600. Else something hangs: py-spy dump --pid P, dmesg"
         took = time.perf_counter() - start
@@ -877,9 +737,9 @@ def diagnose(name):
     try:
         status, found, *advice = CHECKS[name]()
     except Trouble as trouble:
-        status, found, advice = "FAIL", str(trouble), ["docs/TROUBLESHOOTING.md has a section for this check"]
+        status, found, advice = trouble.status, str(trouble), [trouble.advice]
     except Exception as error:
-        status, found, advice = "FAIL", f"the check itself went wrong: {type(error).__name__}: {' '.join(str(error).split())}", ["what it looks at could not be found out here"]
+        status, found, advice = "FAIL", f"the check itself went wrong: {type(error).__name__}: {' '.join(str(error).split())}", []
     return {"name": name, "status": status, "found": found, "advice": list(advice)}
 
 
@@ -889,6 +749,9 @@ if __name__ == "__main__":
     for name in only or ():
         if name not in CHECKS:
             raise config.InputError(f"--only {name!r} is none of the checks: {', '.join(CHECKS)}{config.nearest(name, CHECKS)}")
+    if json and (os.path.isdir(json) or not os.access(os.path.dirname(os.path.abspath(json)), os.W_OK)):
+        raise config.InputError(f"--json {json} cannot be written; name a file in a folder that is there and writable")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into `head`: end where it does, without a traceback and not with exit code 0
     results = []
     for name in only or CHECKS:
         results.append(diagnose(name))
@@ -897,14 +760,17 @@ if __name__ == "__main__":
             print(f"{'':18}{line}", flush=True)
     failed, warned = ([result["name"] for result in results if result["status"] == status] for status in ("FAIL", "warn"))
     warnings = f" ({len(warned)} warning{'s' * (len(warned) > 1)}: {', '.join(warned)})" if warned else ""
-    if failed:
-        verdict = f"training would not run here: {', '.join(failed)}{warnings}"
-    elif only and "training" not in only:
-        verdict = f"nothing found that would stop training; not all was tried{warnings}"
-    else:
-        verdict = f"training would run here{', on the GPU' if gpu_wanted() else ', on the CPU'}{warnings}"
+    partly = only and "training" not in only
+    verdict = (f"training would not run here: {', '.join(failed)}" if failed else "nothing found that would stop training; not all was tried" if partly else
+               f"training would run here, on the {'GPU' if gpus() else 'CPU'}") + warnings
     print(f"\n{'FAIL' if failed else 'ok'}: {verdict}")
     if json:
-        with open(json, "w") as file:
-            file.write(dumps({"verdict": verdict, "code": int(bool(failed)), "checks": results, "config": settings}, indent=1) + "\n")
+        try:
+            with open(f"{json}.part", "w") as file:
+                file.write(dumps({"verdict": verdict, "code": int(bool(failed)), "checks": results, "config": settings}, indent=1) + "\n")
+            os.replace(f"{json}.part", json)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{json}.part")
+            raise config.InputError(f"--json {json} could not be written ({error.strerror})") from None
     sys.exit(bool(failed))

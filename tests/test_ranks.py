@@ -164,7 +164,7 @@ def test_what_happens_to_one_rank_alone_is_said(world, tmp_path):
 
 def test_wrong_inputs_under_torchrun_are_said_once(alone, world, tmp_path):
     _, flags = alone
-    for more, restarts, message in ((["--batch_size", "5"], 0, "does not divide --batch_size 5"), (["--run_name", "x"], 1, "give --resume auto"), (["--cache", "nowhere"], 0, "nowhere is no cache")):
+    for more, restarts, message in ((["--batch_size", "5"], 0, "2 ranks do not divide --batch_size 5"), (["--run_name", "x"], 1, "give --resume auto"), (["--cache", "nowhere"], 0, "nowhere is no cache")):
         text = finish(launch(2, tmp_path, *flags, *more, restarts=restarts), 1)
         lines = [line for line in text.splitlines() if "train.py, rank" in line and ": error: " in line]
         assert len(lines) == 1 + restarts and all(message in line and "rank 0" in line for line in lines), text
