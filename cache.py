@@ -22,6 +22,7 @@ import math
 import os
 import resource
 import shutil
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -306,8 +307,8 @@ def check_header(path, shape, dtype, size):
         raise InputError(f"{path} is missing; make the cache again, or mend it with --repair") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} has a broken header ({error}); make the cache again, or mend it with --repair") from None
+    except (ValueError, SyntaxError, TypeError, MemoryError, tokenize.TokenError) as error:  # all that numpy's parser has been seen to raise
+        raise InputError(f"{path} has a broken header ({' '.join(str(error).split())}); make the cache again, or mend it with --repair") from None
     if header != (shape, False, dtype):
         raise InputError(f"{path} holds {header[2]} {list(header[0])}, metadata.json says {dtype} {list(shape)}; make the cache again, or mend it with --repair")
 
