@@ -88,6 +88,19 @@ def test_flipped_bits_in_caches(world, tmp_path):
         record(f"a flipped bit in a cache's {kind}", total, f"{total - (0 if kind == 'shards' else harmless)} found by --verify, {quick} already on opening; the others leave ids, statistics and metadata as they were")
 
 
+def test_every_bit_of_a_shards_header(tmp_path):
+    shape, dtype, path = (17, 18, 1536), np.dtype(np.uint8), tmp_path / "x.npy"
+    header, passed = cache.npy_header(shape, dtype), []
+    for place, bit in np.ndindex(len(header), 8):
+        path.write_bytes(header[:place] + bytes([header[place] ^ (1 << bit)]) + header[place + 1:])
+        try:
+            cache.check_header(path, shape, dtype, len(header) + 17 * 18 * 1536)
+            passed.append(place)
+        except InputError as error:
+            assert clean(error)
+    assert all(header[place:place + 1] in b" ,\n" for place in passed) and len(passed) < 10
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world, tmp_path):
     """The newest last.pth is damaged: the run goes on from previous.pth; with both damaged it stops, since starting afresh would hide the loss."""
     flags = ["--cache", world / "latents", *TINY, "--max_steps", "12", "--save_every", "4", "--run_name", "r", "--resume"]
