@@ -18,18 +18,18 @@ def moments(features):
     return x.T @ x
 
 
-def collapse(moments):
-    """(standard deviation, effective rank) of the feature vectors that `moments` were made of; both fall towards 0 and 1 where features collapse.
+def collapse(sums):
+    """(standard deviation, effective rank) of the feature vectors of which `sums` are the moments; both fall towards 0 and 1 where features collapse.
 
     The first is the mean over channels. The second is Roy and Vetterli's (2007): exp of the entropy of the centred features' singular values, each as its
     share of their sum; between 1 and D, and at most the number of vectors; 0 where all are the same.
     """
-    moments = moments.cpu().numpy()
-    mean = moments[-1, :-1] / moments[-1, -1]
-    covariance = moments[:-1, :-1] / moments[-1, -1] - np.outer(mean, mean)
+    sums = sums.cpu().numpy()
+    mean = sums[-1, :-1] / sums[-1, -1]
+    covariance = sums[:-1, :-1] / sums[-1, -1] - np.outer(mean, mean)
     if not np.isfinite(covariance).all():
         return float("nan"), float("nan")
-    noise = 1e-12 * np.abs(moments[:-1, :-1].diagonal()).max() / moments[-1, -1]  # of the subtraction
+    noise = 1e-12 * np.abs(sums[:-1, :-1].diagonal()).max() / sums[-1, -1]  # of the subtraction
     singular = np.sqrt(np.where((values := np.linalg.eigvalsh(covariance)) > noise, values, 0))
     share = singular[singular > 0] / max(singular.sum(), 1e-300)
     return float(np.sqrt(covariance.diagonal().clip(min=0)).mean()), float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0

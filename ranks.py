@@ -44,8 +44,8 @@ def fresh_store(timeout):
     """
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=rank == 0 and not kept, timeout=timeout)
-    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}"  # a change of members counts as no restart, so starts with these are counted, too
-    return dist.PrefixStore(f"{start}/{(store.add(start, 1) - 1) // world}", store)
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}"  # a change of members counts as no restart, so starts with these are counted, too
+    return dist.PrefixStore(f"{attempt}/{(store.add(attempt, 1) - 1) // world}", store)
 
 
 def leave(code=0):
@@ -66,7 +66,7 @@ def first(work):
     if rank == 0:
         try:
             made[0] = work()
-        except BaseException:
+        except BaseException:  # whatever it is, a signal's SystemExit too: the others wait for word; it goes on
             with contextlib.suppress(RuntimeError):  # of a rank that is gone
                 dist.broadcast_object_list([None, True])
             raise

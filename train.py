@@ -25,6 +25,7 @@ import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import config
@@ -265,16 +266,17 @@ def find_checkpoint():
         locks.append(lock_run(place, wait=120 if restarts else 0))  # a rank that was cut off may take a while to be seen as dead
     if resume != "auto" and not os.path.isdir(resume):
         return resume
-    path = newest_checkpoint(places, log)
+    path, content = newest_checkpoint(places, log)
+    loaded.append(content)
     if resume != "auto" and path is None:
         raise InputError(f"--resume {resume} is a folder without a last.pth")
     log(f"resuming from {path}" if path else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
     return path
 
 
-locks = []
+locks, loaded = [], []  # loaded: what rank 0 has read already, looking for a whole one
 resume = ranks.first(find_checkpoint) if resume else None
-saved = load_checkpoint(resume) if resume else None
+saved = loaded.pop() if loaded else load_checkpoint(resume) if resume else None
 if saved:
     if missing := [name for name in ("optimizer", "rng", "losses", "history", "best", "stats", *(["ema"] if ema else [])) if name not in saved]:
         raise InputError(f"--resume {resume} holds no {', '.join(missing)}; give a last.pth")
@@ -414,11 +416,9 @@ def save(name):
         content |= {"optimizer": optimizer.state_dict(), "rng": rng, "pending": torch.stack(pending) if pending else torch.zeros(0, 4), "where": here}
     content = ranks.whole(content) if fsdp else content
     ranks.first(lambda: save_checkpoint(os.path.join(directory, name), content, previous if name == "last.pth" else None))
-    if rank == 0 and (name == "best.pth" or os.path.isfile(previous)):  # of its own there is a best.pth, or two last.pth: many restarts do not fill the disk
+    if rank == 0 and superseded and (name == "best.pth" or os.path.isfile(previous)):  # of its own there is a best.pth, or two last.pth: many restarts do not fill the disk
         for old in ("best.pth",) if name == "best.pth" else ("last.pth", "previous.pth"):
-            if superseded:
-                with contextlib.suppress(OSError):
-                    os.remove(os.path.join(superseded, old))
+            Path(superseded, old).unlink(missing_ok=True)
 
 
 # ---- the run's folder; what it continues goes along
@@ -494,17 +494,19 @@ def held_out_r2():
 
 def report(values, watched, step, seconds, steps, waited, rate, decay):
     """Log the steps since the last line. values: [loss, squared, spread, gradient norm] of each; watched: the last one's features, as a future of health.collapse, and its update."""
+    global skipped
     values = torch.stack(values).double()
     finite = values.isfinite().all(1)
     values[~finite] = math.nan
     losses.extend(values[:, 0].tolist())
+    skipped += int((~finite).sum())
     if rank:
         return
     taken = values[finite]
     speed, (deviation, effective_rank) = steps / seconds, watched[0].result()
     entry = {"step": step, "epoch": step / epoch_length, "loss": taken[:, 0].mean().item(), "r2": 1 - (taken[:, 1].sum() / taken[:, 2].sum()).item(),
              "lr": rate, "weight_decay": decay, "grad_norm": taken[:, 3].mean().item(),
-             "clipped": (taken[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0, "skipped": sum(map(math.isnan, losses)),
+             "clipped": (taken[:, 3] > grad_clip).double().mean().item() if grad_clip else 0.0, "skipped": skipped,
              "update_ratio": (watched[1][0] / watched[1][1]).sqrt().item(), "feature_std": deviation, "effective_rank": effective_rank,
              "clips_per_s": speed * batch_size, "data_wait": waited / seconds, "mfu": speed * batch_size * clip_flops / full_rate / world,
              "memory_gb": (torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9}
@@ -545,7 +547,7 @@ salt.student.register_forward_hook(lambda module, inputs, output: features.appen
 to_host = lambda x: torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) if on_gpu else x  # there once the step's mark has passed
 analyst = ThreadPoolExecutor(1)  # singular values take 0.1 s of a line's step, beside which the GPU must not wait
 features_of_step = lambda done, moments: (done and done.synchronize(), health.collapse(moments))[1]
-stopping, bad = False, 0  # bad: steps in a row that were not finite, up to here
+stopping, bad, skipped = False, 0, sum(map(math.isnan, losses))  # bad: steps in a row that were not finite, up to here; skipped: of all those logged
 for loss_before in (*losses, *(values.sum().item() for values in pending)):
     bad = 0 if math.isfinite(loss_before) else bad + 1
 while step < total_steps and not stopping:

@@ -108,20 +108,19 @@ def load_checkpoint(path, ema=False):
 
 
 def newest_checkpoint(places, log):
-    """Path of the newest whole one of the last.pth and previous.pth in the folders `places`; None where there is none at all.
+    """(path, content) of the newest whole one of the last.pth and previous.pth in the folders `places`; (None, None) where there is none at all.
 
     One that is damaged is logged, and the next taken. Raises InputError where all of them are.
     """
     paths = [path for place in places for name in ("previous.pth", "last.pth") if os.path.isfile(path := os.path.join(place, name))]
     for path in sorted(paths, key=lambda path: (os.path.getmtime(path), path.endswith("last.pth")), reverse=True):
         try:
-            load_checkpoint(path)
-            return path
+            return path, load_checkpoint(path)
         except InputError as error:
             log(f"passed over: {error}")
     if paths:
         raise InputError(f"none of the {len(paths)} checkpoints is whole ({', '.join(paths)}); delete them to start afresh, or give another --run_name")
-    return None
+    return None, None
 
 
 # -------------------------------------------------------------------------------------------------------------- VideoMAE
