@@ -2,9 +2,12 @@
 
     CACHE/metadata.json      format version, teacher, view and its hash, shapes, the shard table with sizes and SHA-256
     CACHE/ids.txt            `video id<TAB>view number` a record
+    CACHE/fingerprints.npy   int64 [count]: 8 bytes of SHA-256 over each record's clip, by which its pixels are known again
     CACHE/stats.npz          per-position mean and variance of the latents, float32 [N, D], and the count
     CACHE/latents-00000.npy  float16 [n, N, D]; or int8, with
-    CACHE/scales-00000.npy   float32 [n, 1, D]: a latent is its entry times the scale of its clip and channel, rounded to float16
+    CACHE/scales-00000.npy   float32 [n, 1, D], and
+    CACHE/tokens-00000.npy   float32 [n, N, 1]: a latent is its entry times the scale of its channel times that of its token,
+                             rounded to float16
     CACHE/patches-00000.npy  uint8 [n, N, P]   (--clips on)
     CACHE/failures.jsonl     videos left out, with the reason
 
@@ -37,7 +40,7 @@ from views import IMAGENET_MEAN, IMAGENET_STD, View
 FORMAT_VERSION = 2  # 1 resized the whole frame and then cropped it, so the same view gave other pixels
 SHARD_ROWS = 512
 FLOAT16_MAX = 65504.0
-KINDS = ("latents", "scales", "patches")
+KINDS = ("latents", "scales", "tokens", "patches")
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
@@ -89,8 +92,11 @@ class Cache:
     """
     HEADERS = 1024
 
-    def __init__(self, folder):
+    def __init__(self, folder, above=()):
+        """above: the caches, outermost first, that take their clips from this one."""
         self.folder = Path(folder)
+        if os.path.realpath(folder) in above:
+            raise InputError(f"{above[0]} takes its clips from itself; its metadata.json is damaged, make the cache again")
         self.metadata = read_metadata(self.folder)
         m = self.metadata
         try:
@@ -100,19 +106,23 @@ class Cache:
                 raise InputError(f"{self.folder / 'metadata.json'} is damaged ({error}); make the cache again") from None
             self.patch, self.tubelet = m["patch"], m["tubelet"]
             self.teacher, self.latent_shape, self.patch_shape = m["teacher"], m["latent_shape"], m["patch_shape"]
-            self.mean, self.std = (self.teacher["mean"], self.teacher["std"]) if self.teacher else (IMAGENET_MEAN, IMAGENET_STD)
+            self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+            if self.teacher is not None:
+                self.mean, self.std = self.teacher_identity["mean"], self.teacher_identity["std"]
             self.first_rows = np.cumsum([0] + [shard["rows"] for shard in m["shards"]])
             for fits, problem in ((self.view.hash() == m["view_hash"], "the view does not fit its hash"),
                                   (m["dtype"] in ("float16", "int8"), f"latents of dtype {m['dtype']}"),
+                                  ((self.teacher is None) == (self.latent_shape is None), "latents without a teacher, or the reverse"),
                                   (self.first_rows[-1] == m["count"], "the shard table does not add up to the count")):
                 if not fits:
                     raise InputError(f"{self.folder / 'metadata.json'} is damaged: {problem}; make the cache again")
             self.formats = row_formats(m)  # {kind: (shape of a record, dtype)}
             self.clips = self
             if m["clips_from"]:
-                self.clips = Cache(self.folder / m["clips_from"])
-                if self.clips.view != self.view or len(self.clips) != len(self) or self.clips.metadata["ids_sha256"] != m["ids_sha256"]:
-                    raise InputError(f"{self.clips.folder}, whose clips {self.folder} uses, is not the cache it was made from")
+                self.clips = Cache(self.folder / m["clips_from"], (*above, os.path.realpath(folder)))
+                if self.clips.view != self.view or not same_clips(m, self.clips.metadata):
+                    raise InputError(f"{self.clips.folder}, whose clips {self.folder} uses, is not the cache it was made from: it holds other "
+                                     f"videos' clips now; put that one back, or make {self.folder} again")
             self.has_latents = self.latent_shape is not None
             self.has_patches = self.clips is not self or (len(m["shards"]) > 0 and "patches" in m["shards"][0])
             with os.scandir(self.folder) as entries:
@@ -128,6 +138,7 @@ class Cache:
             raise InputError(f"{self.folder / 'ids.txt'} has {len(self.ids)} lines, metadata.json says {m['count']}; make the cache again, or mend it with --repair")
         if self.ids.digest.hexdigest() != m["ids_sha256"]:
             raise InputError(f"{self.folder / 'ids.txt'} does not have its checksum; make the cache again, or mend it with --repair")
+        self.stats = self.read_stats() if self.has_latents else None
         largest = max((entry["bytes"] for _, _, _, entry in self.files()), default=1)
         self.open_shard = functools.lru_cache(open_at_once(len(sizes), largest))(self.open_shard)
 
@@ -141,25 +152,50 @@ class Cache:
     def __len__(self):
         return self.metadata["count"]
 
-    @property
-    def stats(self):
+    def read_stats(self):
         """{'mean': float32 [N, D], 'variance': float32 [N, D], 'count': int} of the latents."""
         try:
-            with np.load(self.folder / "stats.npz") as file:
+            content = self.read_checked("stats.npz", "stats_sha256")
+            with np.load(io.BytesIO(content)) as file:
                 return {"mean": file["mean"], "variance": file["variance"], "count": int(file["count"])}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{self.folder / 'stats.npz'} cannot be read ({error}); make the cache again, or mend it with --repair") from None
+
+    @functools.cached_property
+    def fingerprints(self):
+        """int64 [count]: `fingerprint` of each record's clip; None in a cache that was made before they were kept."""
+        if "fingerprints_sha256" not in self.metadata:
+            return None
+        content = self.read_checked("fingerprints.npy", "fingerprints_sha256")
+        marks = np.load(io.BytesIO(content), allow_pickle=False)
+        if marks.shape != (len(self),) or marks.dtype != np.int64:
+            raise InputError(f"{self.folder / 'fingerprints.npy'} is damaged: it holds {marks.dtype} {list(marks.shape)}; make the cache again")
+        return marks
+
+    def read_checked(self, name, checksum):
+        """The bytes of one of the cache's files, which must have the checksum that the metadata gives it."""
+        try:
+            content = (self.folder / name).read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.folder / name} cannot be read ({error.strerror}); make the cache again, or mend it with --repair") from None
+        if hashlib.sha256(content).hexdigest() != self.metadata[checksum]:
+            raise InputError(f"{self.folder / name} does not have its checksum: it is damaged, or another cache's; make the cache again, or mend it with --repair")
+        return content
 
     @property
     def identity(self):
-        """What a checkpoint remembers of the cache it was trained from."""
-        return {"view_hash": self.metadata["view_hash"], "teacher": self.teacher_identity, "ids_sha256": self.metadata["ids_sha256"],
-                "latents": self.metadata["dtype"]}
+        """What a checkpoint remembers of the cache it was trained from: latents and clips to the byte, whatever the folder is called."""
+        m = self.metadata
+        return {"view_hash": m["view_hash"], "teacher": self.teacher_identity, "ids_sha256": m["ids_sha256"], "latents": m["dtype"],
+                "latents_sha256": content_digest([shard[kind]["sha256"] for shard in m["shards"] for kind in self.formats if kind != "patches"]),
+                "clips_sha256": m.get("fingerprints_sha256")}
 
     @property
     def teacher_identity(self):
-        """What makes two teachers the same: weights and pixel normalisation; None without latents."""
-        return self.teacher and {name: self.teacher[name] for name in ("sha256", "mean", "std")}
+        """What makes two teachers the same: weights, compute and pixel normalisation; None without latents."""
+        return self.teacher and {name: self.teacher[name] for name in ("sha256", "mean", "std", "compute")}
 
     def open_shard(self, kind, number):
         """(ops.File, the byte where its first record begins)."""
@@ -181,7 +217,7 @@ class Cache:
 
     def advise(self, records, kinds=("latents", "patches")):
         """Have whole records read into the page cache, without waiting for them."""
-        for kind in (*kinds, *(("scales",) if "latents" in kinds else ())):
+        for kind in (*kinds, *(("scales", "tokens") if "latents" in kinds else ())):
             owner = self.clips if kind == "patches" else self
             if kind in owner.formats:
                 files, starts, _ = owner.places(kind, records)
@@ -200,14 +236,18 @@ class Cache:
             why = "clips (it was made with --clips off)" if kind == "patches" else "latents (it was made with --teacher none)"
             raise InputError(f"the cache {self.folder} holds no {why}")
         shape, dtype = self.formats[kind]
-        scale = None
+        scale = tokens = None
         if dtype == np.int8:
             scale = torch.empty(len(records), 1, shape[1])
             self.read_rows("scales", records, scale, threads=threads)
             scale = scale[:, 0]
+        if dtype == np.int8 and "tokens" in self.formats:
+            tokens = torch.empty(len(records), shape[0], 1)
+            self.read_rows("tokens", records, tokens, threads=threads)
+            tokens = tokens[:, :, 0]
         files, starts, at = self.places(kind, records)
         try:
-            ops.read_rows(files, starts, out, record_bytes(shape[-1:], dtype), wanted, scale, threads)
+            ops.read_rows(files, starts, out, record_bytes(shape[-1:], dtype), wanted, scale, threads, tokens)
         except ops.RowError as error:
             number, row = at[error.record]
             raise InputError(f"{self.folder / shard_name(kind, number)}, row {row}: {error.reason}; check the disk, then the cache with "
@@ -249,14 +289,30 @@ def read_metadata(folder):
         newer = isinstance(version, int) and version > FORMAT_VERSION
         raise InputError(f"{folder} was made by {'a newer' if newer else 'an older'} version of this code: it has cache format {version}, this code "
                          f"reads {FORMAT_VERSION}; {'update the code' if newer else 'make the cache again'}")
-    if "checksum" in metadata and metadata["checksum"] != content_digest(metadata):  # caches made before it was kept have none
+    if "checksum" in metadata and metadata["checksum"] != metadata_digest(metadata):  # caches made before it was kept have none
         raise InputError(f"{path} does not have its checksum: it was changed or damaged; put back the one that was made with the files, or make the cache again")
     return metadata
 
 
-def content_digest(metadata):
-    """SHA-256 of metadata but for its own checksum."""
-    return hashlib.sha256(json.dumps({name: value for name, value in metadata.items() if name != "checksum"}, sort_keys=True).encode()).hexdigest()
+def content_digest(value):
+    """SHA-256 of a value of plain types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def metadata_digest(metadata):
+    """The same of metadata but for its own checksum."""
+    return content_digest({name: value for name, value in metadata.items() if name != "checksum"})
+
+
+def fingerprint(patches):
+    """The first 8 bytes of SHA-256 over a clip's patches, contiguous uint8 [N, P], as a signed number: the same pixels, the same number."""
+    return int.from_bytes(hashlib.sha256(patches).digest()[:8], "little", signed=True)
+
+
+def same_clips(metadata, other):
+    """Whether two caches hold the same clips of the same ids, record for record; by their ids alone where one was made before fingerprints were kept."""
+    marks = [m["fingerprints_sha256"] for m in (metadata, other) if "fingerprints_sha256" in m]
+    return metadata["ids_sha256"] == other["ids_sha256"] and (len(marks) < 2 or marks[0] == marks[1])
 
 
 def open_at_once(files, largest):
@@ -279,6 +335,8 @@ def row_formats(metadata):
         formats["latents"] = tuple(metadata["latent_shape"]), np.dtype(metadata["dtype"])
         if metadata["dtype"] == "int8":
             formats["scales"] = (1, metadata["latent_shape"][1]), np.dtype(np.float32)
+            if "tokens" in (metadata.get("shards") or [KINDS])[0]:  # older caches have a scale a channel alone
+                formats["tokens"] = (metadata["latent_shape"][0], 1), np.dtype(np.float32)
     if metadata["clips"]:
         formats["patches"] = tuple(metadata["patch_shape"]), np.dtype(np.uint8)
     return formats
@@ -483,7 +541,12 @@ class Writer:
 
     def missing(self):
         """Numbers of the shards still to make."""
-        return [] if self.finished else [k for k in range(self.shard_count) if not (self.partial / f"shard-{k:05d}.json").is_file()]
+        return [] if self.finished else [k for k in range(self.shard_count) if not self.done(k)]
+
+    def done(self, number):
+        """Whether a shard is made, with the files that this version keeps."""
+        entry = self.partial / f"shard-{number:05d}.json"
+        return entry.is_file() and set(json.loads(entry.read_text())["files"]) == set(row_formats(self.plan))
 
     def shard(self, number):
         return ShardWriter(self, number)
@@ -500,16 +563,21 @@ class Writer:
                 if not path.is_file() or path.stat().st_size != entry["bytes"]:
                     raise InputError(f"{path} is gone or cut short since it was made; run the same command with --repair")
         ids = "".join(f"{name}\t{view}\n" for shard in done for name, view in shard["ids"]).encode()
+        marks = [shard.get("fingerprints") for shard in done]  # None: of a shard that an older version made
+        marks = None if None in marks else np.concatenate([np.array(part, np.int64) for part in marks])
         failures = [failure for shard in done for failure in shard["failures"]]
         if not ids:
             for path in [self.partial, *(self.folder / name for number in range(self.shard_count) for name in shard_names(number))]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             raise InputError(f"no video of the list could be decoded; the first: {failures[0]['reason'] if failures else 'none'}")
-        shards = [{"rows": len(shard["ids"]), **shard["files"]} for shard in done]
-        return self.complete(ids, failures, shards, self.write_stats)
+        shards = [{"rows": len(shard["ids"]), **({"lost": shard["lost"]} if "lost" in shard else {}), **shard["files"]} for shard in done]
+        return self.complete(ids, marks, failures, shards, self.write_stats)
 
-    def complete(self, ids, failures, shards, write_stats):
-        """Write what goes beside the shards; metadata.json comes last. ids: bytes of ids.txt; write_stats(shards) makes stats.npz."""
+    def complete(self, ids, marks, failures, shards, write_stats):
+        """Write what goes beside the shards; metadata.json comes last.
+
+        ids: bytes of ids.txt; marks: int64 [count], fingerprints.npy, or None; write_stats(shards) makes stats.npz.
+        """
         lost = "".join(json.dumps(failure) + "\n" for failure in failures).encode()
         write_whole(self.folder / "ids.txt", ids)
         write_whole(self.folder / "failures.jsonl", lost)
@@ -518,7 +586,16 @@ class Writer:
         if self.plan["latent_shape"]:
             write_stats(shards)
             metadata["stats_sha256"] = sha256(self.folder / "stats.npz")
-        metadata["checksum"] = content_digest(metadata)
+        if shards and all("lost" in shard for shard in shards):  # summed squared errors of what is stored: int8's
+            with np.load(self.folder / "stats.npz") as stats:
+                variance = float(stats["variance"].sum(dtype=np.float64)) * metadata["count"]
+            metadata["lost_variance"] = math.fsum(shard["lost"] for shard in shards) / max(variance, 1e-300)
+        if marks is not None:
+            content = io.BytesIO()
+            np.save(content, marks)
+            write_whole(self.folder / "fingerprints.npy", content.getvalue())
+            metadata["fingerprints_sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
+        metadata["checksum"] = metadata_digest(metadata)
         write_whole(self.folder / "metadata.json", json.dumps(metadata, indent=1).encode())
         (self.partial / "before.json").unlink(missing_ok=True)
         shutil.rmtree(self.partial)
@@ -533,12 +610,11 @@ class Writer:
                 return
         left_alone = [number for number in range(len(shards)) if not (self.partial / f"stats-{number:05d}.npz").is_file()]  # by a repair
         for number in self.progress(left_alone) if left_alone else ():
-            moments, shape, dtype = Moments(self.plan["latent_shape"]), *row_formats(self.plan)["latents"]
-            scales = np.load(self.folder / shard_name("scales", number)) if dtype == np.int8 else [None] * shards[number]["rows"]
-            with open(self.folder / shard_name("latents", number), "rb") as file:
-                np.lib.format.read_magic(file), np.lib.format.read_array_header_1_0(file)
-                for scale in scales:
-                    moments.add(from_stored(np.fromfile(file, dtype, math.prod(shape)).reshape(shape), scale))
+            moments = Moments(self.plan["latent_shape"])
+            kinds = [kind for kind in row_formats(self.plan) if kind != "patches"]
+            rows = {kind: np.load(self.folder / shard_name(kind, number), mmap_mode="r") for kind in kinds}
+            for row in range(shards[number]["rows"]):
+                moments.add(from_stored({kind: np.array(array[row]) for kind, array in rows.items()}))
             moments.save(self.partial / f"stats-{number:05d}.npz")
         content = io.BytesIO()
         np.savez(content, **join_statistics(load_moments(self.partial / f"stats-{k:05d}.npz") for k in range(self.shard_count)))
@@ -555,7 +631,9 @@ def brief(value, other):
 def to_stored(latents, dtype, names=None):
     """Latents float [B, N, D], on any device, of the videos `names`, as a cache of `dtype` keeps them.
 
-    Returns (float16 [B, N, D], None), or (int8 [B, N, D], scales float32 [B, 1, D]: a clip's and channel's largest magnitude / 127); numpy.
+    Returns numpy arrays by kind: latents float16 [B, N, D]; or latents int8 [B, N, D] with tokens float32 [B, N, 1], the root mean square
+    of each token, and scales float32 [B, 1, D], the largest magnitude of a channel over its tokens' / 127, so that neither a token that
+    is large in every channel nor a channel that is large in every token takes the others' digits (docs/DATA.md has figures).
     Raises InputError on a latent beyond float16, which is never stored as infinity.
     """
     latents = latents.float()
@@ -565,14 +643,21 @@ def to_stored(latents, dtype, names=None):
         raise InputError(f"the teacher's latents{worst[0] if worst else ''} reach {top}, beyond float16 ({FLOAT16_MAX:.0f}); check the teacher's weights, "
                          f"or its compute (--dtype)")
     if dtype == "float16":
-        return latents.half().cpu().numpy(), None
-    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-    return (latents / scale).round().clamp(-127, 127).to(torch.int8).cpu().numpy(), scale.cpu().numpy()
+        return {"latents": latents.half().cpu().numpy()}
+    tokens = latents.square().mean(2, keepdim=True).sqrt()
+    tokens = torch.where(tokens > 0, tokens, 1.0)
+    scales = (latents / tokens).abs().amax(1, keepdim=True) / 127
+    scales = torch.where(scales > 0, scales, 1.0)
+    entries = (latents / (scales * tokens)).round().clamp(-127, 127).to(torch.int8)
+    return {"latents": entries.cpu().numpy(), "scales": scales.cpu().numpy(), "tokens": tokens.cpu().numpy()}
 
 
-def from_stored(stored, scale):
-    """float16 [N, D]: a record's latents as a reader gets them, from what is stored [N, D] and its scale [1, D] or None."""
-    return stored if scale is None else (torch.from_numpy(stored).float() * torch.from_numpy(scale)).half().numpy()
+def from_stored(stored):
+    """float16 [..., N, D]: latents as a reader gets them, from what to_stored gives, of a batch or of one clip."""
+    if "scales" not in stored:
+        return stored["latents"]
+    parts = {kind: torch.from_numpy(array).float() for kind, array in stored.items()}
+    return (parts["latents"] * parts["scales"] * parts.get("tokens", 1)).half().numpy()
 
 
 class Moments:
@@ -595,11 +680,11 @@ class ShardWriter:
     """One shard: add or fail each of its rows in list order, then finish() or discard(); as a context, an exception leaves nothing behind."""
 
     def __init__(self, writer, number):
-        self.writer, self.number, self.ids, self.failures = writer, number, [], []
+        self.writer, self.number, self.ids, self.marks, self.failures, self.lost = writer, number, [], [], [], 0.0
         self.formats, self.files = row_formats(writer.plan), {}
         self.moments = Moments(writer.plan["latent_shape"]) if "latents" in self.formats else None
         held = writer.partial / f"held-{number:05d}.json"  # of a repair: what this shard must hold again
-        self.held = {tuple(entry) for entry in json.loads(held.read_text())} if held.is_file() else set()
+        self.held = {(name, view): mark for name, view, mark in json.loads(held.read_text())} if held.is_file() else {}
         try:
             for kind, (shape, dtype) in self.formats.items():
                 self.files[kind] = RowFile(writer.folder / shard_name(kind, number), shape, dtype)
@@ -607,14 +692,23 @@ class ShardWriter:
             self.discard()
             raise
 
-    def add(self, video_id, view, stored=None, scale=None, patches=None):
-        """stored and scale: one clip's of to_stored; patches uint8 [N, P]."""
+    def add(self, video_id, view, patches, stored=None, lost=0.0):
+        """patches uint8 [N, P]; stored: one clip's of to_stored; lost: its squared error, summed.
+
+        Raises InputError where a repair brings another clip than the shard held.
+        """
+        mark = fingerprint(patches)
+        if self.held.get((video_id, view)) not in (None, mark):
+            raise InputError(f"shard {self.number} of {self.writer.folder} held other pixels of the video {video_id!r}: it was replaced or encoded again since; bring "
+                             "back the one that the cache was made from, or make the cache again")
         if self.moments:
-            self.moments.add(from_stored(stored, scale))
-        for kind, row in (("latents", stored), ("scales", scale), ("patches", patches)):
+            self.moments.add(from_stored(stored))
+        for kind, row in {**(stored or {}), "patches": patches}.items():
             if kind in self.files:
                 self.files[kind].add(row)
         self.ids.append((video_id, view))
+        self.marks.append(mark)
+        self.lost += lost
 
     def fail(self, row, video_id, view, reason):
         """Leave a row out. Raises InputError where the shard held it before a repair: what is broken stays until it can be replaced."""
@@ -646,7 +740,9 @@ class ShardWriter:
             files = {name: file.finish() for name, file in self.files.items()}
         finally:
             self.discard()
-        entry = {"ids": self.ids, "failures": self.failures, "files": files}
+        entry = {"ids": self.ids, "fingerprints": self.marks, "failures": self.failures, "files": files}
+        if "scales" in self.formats:
+            entry["lost"] = self.lost
         write_whole(partial / f"shard-{self.number:05d}.json", json.dumps(entry).encode())  # last: the shard counts from here on
 
 

@@ -44,7 +44,7 @@ batch_size = 8                 # clips a teacher batch; fixed row ranges of the 
 threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # decoding threads [all cores, shared by a machine's ranks]
 dtype: Literal["fp32", "bf16"] = "fp32"  # the teacher's compute
 device = "auto"                # auto, cpu, cuda or cuda:1
-verify: str | None = None      # instead: check every byte of this cache against its checksums
+verify: str | None = None      # instead: check every byte of this cache against its checksums; with --data, every video against its clips
 repair = False                 # check the cache at --out first, and rebuild what is broken in it
 merge: list[str] = []          # instead: join these caches of one view and teacher into --out; files are linked where they can be
 # -----------------------------------------------------------------------------------------------------------------------
@@ -67,6 +67,10 @@ from views import View, grid_of  # noqa: E402
 files_bar = lambda files: tqdm(files, unit="file", dynamic_ncols=True)
 if verify:
     problems, bad = upkeep.verify(verify, files_bar)
+    if data and not problems:
+        rows = load_split(data, cache.open_cache(verify).metadata["split"], splits_dir, print)
+        clips_bar = lambda records: tqdm(records, unit="clip", dynamic_ncols=True)
+        problems = upkeep.verify_clips(verify, rows, threads, clips_bar)
     for problem in problems:
         print(f"{verify}: {problem}")
     if bad:
@@ -123,7 +127,7 @@ else:
 
 # ---- what is decided once, by rank 0: whether clips are kept, whether the disk has room, which shards are to be made
 kept_bytes = {"f16": 2 * shape.dim, "i8": shape.dim}[latents] if encoder else 0
-latent_bytes, clip_bytes = tokens * kept_bytes + (4 * shape.dim if encoder and latents == "i8" else 0), tokens * patch_dim  # a record
+latent_bytes, clip_bytes = tokens * kept_bytes + (4 * (shape.dim + tokens) if encoder and latents == "i8" else 0), tokens * patch_dim  # a record
 rows_of = lambda number: range(number * cache.SHARD_ROWS, min((number + 1) * cache.SHARD_ROWS, len(ids)))
 
 
@@ -216,14 +220,14 @@ def groups():
             yield list(together)
 
 
-def keep(shard, rows, clips, stored, scales):
+def keep(shard, rows, clips, stored, lost):
     """Write one teacher batch, row by row."""
     done = 0
     for row, clip in zip(rows, clips):
         if isinstance(clip, VideoError):
             shard.fail(row, *ids[row], str(clip))
         else:
-            shard.add(*ids[row], None if stored is None else stored[done], None if scales is None else scales[done], clip)
+            shard.add(*ids[row], clip, stored and {kind: array[done] for kind, array in stored.items()}, lost[done])
             done += 1
 
 
@@ -245,13 +249,16 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
                 batch = [next(stream) for _ in rows]
                 waited += time.perf_counter() - tick
                 good = [clip for clip in batch if not isinstance(clip, VideoError)]
-                stored = scales = None
+                stored, lost = None, [0.0] * len(good)
                 if encoder and good:
                     with torch.no_grad():
                         made = encoder.encode(torch.from_numpy(np.stack(good)).to(device))  # [b, N, D]
                     names = [ids[row][0] for row, clip in zip(rows, batch) if not isinstance(clip, VideoError)]
-                    stored, scales = cache.to_stored(made, writer.plan["dtype"], names)
-                writing.append(keeper.submit(keep, shard, rows, batch, stored, scales))
+                    stored = cache.to_stored(made, writer.plan["dtype"], names)
+                    if latents == "i8":
+                        error = torch.from_numpy(cache.from_stored(stored)).to(device) - made
+                        lost = error.double().square().sum((1, 2)).tolist()
+                writing.append(keeper.submit(keep, shard, rows, batch, stored, lost))
                 if len(writing) > 2:
                     writing.popleft().result()
                 bar.update(len(rows))
@@ -276,6 +283,9 @@ if to_make:
 if rank == 0:
     metadata = writer.finish()
     size = sum(file.stat().st_size for file in writer.folder.iterdir()) / 1e9
+    if "lost_variance" in metadata:
+        log(f"{out}: int8 lost {metadata['lost_variance']:.1e} of the latents' variance about their per-position mean: no R2 above "
+            f"{1 - metadata['lost_variance']:.6f} can be reached on the exact ones")
     log(f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape {json.dumps(metadata['latent_shape'])}"
         + (f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else ""))
 ranks.leave()

@@ -11,6 +11,7 @@ A value is checked against the annotation (`str | None`, `Literal["a", "b"]`, `l
 import argparse
 import ast
 import difflib
+import hashlib
 import os
 import sys
 import tokenize
@@ -25,6 +26,15 @@ started = False        # under torchrun: whether ranks have begun to do differen
 
 class InputError(ValueError):
     """Bad input from outside. The message says what, where and what to do; a script ends with that one line and exit code 1."""
+
+
+def source_digest():
+    """SHA-256 of the files in csrc/, by which an extension that was built from others is known; None where they are not there."""
+    digest, folder = hashlib.sha256(), os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        with open(os.path.join(folder, name), "rb") as file:
+            digest.update(f"{name}\n".encode() + file.read())
+    return digest.hexdigest() if os.path.isdir(folder) else None
 
 
 def nearest(word, words):

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import torch
 from einops import rearrange
 
 import ops
+from cache import fingerprint
 from config import InputError
 from views import View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  data.View and the others are public names here
 
@@ -412,6 +414,7 @@ class Videos:
 
 class Records:
     """Clips and latents of a cache; where it holds no clips they are decoded, from the paths of `rows`."""
+    CHECKED, CHECK_EVERY = 256, 16
 
     def __init__(self, cache, rows=None):
         self.cache, self.view, self.patch, self.tubelet, self.decodes = cache, cache.view, cache.patch, cache.tubelet, not cache.has_patches
@@ -419,6 +422,7 @@ class Records:
         if self.decodes and not self.paths:
             raise InputError(f"the cache {cache.folder} holds no clips (--clips off), so the videos are needed: give --data")
         self.grid, self.patch_shape, self.latent_shape = grid_of(cache.view, cache.patch, cache.tubelet), tuple(cache.patch_shape), cache.latent_shape
+        self.decoded = itertools.count()
 
     def __len__(self):
         return len(self.cache)
@@ -426,11 +430,19 @@ class Records:
     def name(self, i):
         return self.cache.ids.fields(i)
 
-    def decode(self, i, out):
+    def decode(self, i, out, check=False):
+        """Write clip i's patches to the uint8 array `out` [N, P]; the first CHECKED, and one in CHECK_EVERY from there on, are compared with what the
+        cache was made from. Raises VideoError, and InputError on other pixels."""
         name, number = self.name(i)
         if self.paths.get(name) is None:
             raise VideoError(f"the video of the id {name!r}, record {i} of {self.cache.folder}, is not in the data folder")
         ops.patchify_into(read_clip(self.paths[name], dataclasses.replace(self.view, view=number), name), out, self.patch, self.tubelet)
+        count = next(self.decoded)
+        marks = self.cache.fingerprints
+        if marks is not None and (check or count < self.CHECKED or count % self.CHECK_EVERY == 0) and fingerprint(out) != marks[i]:
+            raise InputError(f"{self.paths[name]} is not the video {name!r} that the cache {self.cache.folder} was made from: its pixels differ, so it was replaced or "
+                             f"encoded again since (or another FFmpeg decodes it). `python cache_latents.py --verify {self.cache.folder} --data ...` names all such "
+                             "videos; put them back, or make the cache again")
 
 
 class Batch(NamedTuple):

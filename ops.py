@@ -13,18 +13,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import InputError
+from config import InputError, source_digest
 
 try:
     if os.environ.get("SALT_OPS") == "reference":
         raise ImportError("SALT_OPS=reference is set")
     import salt_ops
-    if "amx" not in salt_ops.build_info():
-        raise ImportError("salt_ops was built from older sources")
-    EXTENSION = salt_ops.build_info()  # {"devices": ["cpu", "cuda"], "architectures": "8.0;...;12.0+PTX", "simd": "avx512" | "avx2" | "baseline", "amx": bool}
+    if salt_ops.build_info().get("sources") != (source_digest() or salt_ops.build_info().get("sources")):
+        raise ImportError("salt_ops was built from other sources than csrc/")
+    EXTENSION = salt_ops.build_info()  # {"devices": ["cpu", "cuda"], "architectures": "8.0;...;12.0+PTX", "simd": "avx512" | "avx2" | "baseline", "amx": bool, "sources": SHA-256}
     MISSING = None
 except ImportError as error:
-    EXTENSION, MISSING = {"devices": [], "architectures": "", "simd": "none", "amx": False}, str(error)
+    EXTENSION, MISSING = {"devices": [], "architectures": "", "simd": "none", "amx": False, "sources": None}, str(error)
 
 
 def covers(architectures, capability):
@@ -515,6 +515,7 @@ def add_moments(rows, total, squares):
 
 
 PERMUTE_ROUNDS = 8
+SORTED_ORDER = 256  # so many and fewer are ordered by sorting random numbers, which reaches every order alike
 
 
 def permute(index, n, seed, epoch):
@@ -526,6 +527,9 @@ def permute(index, n, seed, epoch):
     index = np.ascontiguousarray(index, np.int64)
     if index.size and not (0 <= index.min() and index.max() < n):
         raise IndexError(f"index runs from {index.min()} to {index.max()}; it must be in [0, {n})")
+    if n <= SORTED_ORDER:  # the network's halves have too few bits to reach every order
+        words = philox(seed, epoch, n, STREAMS["order"], 0, -(-n // 2)).reshape(-1, 2)[:n]
+        return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")[index]
     keys = philox(seed, epoch, n, STREAMS["order"], 0, PERMUTE_ROUNDS // 4)
     if EXTENSION["devices"]:
         return salt_ops.permute(torch.from_numpy(index), n, keys.tolist()).numpy()
@@ -579,7 +583,7 @@ class RowError(Exception):
         super().__init__(f"record {record}, row {row}: {self.reason}")
 
 
-def read_rows(files, starts, out, row_bytes, wanted=None, scale=None, threads=1):
+def read_rows(files, starts, out, row_bytes, wanted=None, scale=None, threads=1, tokens=None):
     """Copy rows of records out of files into a batch, on `threads` threads outside the GIL.
 
     files, starts  a File and the byte where its record begins, for each of R records
@@ -587,17 +591,18 @@ def read_rows(files, starts, out, row_bytes, wanted=None, scale=None, threads=1)
     row_bytes      bytes of a stored row, as many as one of `out`
     wanted         bool tensor [R, N]: the rows to copy (the others keep what they held), or None for all
     scale          float32 tensor [R, D]: the stored rows are int8, and out, float16, gets entry * scale
+    tokens         float32 tensor [R, N]: with a scale, a factor for each row beside it
     Raises RowError, of the first record that could not be read.
     """
     if EXTENSION["devices"]:
-        record, row, number = salt_ops.read_rows(files, starts, row_bytes, None if wanted is None else wanted.view(torch.uint8), out, scale, threads)
+        record, row, number = salt_ops.read_rows(files, starts, row_bytes, None if wanted is None else wanted.view(torch.uint8), out, scale, tokens, threads)
         if record >= 0:
             raise RowError(record, row, number)
     else:
-        read_rows_reference(files, starts, out, row_bytes, wanted, scale)
+        read_rows_reference(files, starts, out, row_bytes, wanted, scale, tokens)
 
 
-def read_rows_reference(files, starts, out, row_bytes, wanted=None, scale=None):
+def read_rows_reference(files, starts, out, row_bytes, wanted=None, scale=None, tokens=None):
     places = out.view(torch.uint8).numpy() if scale is None else np.empty((*out.shape[:2], row_bytes), np.uint8)
     for r, (file, start) in enumerate(zip(files, starts)):
         rows = np.arange(out.shape[1]) if wanted is None else np.flatnonzero(wanted[r].numpy())
@@ -609,7 +614,8 @@ def read_rows_reference(files, starts, out, row_bytes, wanted=None, scale=None):
             if got != len(run) * row_bytes:
                 raise RowError(r, int(run[0]), 0)
         if scale is not None:
-            out[r, rows] = (torch.from_numpy(places[r, rows].view(np.int8)).float() * scale[r]).half()
+            values = torch.from_numpy(places[r, rows].view(np.int8)).float() * scale[r]
+            out[r, rows] = (values if tokens is None else values * tokens[r, rows, None]).half()
 
 
 # -------------------------------------------------------------------------------------- autograd and shapes of the kernels

@@ -14,6 +14,8 @@ import sys
 import torch
 from setuptools import setup
 
+from config import source_digest
+
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])  # an environment's own ninja is found
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # Ampere, its GeForce, Ada, Hopper, Blackwell, its GeForce
 
@@ -52,6 +54,16 @@ def architecture_flags():
     return flags, ";".join(f"{arch / 10:.1f}" for arch in known) + "+PTX"
 
 
+def write_digest():
+    """The header by which the extension knows its sources, so that ops.py tells a stale build; one file is compiled again for it."""
+    path, line = os.path.join("build", "generated", "salt_sources.h"), f'#define SALT_SOURCES "{source_digest()}"\n'
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not os.path.isfile(path) or open(path).read() != line:
+        with open(path, "w") as file:
+            file.write(line)
+    return os.path.abspath(os.path.dirname(path))
+
+
 def build(cuda):
     # GCC's OpenMP calls resolve to the runtime that torch has loaded; linking another one would give two thread pools.
     openmp = ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"] if sys.platform == "linux" else []
@@ -63,7 +75,8 @@ def build(cuda):
         flags = {"nvcc": ["-O3", *gencode]}
     setup(
         name="salt_ops",
-        ext_modules=[(CUDAExtension if cuda else CppExtension)("salt_ops", sources, extra_compile_args={"cxx": host, **flags})],
+        ext_modules=[(CUDAExtension if cuda else CppExtension)("salt_ops", sources, include_dirs=[write_digest()],
+                                                              extra_compile_args={"cxx": host, **flags})],
         # force: ninja alone decides what to compile again, by flags and headers too; inplace: the extension lies beside the scripts.
         options={"build_ext": {"inplace": True, "force": True}},
         cmdclass={"build_ext": BuildExtension},

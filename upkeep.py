@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import (SHARD_ROWS, Ids, Writer, brief, check_header, join_statistics, list_digest, open_cache, read_metadata, row_formats, sha256, shard_name, write_whole)
+from cache import (SHARD_ROWS, Ids, Writer, brief, check_header, fingerprint, join_statistics, list_digest, open_cache, read_metadata, row_formats, same_clips, sha256,
+                   shard_name, write_whole)
 from config import InputError
+from data import Records, prefetch
 
 
 def read_failures(folder):
@@ -28,6 +30,7 @@ def whole_list(ids, failures, count):
 
 
 CHANGED = "metadata.json does not fit its files"
+OTHER_CLIPS = "these latents were not made from the clips that are now in"
 
 
 def checksums(jobs, progress):
@@ -55,6 +58,8 @@ def verify(folder, progress=lambda files: files):
         jobs = [("ids", folder / "ids.txt", metadata["ids_sha256"]), ("failures", folder / "failures.jsonl", metadata["failures_sha256"])]
         if metadata["latent_shape"]:
             jobs.append(("stats", folder / "stats.npz", metadata["stats_sha256"]))
+        if "fingerprints_sha256" in metadata:
+            jobs.append(("fingerprints", folder / "fingerprints.npy", metadata["fingerprints_sha256"]))
         jobs += [(number, folder / shard_name(kind, number), shard[kind]["sha256"]) for number, shard in enumerate(metadata["shards"]) for kind in row_formats(metadata)]
         found = [(key, problem) for key, problem in checksums(jobs, progress) if problem]
         problems, broken = [problem for _, problem in found], {key for key, _ in found}
@@ -65,6 +70,8 @@ def verify(folder, progress=lambda files: files):
                                 f"and the count {metadata['count']}")
             elif list_digest(whole_list(map(ids.fields, range(len(ids))), failures, metadata["list_count"])) != metadata["list_sha256"]:
                 problems.append("ids.txt and failures.jsonl do not make up the list that the cache was made from")
+        if metadata["clips_from"] and not same_clips(metadata, read_metadata(folder / metadata["clips_from"])):
+            problems.append(f"{OTHER_CLIPS} {metadata['clips_from']}")
         if not problems:  # every file is what it was; does metadata.json describe them?
             try:
                 opened = open_cache(folder)
@@ -76,12 +83,35 @@ def verify(folder, progress=lambda files: files):
             problems += [f"{metadata['clips_from']}: {problem}" for problem in verify(folder / metadata["clips_from"], progress)[0]]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'metadata.json'} is damaged ({error!r}); make the cache again") from None
-    return problems, sorted(broken - {"ids", "failures", "stats"})
+    return problems, sorted(broken - {"ids", "failures", "stats", "fingerprints"})
+
+
+def verify_clips(folder, rows, threads, progress=lambda records: records):
+    """Decode the videos of a cache again, and compare their pixels with its fingerprints.
+
+    rows: of the list, data.Row; progress wraps the records. Returns problems, a line each. Raises InputError where the cache keeps none.
+    """
+    source = Records(open_cache(folder), rows)
+    if source.cache.fingerprints is None:
+        raise InputError(f"{folder} was made before fingerprints of clips were kept, so whether these are its videos is unknown; make the cache again")
+
+    def problem_of(record):
+        patches = np.empty(source.patch_shape, np.uint8)
+        try:
+            source.decode(record, patches, check=True)
+        except InputError as error:
+            return str(error)
+        return None
+
+    records = progress(range(len(source)))
+    return [problem for problem in prefetch(problem_of, records, threads, 2 * threads) if problem]
 
 
 def remedy(folder, problems):
     """What to do about the problems of a cache."""
     metadata = read_metadata(Path(folder))
+    if any(problem.startswith(OTHER_CLIPS) for problem in problems):
+        return f"put back the cache that was there, or delete {folder} and make it again"
     if any(problem.startswith(CHANGED) for problem in problems):
         return "put back the metadata.json that was made with the files, or make the cache again"
     if "merged_from" in metadata:
@@ -105,14 +135,16 @@ def reopen(writer, ids, readable=lambda row: False):
         jobs = [(number, folder / shard_name(kind, number), entry["sha256"]) for number, shard in done.items() for kind, entry in shard["files"].items()]
         found = [(number, problem) for number, problem in checksums(jobs, writer.progress) if problem]
         for number in {number for number, _ in found}:
-            write_whole(partial / f"held-{number:05d}.json", json.dumps(done[number]["ids"]).encode())
+            marks = done[number].get("fingerprints") or [None] * len(done[number]["ids"])
+            held = [[*entry, mark] for entry, mark in zip(done[number]["ids"], marks)]
+            write_whole(partial / f"held-{number:05d}.json", json.dumps(held).encode())
             (partial / f"shard-{number:05d}.json").unlink()
         return [problem for _, problem in found]
     metadata = read_metadata(folder)
     if "merged_from" in metadata:
         raise InputError(f"{folder} was merged from {', '.join(metadata['merged_from'])}; {remedy(folder, ())}")
     problems, bad = verify(folder, writer.progress)
-    if any(problem.startswith(CHANGED) for problem in problems):
+    if any(problem.startswith((CHANGED, OTHER_CLIPS)) for problem in problems):
         raise InputError(f"{folder}: {problems[0]}; {remedy(folder, problems)}")
     if metadata["clips_from"] and any(problem.startswith(f"{metadata['clips_from']}: ") for problem in problems):
         raise InputError(f"{folder} uses the clips of {metadata['clips_from']}, which are broken; repair those first")
@@ -122,6 +154,9 @@ def reopen(writer, ids, readable=lambda row: False):
     bad = sorted({*bad, *(row // SHARD_ROWS for row in back)})
     if not problems:
         return []
+    marks = marks_of(folder, metadata)
+    if "fingerprints_sha256" in metadata and marks is None:  # nothing tells any more which clips its latents are of
+        bad = list(range(len(metadata["shards"])))
     kept = {row: entry for row, entry in enumerate(ids) if row not in failures}
     if len(kept) != metadata["count"]:
         raise InputError(f"{folder}: ids.txt and failures.jsonl are both broken, so what its shards hold is unknown; make the cache again")
@@ -129,16 +164,35 @@ def reopen(writer, ids, readable=lambda row: False):
         if path.name != "lock":
             path.unlink()
     write_whole(partial / "plan.json", json.dumps(writer.plan, indent=1).encode())
+    done = 0
     for number, shard in enumerate(metadata["shards"]):
         rows = range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, len(ids)))
         held = [kept[row] for row in rows if row in kept]
+        known = None if marks is None else marks[done:done + len(held)]
+        done += len(held)
         if number in bad:
-            write_whole(partial / f"held-{number:05d}.json", json.dumps(held).encode())
+            entries = [[*entry, mark] for entry, mark in zip(held, known or [None] * len(held))]
+            write_whole(partial / f"held-{number:05d}.json", json.dumps(entries).encode())
         else:
             entry = {"ids": held, "failures": [failures[row] for row in rows if row in failures], "files": {kind: shard[kind] for kind in row_formats(metadata)}}
+            entry |= {"fingerprints": known} if known is not None else {}
+            entry |= {"lost": shard["lost"]} if "lost" in shard else {}
             write_whole(partial / f"shard-{number:05d}.json", json.dumps(entry).encode())
     write_whole(partial / "before.json", json.dumps(metadata).encode())  # last: from here on a repair is under way
     return problems
+
+
+def marks_of(folder, metadata):
+    """The fingerprints of a cache's records, a list; out of its clips where fingerprints.npy is broken; None where neither is to be had."""
+    path = folder / "fingerprints.npy"
+    if "fingerprints_sha256" not in metadata:
+        return None
+    if path.is_file() and sha256(path) == metadata["fingerprints_sha256"]:
+        return np.load(path).tolist()
+    if not metadata["clips"]:
+        return None
+    shards = [np.load(folder / shard_name("patches", number), mmap_mode="r") for number in range(len(metadata["shards"]))]
+    return [fingerprint(np.ascontiguousarray(clip)) for shard in shards for clip in shard]
 
 
 def failures_of(folder, metadata, ids):
@@ -169,8 +223,8 @@ def merge(folders, out, progress=lambda files: files):
     for cache in caches:
         if cache.metadata["clips_from"]:
             raise InputError(f"{cache.folder} uses the clips of another cache; merge the caches that hold the clips, and cache the latents with --clips_from again")
-        for name in ("view", "patch", "tubelet", "teacher", "dtype", "latent_shape", "patch_shape", "clips"):
-            mine, theirs = first[name], cache.metadata[name]
+        for name in ("view", "patch", "tubelet", "teacher", "dtype", "latent_shape", "patch_shape", "clips", "kinds of files"):
+            mine, theirs = (whose.metadata.get(name, list(whose.formats)) for whose in (caches[0], cache))
             if name == "teacher" and mine and theirs:  # whatever its file was called
                 mine, theirs = ({field: value for field, value in teacher.items() if field != "name"} for teacher in (mine, theirs))
             if mine != theirs:
@@ -211,7 +265,9 @@ def merge(folders, out, progress=lambda files: files):
         np.savez(content, **join_statistics((count, mean, variance * count) for count, mean, variance in wide))
         write_whole(out / "stats.npz", content.getvalue())
 
-    return writer.complete(ids, failures, shards, write_stats)
+    marks = [cache.fingerprints for cache in caches]
+    marks = None if any(part is None for part in marks) else np.concatenate(marks)
+    return writer.complete(ids, marks, failures, shards, write_stats)
 
 
 def place(source, path, digest):

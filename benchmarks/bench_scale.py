@@ -78,11 +78,14 @@ def make_index(where, count):
                 file.truncate(len(header) + rows * cache.record_bytes(shape, dtype))
             entry[kind] = {"bytes": len(header) + rows * cache.record_bytes(shape, dtype), "sha256": "0" * 64}
         shards.append({"rows": rows, **entry})
+    np.savez(where / "stats.npz", mean=np.zeros((N, D), np.float32), variance=np.ones((N, D), np.float32), count=count)
+    np.save(where / "fingerprints.npy", np.random.default_rng(count).integers(-2**63, 2**63 - 1, count))
     (where / "ids.txt").write_text("".join(f"{i}\t0\n" for i in range(count)))
     (where / "metadata.json").write_text(json_format.dumps({
-        "format_version": cache.FORMAT_VERSION, "split": "train", "list_count": count, "list_sha256": "", "teacher": {"name": "t", "sha256": "", "dim": D, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "format_version": cache.FORMAT_VERSION, "split": "train", "list_count": count, "list_sha256": "", "teacher": {"name": "t", "sha256": "", "dim": D, "mean": [0.5] * 3, "std": [0.5] * 3, "compute": "fp32"},
         "view": VIEW.to_dict(), "view_hash": VIEW.hash(), "views": 1, "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [N, D], "patch_shape": [N, P],
-        "clips": True, "clips_from": None, "count": count, "failures": 0, "ids_sha256": cache.sha256(where / "ids.txt"), "failures_sha256": "", "stats_sha256": "", "shards": shards}, indent=1))
+        "clips": True, "clips_from": None, "count": count, "failures": 0, "ids_sha256": cache.sha256(where / "ids.txt"), "failures_sha256": "", "stats_sha256": cache.sha256(where / "stats.npz"),
+        "fingerprints_sha256": cache.sha256(where / "fingerprints.npy"), "shards": shards}, indent=1))
 
 
 def forward_flops(tokens, dim, blocks):
@@ -97,14 +100,14 @@ def print_table():
     step = 3 * sum(forward_flops(context, 1024, 24) + 2 * context * (P + 512) * 1024 + forward_flops(context + target, 512, 12) + 2 * target * 512 * D
                    for context, target in (ops.mask_counts(family, (8, 14, 14)) for family in ("short", "long")))
     speed = {name: utilisation * matrix_rate * 1e12 / flops for name, flops in (("teacher", teacher), ("student", step))}
-    print(f"a clip: latents {latents / 1e6:.2f} MB float16, {(latents / 2 + 4 * D) / 1e6:.2f} int8; pixels {patches / 1e6:.2f} MB; both, whole {(latents + patches) / 1e6:.2f}, "
+    print(f"a clip: latents {latents / 1e6:.2f} MB float16, {(latents / 2 + 4 * (D + N)) / 1e6:.2f} int8; pixels {patches / 1e6:.2f} MB; both, whole {(latents + patches) / 1e6:.2f}, "
           f"looked at {needed_mb:.2f}; teacher {teacher / 1e9:.0f} GFLOP, a training step {step / 1e9:.0f}")
     print(f"one GPU at {utilisation:.0%} of {matrix_rate:.0f} TFLOP/s: teacher {speed['teacher']:.0f} clips/s, training {speed['student']:.0f} clips/s, which reads "
           f"{speed['student'] * needed_mb / 1e3:.2f} GB/s from memory, {speed['student'] * (latents + patches) / 1e9:.2f} GB/s from a disk; decoding for it takes "
           f"{speed['student'] * decode_ms / 1e3:.0f} cores, for the teacher {speed['teacher'] * decode_ms / 1e3:.0f}")
     print(f"{'clips':>12} {'latents TB f16':>15} {'i8':>7} {'pixels TB':>10} {'decoding core-h':>16} {'teacher GPU-h':>14} {f'training GPU-h, {epochs} epochs':>27}")
     for count in clips:
-        print(f"{count:>12,} {count * latents / 1e12:15.2f} {count * (latents / 2 + 4 * D) / 1e12:7.2f} {count * patches / 1e12:10.2f} {count * decode_ms / 3.6e6:16.0f} "
+        print(f"{count:>12,} {count * latents / 1e12:15.2f} {count * (latents / 2 + 4 * (D + N)) / 1e12:7.2f} {count * patches / 1e12:10.2f} {count * decode_ms / 3.6e6:16.0f} "
               f"{count / speed['teacher'] / 3600:14.1f} {epochs * count / speed['student'] / 3600:27.1f}")
 
 

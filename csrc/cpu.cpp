@@ -328,18 +328,21 @@ SALT_INLINE inline void store(half& out, float x) {
   out.bits = static_cast<uint16_t>(sign | h);
 }
 
-inline SALT_INLINE void dequantise(const int8_t* __restrict__ q, const float* __restrict__ scale, int64_t D, half* __restrict__ out) {
-  for (int64_t d = 0; d < D; ++d) store(out[d], static_cast<float>(q[d]) * scale[d]);
+inline SALT_INLINE void dequantise(const int8_t* __restrict__ q, const float* __restrict__ scale, float token,
+                                   int64_t D, half* __restrict__ out) {
+  for (int64_t d = 0; d < D; ++d) store(out[d], static_cast<float>(q[d]) * scale[d] * token);
 }
 
 #ifdef SALT_X86
-SALT_AVX512 void dequantise_avx512(const int8_t* q, const float* scale, int64_t D, half* out) {
+SALT_AVX512 void dequantise_avx512(const int8_t* q, const float* scale, float token, int64_t D, half* out) {
+  const __m512 factor = _mm512_set1_ps(token);
   int64_t d = 0;
   for (; d + 16 <= D; d += 16) {
     const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q + d))));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), _mm512_cvtps_ph(_mm512_mul_ps(x, _mm512_loadu_ps(scale + d)), _MM_FROUND_TO_NEAREST_INT));
+    const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(x, _mm512_loadu_ps(scale + d)), factor);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
   }
-  for (; d < D; ++d) store(out[d], static_cast<float>(q[d]) * scale[d]);
+  for (; d < D; ++d) store(out[d], static_cast<float>(q[d]) * scale[d] * token);
 }
 #endif
 
@@ -401,11 +404,11 @@ inline SALT_INLINE void permute_entries(const Permute& a, int64_t begin, int64_t
 
 }  // namespace
 
-void dequantise_row(const int8_t* q, const float* scale, int64_t D, uint16_t* out) {
+void dequantise_row(const int8_t* q, const float* scale, float token, int64_t D, uint16_t* out) {
 #ifdef SALT_X86
-  if (SIMD == Simd::avx512) return dequantise_avx512(q, scale, D, reinterpret_cast<half*>(out));
+  if (SIMD == Simd::avx512) return dequantise_avx512(q, scale, token, D, reinterpret_cast<half*>(out));
 #endif
-  run([&](auto) SALT_INLINE { dequantise(q, scale, D, reinterpret_cast<half*>(out)); });
+  run([&](auto) SALT_INLINE { dequantise(q, scale, token, D, reinterpret_cast<half*>(out)); });
 }
 
 void patchify_cpu(const Tubelets& work, int64_t begin, int64_t end) { run([&](auto) SALT_INLINE { patchify_tokens(work, begin, end); }); }

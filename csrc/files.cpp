@@ -83,8 +83,11 @@ inline void copy_row(char* to, const char* from, int64_t bytes) {
 }
 
 inline void put_row(const Record& record, int64_t row, const char* from, int64_t row_bytes) {
-  if (record.scale) dequantise_row(reinterpret_cast<const int8_t*>(from), record.scale, row_bytes, reinterpret_cast<uint16_t*>(record.out) + row * row_bytes);
-  else copy_row(record.out + row * row_bytes, from, row_bytes);
+  if (record.scale)
+    dequantise_row(reinterpret_cast<const int8_t*>(from), record.scale, record.tokens ? record.tokens[row] : 1.0f,
+                   row_bytes, reinterpret_cast<uint16_t*>(record.out) + row * row_bytes);
+  else
+    copy_row(record.out + row * row_bytes, from, row_bytes);
 }
 
 inline void prefetch_row(const char* from, int64_t bytes) {

@@ -32,7 +32,8 @@ struct Record {
   int64_t start;
   const uint8_t* wanted;
   char* out;
-  const float* scale;  // null: the bytes as they are. [row_bytes]: int8 entries, written as float16 entry * scale
+  const float* scale;   // null: the bytes as they are. [row_bytes]: int8 entries, written as float16 entry * scale * token
+  const float* tokens;  // a factor for each of the record's rows; null: 1
 };
 
 struct ReadError {
@@ -42,7 +43,7 @@ struct ReadError {
 
 ReadError read_rows(const std::vector<Record>& records, int64_t rows, int64_t row_bytes, int threads);
 
-// out[d] = float16(q[d] * scale[d]), rounded to nearest even. In cpu.cpp.
-void dequantise_row(const int8_t* q, const float* scale, int64_t D, uint16_t* out);
+// out[d] = float16(q[d] * scale[d] * token), each rounded to nearest even. In cpu.cpp.
+void dequantise_row(const int8_t* q, const float* scale, float token, int64_t D, uint16_t* out);
 
 }  // namespace salt

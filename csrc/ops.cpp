@@ -11,6 +11,7 @@
 
 #include "files.h"
 #include "kernels.h"
+#include "salt_sources.h"  // written by setup.py: SALT_SOURCES, the digest of csrc/
 
 #ifdef SALT_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -277,7 +278,7 @@ void advise(const Files& files, const std::vector<int64_t>& starts, int64_t byte
 
 // Returns (record, row, errno) of the first error, record -1 where there is none.
 std::tuple<int64_t, int64_t, int64_t> read_rows(const Files& files, const std::vector<int64_t>& starts, int64_t row_bytes, const optional<Tensor>& wanted,
-                                                const Tensor& out, const optional<Tensor>& scale, int64_t threads) {
+                                                const Tensor& out, const optional<Tensor>& scale, const optional<Tensor>& tokens, int64_t threads) {
   const int64_t R = static_cast<int64_t>(files.size());
   TORCH_CHECK(out.is_cpu() && out.is_contiguous() && out.dim() == 3 && out.size(0) == R && static_cast<int64_t>(starts.size()) == R, "out has shape ", out.sizes(), "; it must be contiguous [", R, ", N, D] on the CPU");
   const int64_t N = out.size(1), out_bytes = out.size(2) * static_cast<int64_t>(out.element_size());
@@ -290,12 +291,18 @@ std::tuple<int64_t, int64_t, int64_t> read_rows(const Files& files, const std::v
     check_host(*scale, at::kFloat, "scale");
     TORCH_CHECK(out.scalar_type() == at::kHalf && scale->dim() == 2 && scale->size(0) == R && scale->size(1) == row_bytes, "scale has shape ", scale->sizes(), "; it must be [", R, ", ", row_bytes, "], and out float16");
   }
+  if (tokens.has_value()) {
+    check_host(*tokens, at::kFloat, "tokens");
+    TORCH_CHECK(scale.has_value() && tokens->dim() == 2 && tokens->size(0) == R && tokens->size(1) == N,
+                "tokens has shape ", tokens->sizes(), "; it must be [", R, ", ", N, "], beside a scale");
+  }
   std::vector<salt::Record> records(static_cast<size_t>(R));
   char* const base = static_cast<char*>(out.mutable_data_ptr());
   for (int64_t r = 0; r < R; ++r) {
     TORCH_CHECK(starts[static_cast<size_t>(r)] >= 0, "starts must be at least 0");
     records[static_cast<size_t>(r)] = {files[static_cast<size_t>(r)].get(), starts[static_cast<size_t>(r)], wanted.has_value() ? wanted->const_data_ptr<uint8_t>() + r * N : nullptr, base + r * N * out_bytes,
-                                       scale.has_value() ? scale->const_data_ptr<float>() + r * row_bytes : nullptr};
+                                       scale.has_value() ? scale->const_data_ptr<float>() + r * row_bytes : nullptr,
+                                       tokens.has_value() ? tokens->const_data_ptr<float>() + r * N : nullptr};
   }
   const salt::ReadError error = salt::read_rows(records, N, row_bytes, static_cast<int>(threads));
   return {error.record, error.row, error.number};
@@ -422,6 +429,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
     };
     info["architectures"] = SALT_ARCHITECTURES;
+    info["sources"] = SALT_SOURCES;
     info["simd"] = salt::simd_level();
     info["amx"] = salt::has_amx();
     return info;

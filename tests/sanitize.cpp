@@ -331,18 +331,22 @@ void check_files() {
   expect(made >= 0 && write(made, content.data(), first) == static_cast<ssize_t>(first), "a temporary file");
   const File file(path);
   expect(write(made, content.data() + first, content.size() - first) == static_cast<ssize_t>(content.size() - first), "a temporary file");
-  Array wanted(R * N, 1), out(R * N * D, scaled ? 2 : 1), scale(R * D, 4);
+  Array wanted(R * N, 1), out(R * N * D, scaled ? 2 : 1), scale(R * D, 4), tokens(R * N, 4);
+  const bool by_token = whole(0, 1);
   for (int64_t i = 0; i < R * N; ++i) wanted.as<uint8_t>()[i] = whole(0, 2) > 0;
   for (int64_t i = 0; i < R * D; ++i) scale.as<float>()[i] = static_cast<float>(whole(1, 4));
+  for (int64_t i = 0; i < R * N; ++i) tokens.as<float>()[i] = by_token ? static_cast<float>(whole(1, 4)) : 1.0f;
   std::vector<Record> records;
   for (int64_t r = 0; r < R; ++r)
-    records.push_back({&file, head + r * N * D, wanted.as<uint8_t>() + r * N, out.as<char>() + r * N * D * (scaled ? 2 : 1), scaled ? scale.as<float>() + r * D : nullptr});
+    records.push_back({&file, head + r * N * D, wanted.as<uint8_t>() + r * N, out.as<char>() + r * N * D * (scaled ? 2 : 1),
+                       scaled ? scale.as<float>() + r * D : nullptr, by_token ? tokens.as<float>() + r * N : nullptr});
   file.advise(0, 100);
   expect(read_rows(records, N, D, static_cast<int>(whole(1, 3))).record < 0, "reading a file");
   for (int64_t i = 0; i < R * N; ++i)
     for (int64_t d = 0; wanted.as<uint8_t>()[i] && d < D; ++d) {
       const char stored = content[static_cast<size_t>(head + i * D + d)];
-      expect(scaled ? get(out, i * D + d, Type::f16) == static_cast<double>(stored) * scale.as<float>()[i / N * D + d] : out.as<char>()[i * D + d] == stored, "a row of a file");
+      const double factor = static_cast<double>(scale.as<float>()[i / N * D + d]) * tokens.as<float>()[i];
+      expect(scaled ? get(out, i * D + d, Type::f16) == stored * factor : out.as<char>()[i * D + d] == stored, "a row of a file");
     }
   expect(ftruncate(made, head + (R * N - 1) * D) == 0, "a temporary file");
   wanted.as<uint8_t>()[R * N - 1] = 1;

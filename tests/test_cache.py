@@ -1,5 +1,6 @@
 """The cache's format, resuming, and what happens to broken ones."""
 import itertools
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +35,10 @@ def patches_of(row):
     return np.random.default_rng(row + 10**6).integers(0, 256, (8, 1536), dtype=np.uint8)
 
 
+def half(latents):
+    return {"latents": latents.astype(np.float16)}
+
+
 def fill(writer, shards=None):
     for number in writer.missing()[:shards]:
         with writer.shard(number) as shard:
@@ -41,8 +46,9 @@ def fill(writer, shards=None):
                 if row in FAILING:
                     shard.fail(row, f"v{row}", 0, "broken")
                 else:
-                    stored, scale = to_stored(torch.from_numpy(latents_of(row))[None], writer.plan["dtype"])
-                    shard.add(f"v{row}", 0, stored[0], None if scale is None else scale[0], patches_of(row))
+                    stored = to_stored(torch.from_numpy(latents_of(row))[None], writer.plan["dtype"])
+                    stored = {kind: array[0] for kind, array in stored.items()}
+                    shard.add(f"v{row}", 0, patches_of(row), stored)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +104,7 @@ def test_a_cache_that_died_resumes_to_the_same_bits(made, tmp_path):
     before = (folder / "partial" / "plan.json").stat().st_mtime_ns  # ranks join a plan; they do not race to write it again
     assert Writer(folder, PLAN).missing() == [1, 2] and (folder / "partial" / "plan.json").stat().st_mtime_ns == before
     with pytest.raises(KeyboardInterrupt), writer.shard(2) as shard:
-        shard.add("v1024", 0, latents_of(1024).astype(np.float16), None, patches_of(1024))
+        shard.add("v1024", 0, patches_of(1024), half(latents_of(1024)))
         raise KeyboardInterrupt
     assert not list(folder.glob("*.part"))
     (folder / "latents-00001.npy.part").write_bytes(b"left by a kill")
@@ -151,7 +157,7 @@ def test_clips_from_another_cache(made, tmp_path):
     for number in writer.missing():
         with writer.shard(number) as shard:
             for row in range(512 * number, min(512 * number + 512, 1096)):
-                shard.add(source.ids[row], 0, np.zeros((8, 3), np.float16))
+                shard.add(source.ids[row], 0, source.patches(row), half(np.zeros((8, 3))))
     writer.finish()
     both = open_cache(tmp_path / "lat")
     assert both.has_patches and np.array_equal(both.patches(700), source.patches(700)) and both.latents(0).shape == (8, 3)
@@ -161,7 +167,7 @@ def damage(folder, name, change):
     if name == "metadata":
         metadata = json.loads((folder / "metadata.json").read_text())
         change(metadata)
-        metadata.pop("checksum")
+        metadata.pop("checksum", None)
         (folder / "metadata.json").write_text(json.dumps(metadata))
     else:
         content = bytearray((folder / name).read_bytes())
@@ -209,7 +215,7 @@ def test_a_file_truncated_while_open_is_an_error_with_shard_and_row(copy):
         opened.latents(400)
 
 
-@pytest.mark.parametrize("name, bad", [("latents-00001.npy", [1]), ("patches-00000.npy", [0]), ("stats.npz", []), ("ids.txt", []), ("failures.jsonl", [])])
+@pytest.mark.parametrize("name, bad", [("latents-00001.npy", [1]), ("patches-00000.npy", [0]), ("stats.npz", []), ("ids.txt", []), ("failures.jsonl", []), ("fingerprints.npy", [])])
 def test_verify_finds_a_flipped_bit_and_repair_puts_it_right(made, copy, name, bad):
     damage(copy, name, lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     problems, found = upkeep.verify(copy)
@@ -217,7 +223,8 @@ def test_verify_finds_a_flipped_bit_and_repair_puts_it_right(made, copy, name, b
     writer = Writer(copy, PLAN)
     writer.lock()
     assert upkeep.reopen(writer, LIST) == problems and writer.missing() == bad
-    assert name == "ids.txt" or len(open_cache(copy)) == 1096  # until it is repaired the cache is what it was
+    if name not in ("ids.txt", "stats.npz"):
+        assert len(open_cache(copy)) == 1096  # until it is repaired the cache is what it was
     writer = Writer(copy, PLAN)  # the repair dies, and is taken up again
     assert writer.missing() == bad
     fill(writer)
@@ -246,7 +253,7 @@ def test_a_repair_on_other_hardware_makes_statistics_that_fit(made, copy):
             if row in FAILING:
                 shard.fail(row, f"v{row}", 0, "broken")
             else:
-                shard.add(f"v{row}", 0, (latents_of(row) + 1).astype(np.float16), None, patches_of(row))
+                shard.add(f"v{row}", 0, patches_of(row), half(latents_of(row) + 1))
     writer.finish()
     everything = np.concatenate([np.load(copy / f"latents-{k:05d}.npy") for k in range(3)]).astype(np.float64)
     np.testing.assert_allclose(open_cache(copy).stats["mean"], everything.mean(0), rtol=1e-5, atol=1e-6)
@@ -288,7 +295,7 @@ def test_what_was_held_is_kept_through_interrupted_repairs_and_in_unfinished_cac
             shard.fail(600, "v600", 0, "gone")
 
 
-@pytest.mark.parametrize("name", ["failures.jsonl", "ids.txt", "stats.npz"])
+@pytest.mark.parametrize("name", ["failures.jsonl", "ids.txt", "stats.npz", "fingerprints.npy"])
 def test_a_file_that_is_gone_is_made_again(made, copy, name):
     (copy / name).unlink()
     writer = Writer(copy, PLAN)
@@ -311,11 +318,124 @@ def test_broken_statistics_are_one_line(made, copy, tmp_path):
     content = bytearray((copy / "stats.npz").read_bytes())
     content[300] ^= 1
     (copy / "stats.npz").write_bytes(content)
+    with pytest.raises(InputError, match="stats.npz does not have its checksum"):
+        open_cache(copy)
+    damage(copy, "metadata", lambda m: m.update(stats_sha256=cache.sha256(copy / "stats.npz")))
     with pytest.raises(InputError, match="stats.npz cannot be read"):
-        assert open_cache(copy).stats
+        open_cache(copy)
     with pytest.raises(InputError, match="stats.npz cannot be read"):
         upkeep.merge([copy, made], tmp_path / "all")
     assert not (tmp_path / "all").exists()
+
+
+def test_another_caches_statistics_are_noticed_on_opening(made, copy, tmp_path):
+    other = Writer(tmp_path / "other", {**PLAN, "list_count": 40})
+    fill(other)
+    other.finish()
+    shutil.copy(tmp_path / "other" / "stats.npz", copy / "stats.npz")
+    with pytest.raises(InputError, match="stats.npz does not have its checksum"):
+        open_cache(copy)
+
+
+def test_fingerprints_are_those_of_the_clips(made):
+    opened = open_cache(made)
+    rows = [row for row in range(1100) if row not in FAILING]
+    for record in (0, 600, 1095):
+        digest = hashlib.sha256(patches_of(rows[record]).tobytes()).digest()
+        assert opened.fingerprints[record] == np.frombuffer(digest[:8], "<i8")[0]
+    assert len(set(opened.fingerprints.tolist())) == len(opened)
+
+
+def test_a_repair_with_other_pixels_is_refused(copy):
+    damage(copy, "latents-00001.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    writer = Writer(copy, PLAN)
+    writer.lock()
+    upkeep.reopen(writer, LIST)
+    shard = writer.shard(1)
+    with pytest.raises(InputError, match="shard 1 of .* held other pixels of the video 'v513'"):
+        shard.add("v513", 0, patches_of(1), half(latents_of(513)))
+    shard.discard()
+    assert len(open_cache(copy)) == 1096
+
+
+def latents_over(clips, folder, change=0):
+    """A cache of zero latents over the clips of another, whose patches are taken as they are, or changed."""
+    source = open_cache(clips)
+    ids = [source.ids.fields(row) for row in range(len(source))]
+    plan = {**PLAN, "list_count": len(ids), "list_sha256": list_digest(ids), "clips": False, "clips_from": os.path.relpath(clips, folder), "latent_shape": [8, 3]}
+    writer = Writer(folder, plan)
+    for number in writer.missing():
+        with writer.shard(number) as shard:
+            for row in range(512 * number, min(512 * number + 512, len(ids))):
+                shard.add(*ids[row], source.patches(row) + np.uint8(change), half(np.zeros((8, 3))))
+    writer.finish()
+    return folder
+
+
+def test_latents_of_other_clips_of_the_same_ids_are_noticed(made, tmp_path):
+    assert open_cache(latents_over(made, tmp_path / "good")).has_patches and upkeep.verify(tmp_path / "good") == ([], [])
+    latents_over(made, tmp_path / "bad", change=1)
+    with pytest.raises(InputError, match="whose clips .* uses, is not the cache it was made from"):
+        open_cache(tmp_path / "bad")
+    problems, bad = upkeep.verify(tmp_path / "bad")
+    assert len(problems) == 1 and "not made from the clips" in problems[0] and bad == []
+    assert "put back the cache that was there" in upkeep.remedy(tmp_path / "bad", problems)
+
+
+def test_caches_that_take_clips_from_themselves_or_in_circles_are_one_line(made, tmp_path):
+    latents_over(made, tmp_path / "a")
+    damage(tmp_path / "a", "metadata", lambda m: m.update(clips_from="."))
+    with pytest.raises(InputError, match="takes its clips from itself"):
+        open_cache(tmp_path / "a")
+    latents_over(made, tmp_path / "b")
+    damage(tmp_path / "a", "metadata", lambda m: m.update(clips_from="../b"))
+    damage(tmp_path / "b", "metadata", lambda m: m.update(clips_from="../a"))
+    with pytest.raises(InputError, match="takes its clips from itself"):
+        open_cache(tmp_path / "a")
+
+
+@pytest.mark.parametrize("teacher", [{}, None, {"sha256": "ab"}, [], "x"])
+def test_a_forged_teacher_is_one_line(copy, teacher):
+    damage(copy, "metadata", lambda m: m.update(teacher=teacher))
+    with pytest.raises(InputError, match="metadata.json is damaged"):
+        open_cache(copy)
+
+
+def with_outliers(kind, random):
+    """Latents [1, 196, 96] with per-channel sizes, and one token or channel that is far larger than the rest; which tokens are not."""
+    latents = random.normal(0, 1, (1, 196, 96)) * np.exp(random.normal(0, 0.7, 96))
+    others = np.arange(196) != 70
+    if kind == "token":
+        latents[:, 70] *= 100
+    elif kind == "entries":
+        latents[:, 70, [5, 60]] += 300
+    elif kind == "channel":
+        latents[:, :, 5] *= 100
+    return latents.astype(np.float32), others
+
+
+@pytest.mark.parametrize("kind", ["plain", "token", "entries", "channel"])
+def test_int8_survives_outliers(kind):
+    latents, others = with_outliers(kind, np.random.default_rng(0))
+    stored = to_stored(torch.from_numpy(latents), "int8")
+    error = (from_stored(stored).astype(np.float64) - latents)[:, others]
+    assert (error ** 2).sum() < 2e-4 * (latents[:, others].astype(np.float64) ** 2).sum()
+    assert (stored["latents"][:, others] == 0).mean() < 0.05
+
+
+def test_what_int8_lost_is_in_the_metadata(tmp_path):
+    writer = Writer(tmp_path / "c", {**PLAN, "dtype": "int8"})
+    exact, read = [], []
+    for number in writer.missing():
+        with writer.shard(number) as shard:
+            for row in range(512 * number, min(512 * number + 512, 1100)):
+                stored = {kind: array[0] for kind, array in to_stored(torch.from_numpy(latents_of(row))[None], "int8").items()}
+                exact.append(latents_of(row).astype(np.float64))
+                read.append(from_stored(stored).astype(np.float64))
+                shard.add(f"v{row}", 0, patches_of(row), stored, float(((read[-1] - exact[-1]) ** 2).sum()))
+    share = writer.finish()["lost_variance"]
+    exact, read = np.stack(exact), np.stack(read)
+    assert share == pytest.approx(((read - exact) ** 2).sum() / ((exact - exact.mean(0)) ** 2).sum(), rel=1e-3)
 
 
 def test_a_repair_takes_up_videos_that_are_back(made, tmp_path):
@@ -326,7 +446,7 @@ def test_a_repair_takes_up_videos_that_are_back(made, tmp_path):
                 if row in FAILING or row == 600:
                     shard.fail(row, f"v{row}", 0, "broken")
                 else:
-                    shard.add(f"v{row}", 0, to_stored(torch.from_numpy(latents_of(row))[None], "float16")[0][0], None, patches_of(row))
+                    shard.add(f"v{row}", 0, patches_of(row), half(latents_of(row)))
     writer.finish()
     writer = Writer(tmp_path / "c", PLAN)
     writer.lock()
@@ -410,7 +530,7 @@ def test_killed_at_any_change_to_the_disk(tmp_path, monkeypatch):
                         if row == 3:
                             shard.fail(row, "v3", 0, "broken")
                         else:
-                            shard.add(f"v{row}", 0, latents_of(row).astype(np.float16), None, patches_of(row))
+                            shard.add(f"v{row}", 0, patches_of(row), half(latents_of(row)))
             writer.finish()
 
     make(tmp_path / "whole")
@@ -432,7 +552,7 @@ def test_killed_at_any_change_to_the_disk(tmp_path, monkeypatch):
     writer = Writer(tmp_path / "other", {**plan, "list_count": 8, "list_sha256": list_digest(other)})
     with writer.shard(0) as shard:
         for row in range(8):
-            shard.add(f"w{row}", 0, latents_of(row).astype(np.float16), None, patches_of(row))
+            shard.add(f"w{row}", 0, patches_of(row), half(latents_of(row)))
     writer.finish()
     both = [tmp_path / "whole", tmp_path / "other"]
     upkeep.merge(both, tmp_path / "merged")
@@ -477,15 +597,18 @@ def test_int8_latents_come_back_within_half_a_step(tmp_path, made, monkeypatch):
     opened, rows = open_cache(tmp_path / "c"), [row for row in range(1100) if row not in FAILING]
     for record in (0, 511, 1095):
         exact = latents_of(rows[record])
-        step = np.abs(exact).max(0) / 127
+        size = np.sqrt(np.square(exact).mean(1, keepdims=True))  # of a token
+        step = size * np.abs(exact / size).max(0) / 127
         got = opened.latents(record)
         assert got.dtype == np.float16 and (np.abs(got - exact) <= 0.5 * step + 2e-3 * np.abs(exact) + 1e-6).all() and not np.array_equal(got, exact.astype(np.float16))
-        stored, scale = (np.load(tmp_path / "c" / f"{kind}-{record // 510:05d}.npy")[record % 510 if record < 510 else record - 510 - (511 if record > 1020 else 0)] for kind in ("latents", "scales"))
-        assert np.array_equal(got, from_stored(stored, scale))
+        number = int(np.searchsorted(opened.first_rows, record, side="right")) - 1
+        row = record - opened.first_rows[number]
+        stored = {kind: np.load(tmp_path / "c" / f"{kind}-{number:05d}.npy")[row] for kind in ("latents", "scales", "tokens")}
+        assert np.array_equal(got, from_stored(stored))
     asked = []
     monkeypatch.setattr(ops, "advise", lambda files, starts, count: asked.append(count))
     opened.advise([3, 4])
-    assert asked == [8 * 6, 8 * 1536, 6 * 4]  # the scales too
+    assert asked == [8 * 6, 8 * 1536, 6 * 4, 8 * 4]  # the scales too
     assert upkeep.verify(opened.folder) == ([], [])
     stats, exact = opened.stats, open_cache(made).stats
     np.testing.assert_allclose(stats["mean"], exact["mean"], atol=2e-3)
@@ -500,7 +623,7 @@ def test_merging(made, tmp_path):
                 if row == 7:
                     shard.fail(row, "w7", 0, "broken")
                 else:
-                    shard.add(f"w{row}", 0, latents_of(row + 5000).astype(np.float16), None, patches_of(row))
+                    shard.add(f"w{row}", 0, patches_of(row), half(latents_of(row + 5000)))
     other.finish()
     metadata = upkeep.merge([made, tmp_path / "b"], tmp_path / "all")
     assert metadata["count"] == 1096 + 599 and metadata["split"] == "train+extra" and metadata["merged_from"] == ["c", "b"]

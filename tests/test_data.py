@@ -493,11 +493,11 @@ def made(tmp_path_factory):
     latents, patches = rng.normal(size=(40, 32, 6)).astype(np.float16), rng.integers(0, 256, (40, 32, 1536), dtype=np.uint8)
     folder = tmp_path_factory.mktemp("cache") / "c"
     writer = cache.Writer(folder, {
-        "split": "train", "list_count": 40, "list_sha256": "", "teacher": {"name": "t", "sha256": "ab", "mean": [0.5] * 3, "std": [0.2] * 3}, "view": view.to_dict(), "view_hash": view.hash(),
+        "split": "train", "list_count": 40, "list_sha256": "", "teacher": {"name": "t", "sha256": "ab", "mean": [0.5] * 3, "std": [0.2] * 3, "compute": "fp32"}, "view": view.to_dict(), "view_hash": view.hash(),
         "views": 1, "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [32, 6], "patch_shape": [32, 1536], "clips": True, "clips_from": None})
     with writer.shard(0) as shard:
         for row in range(40):
-            shard.add(f"v{row}", 0, latents[row], None, patches[row])
+            shard.add(f"v{row}", 0, patches[row], {"latents": latents[row]})
     writer.finish()
     return cache.open_cache(folder), latents, patches
 

@@ -220,11 +220,11 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, slow):
     view, rng = data.View(frames=4, size=64, short_side=64), np.random.default_rng(0)
     latents, patches = rng.normal(size=(64, 32, 256)).astype(np.float16), rng.integers(0, 256, (64, 32, 1536), dtype=np.uint8)
     writer = cache.Writer(tmp_path / "c", {
-        "split": "train", "list_count": 64, "list_sha256": "", "teacher": {"name": "t", "sha256": "ab", "mean": [0.5] * 3, "std": [0.2] * 3}, "view": view.to_dict(), "view_hash": view.hash(),
+        "split": "train", "list_count": 64, "list_sha256": "", "teacher": {"name": "t", "sha256": "ab", "mean": [0.5] * 3, "std": [0.2] * 3, "compute": "fp32"}, "view": view.to_dict(), "view_hash": view.hash(),
         "views": 1, "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [32, 256], "patch_shape": [32, 1536], "clips": True, "clips_from": None})
     with writer.shard(0) as shard:
         for row in range(64):
-            shard.add(f"v{row}", 0, latents[row], None, patches[row])
+            shard.add(f"v{row}", 0, patches[row], {"latents": latents[row]})
     writer.finish()
     opened = cache.open_cache(tmp_path / "c")
     steps = list(data.shuffled(64, 16, 0, range(24)))
