@@ -75,5 +75,19 @@ def matrix_rate(device, dtype="bf16", seconds=0.2):
 
     if device.type == "cuda":
         return fastest(8192, 4, seconds)
-    rate = fastest(512, 3, 0)
-    return fastest(2048, 4, seconds) if 2 * 2048 ** 3 / rate < 1 else rate  # a CPU that emulates bfloat16 would take minutes
+    rate = fastest(512, 8, seconds)  # beside another job single products are slowed down tenfold; the best of many is not
+    return fastest(2048, 4, 2 * seconds) if 2 * 2048 ** 3 / rate < 1 else rate  # a CPU that emulates bfloat16 would take minutes
+
+
+def fewer_threads(device, dtype, rate):
+    """A line where one thread of this CPU multiplies matrices about as fast as all of them, which do so at `rate`; else None."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return None
+    torch.set_num_threads(1)
+    alone = matrix_rate(device, dtype)
+    torch.set_num_threads(threads)
+    if rate > 1.15 * alone:
+        return None
+    return (f"{threads} compute threads multiply matrices {rate / alone:.1f} times as fast as one: other jobs keep the cores busy; "
+            f"--compute_threads 1 may be the faster choice (the last bits depend on it)")

@@ -49,6 +49,7 @@ repair = False                 # check the cache at --out first, and rebuild wha
 merge: list[str] = []          # instead: join these caches of one view and teacher into --out; files are linked where they can be
 # -----------------------------------------------------------------------------------------------------------------------
 config.apply(globals(), least={"batch_size": 1, "threads": 1, "limit": 1, "views": 1, "frames": 1, "resolution": 1, "patch": 1, "stride": 1})
+config.check_paths(data=data, cache=[path for path in (clips_from, verify, *merge) if path], teacher=None if teacher.lower() == "none" else teacher)
 
 import numpy as np  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 import torch  # noqa: E402
@@ -100,7 +101,7 @@ if clips_from and (shared or clips == "on"):
     raise InputError(f"--clips_from takes clips, ids and view from {clips_from}; leave {names} out")
 
 # ---- the teacher, the view, the rows
-encoder = None if teacher.lower() == "none" else model.load_teacher(teacher, device)
+encoder = None if teacher.lower() == "none" else model.load_teacher(teacher, device, dtype)
 source = cache.open_cache(clips_from) if clips_from else None
 shape = encoder.config if encoder else None
 if source:
@@ -232,8 +233,6 @@ def keep(shard, rows, clips, stored, lost):
 
 
 # Decoding, the teacher, writing, and flushing with its checksum each have threads of their own; this one sees to the teacher.
-if encoder:
-    model.cast_matrices(encoder, dtype)
 share = sum(len(rows_of(number)) for number in mine)
 done_before = len(ids) - to_make if world == 1 else 0
 bar = tqdm(total=share + done_before, initial=done_before, unit="clip", dynamic_ncols=True, disable=rank > 0, desc=f"rank 0 of {world}" if world > 1 else None)
@@ -251,8 +250,7 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
                 good = [clip for clip in batch if not isinstance(clip, VideoError)]
                 stored, lost = None, [0.0] * len(good)
                 if encoder and good:
-                    with torch.no_grad():
-                        made = encoder.encode(torch.from_numpy(np.stack(good)).to(device))  # [b, N, D]
+                    made = model.teacher_latents(encoder, torch.from_numpy(np.stack(good)).to(device))  # [b, N, D]
                     names = [ids[row][0] for row, clip in zip(rows, batch) if not isinstance(clip, VideoError)]
                     stored = cache.to_stored(made, writer.plan["dtype"], names)
                     if latents == "i8":

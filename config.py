@@ -12,7 +12,9 @@ import argparse
 import ast
 import difflib
 import hashlib
+import math
 import os
+import re
 import sys
 import tokenize
 import types
@@ -46,7 +48,7 @@ def nearest(word, words):
 def report_in_one_line(kind, error, traceback):
     """sys.excepthook: bad input, a full disk or an unreadable file is one line; anything else is a bug and keeps its traceback."""
     script = os.path.basename(sys.argv[0])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         if issubclass(kind, InputError) and not started and os.environ.get("LOCAL_RANK", "0") != "0":
             return
         script = f"{script}, rank {os.environ.get('RANK')}"
@@ -65,6 +67,47 @@ def report_in_one_line(kind, error, traceback):
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+NOT_THERE = {  # what to say of a path that a flag names and that is not there
+    "data": "there is no data folder {}; --data names the folder that holds the videos and their lists",
+    "cache": "{} is no cache: there is no such folder; make one with cache_latents.py --out {}",
+    "teacher": "there is no teacher at {}; --teacher names a VideoMAE folder (config.json, model.safetensors), a VideoMAE .pth or a checkpoint of train.py",
+    "hub": "there is no teacher at {}; if that is a model of the Hugging Face hub: `hf download {} --local-dir {local}`, then --teacher {local}"}
+
+
+def check_paths(**flags):
+    """Raises InputError where a path that is given is not there: at once, and not after torch was imported, which takes ten seconds.
+
+    flags: {name of a setting: its value, a path, a list of paths or None}. Names that end in _cache are caches.
+    """
+    for name, value in flags.items():
+        for path in [value] if isinstance(value, str) else value or ():
+            if not path or os.path.exists(os.path.expanduser(path)):
+                continue
+            kind = "cache" if name not in NOT_THERE else name
+            if kind == "teacher" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.isdir(os.path.dirname(path)):
+                kind = "hub"
+            above = os.path.dirname(os.path.abspath(path))
+            beside = nearest(os.path.basename(path), os.listdir(above) if os.path.isdir(above) else ())
+            raise InputError(NOT_THERE[kind].format(path, path, local=os.path.basename(path)) + beside)
+
+
+def unknown_in_environment(names, environ):
+    """Lines on upper-case names in the environment that are one letter away from a setting's and no setting themselves."""
+    def one_letter(word, other):
+        longer, shorter = sorted((word, other), key=len, reverse=True)
+        places = range(len(longer))
+        if len(longer) == len(shorter):
+            return sum(a != b for a, b in zip(longer, shorter)) == 1
+        return len(longer) == len(shorter) + 1 and any(longer[:i] + longer[i + 1:] == shorter for i in places)
+
+    settings = [name.upper() for name in names if len(name) > 3]
+    for word in sorted(environ):
+        if word.isupper() and word not in (*settings, "PATH"):
+            near = [name for name in settings if one_letter(word, name)]
+            if near:
+                yield f"{word} is set in the environment and is no setting; did you mean {near[0]}?"
 
 
 def read_settings(path):
@@ -109,6 +152,8 @@ def parse(text, kind, name):
         value = kind(text)
         if kind is int and abs(value) >= 2**63:
             raise InputError(f"{name} is {text}; it takes a whole number below 2^63")
+        if kind is float and not math.isfinite(value):
+            raise InputError(f"{name} is {text}; it takes a finite number")
         return value
     except InputError:
         raise
@@ -196,6 +241,8 @@ def apply(scope, argv=None, environ=None, least=None, positional=None):
             scope[name] = parse(environ[name.upper()], kind, f"{name.upper()} in the environment")
             from_environment.append(f"{name} = {scope[name]!r} (from {name.upper()} in the environment)")
             print(from_environment[-1], flush=True)
+    for line in unknown_in_environment(kinds, environ):
+        print(line, flush=True)
     for name, value in (least or {}).items():
         if scope[name] is not None and not scope[name] >= value:
             raise InputError(f"{name} is {scope[name]}; it must be at least {value}")

@@ -468,6 +468,16 @@ def in_order(records, batch_size):
         yield 0, np.asarray(records[start:start + batch_size])
 
 
+def keyed_sample(n, count, seed):
+    """Which `count` of n records an evaluation takes: int64 [min(count, n)], rising.
+
+    Drawn without replacement, by a permutation that (n, seed) decide. The first ones of a list will
+    not do: lists are often sorted by class.
+    """
+    count = min(count, n)
+    return np.sort(ops.permute(np.arange(count), n, seed, 0)) if count else np.zeros(0, np.int64)
+
+
 def check_batch(n, batch_size):
     """Raises InputError where n clips do not make one batch."""
     if n < batch_size:

@@ -2,25 +2,32 @@
 import atexit
 import contextlib
 import faulthandler
-import fcntl
 import json
 import math
 import os
+import re
 import sys
-import time
 
 from tqdm import tqdm
 
 import config
+import runs
+from cache import write_whole
 from config import InputError
 from ranks import rank
 
 
 class Log:
-    """run_logs/<run>.log, and the terminal. Its last line is always `Process exiting.`, before it the status, and before that what at_end() says."""
+    """run_logs/NAME_DATE_TIME_pidN.log of this start, and the terminal. Its last line is always `Process exiting.`, before it the status, and before
+    that what at_end() says. Two starts never share one: a number is added."""
 
-    def __init__(self, path):
-        self.file = open(path if rank == 0 else os.devnull, "w", buffering=1)
+    def __init__(self, folder, name):
+        self.path = os.path.join(folder, runs.stamped(name))
+        if rank:
+            self.file = open(os.devnull, "w")
+        else:
+            self.file, self.path = runs.exclusively(lambda path: open(path, "x", buffering=1), self.path, ".log")
+        self.start = os.path.basename(self.path).removesuffix(".log")
         self.status, self.at_end = "failed", lambda: ()
         faulthandler.enable(self.file if rank == 0 else sys.stderr)  # a crash in C++ or SIGBUS still says where
         sys.excepthook = self.on_error
@@ -42,7 +49,7 @@ class Log:
         config.report_in_one_line(kind, error, traceback)
 
     def close(self):
-        for line in (*self.at_end(), f"status: {self.status}", "Process exiting."):
+        for line in (*self.at_end(), f"status: {self.status}", runs.LAST_LINE):
             self(line)
 
 
@@ -52,13 +59,19 @@ def average(losses):
     return math.fsum(finite) / len(finite) if finite else math.nan
 
 
+EPOCH_LINES = 40  # of a summary; metrics.jsonl has every epoch
+
+
 def summary(losses, epoch_length):
     """Lines on a run's losses, one a step, nan where the step was skipped."""
     finite, last = [i for i, loss in enumerate(losses) if math.isfinite(loss)], losses[-2000:]
     if finite:
         least = min(finite, key=losses.__getitem__)
         yield f"minimum loss {losses[least]:.6f} at step {least + 1} of {len(losses)}"
-    for start in range(0, len(losses), epoch_length):
+    epochs = range(0, len(losses), epoch_length)
+    if len(epochs) > EPOCH_LINES:
+        yield f"epochs: {len(epochs)}; the last {EPOCH_LINES}:"
+    for start in epochs[-EPOCH_LINES:]:
         part = losses[start:start + epoch_length]
         yield f"epoch {start // epoch_length + 1}: average loss {average(part):.6f} over {len(part)} steps"
     if losses:
@@ -68,38 +81,37 @@ def summary(losses, epoch_length):
 
 
 class Metrics:
-    """metrics.jsonl of a run's folder, an entry a line. It is locked as long as the run lives, so that nobody resumes it meanwhile."""
+    """metrics.jsonl of a run's folder, an entry a line; entries of earlier starts are kept up to the step that this one goes on from, or -1."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, step=-1):
         self.path, self.followers = os.path.join(folder, "metrics.jsonl"), []  # followers: (function that takes an entry, function that ends it)
-        self.file = open(self.path if rank == 0 else os.devnull, "w", buffering=1)
-        with contextlib.suppress(OSError):  # a file system without locks
-            if rank == 0:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if rank == 0:
+            write_whole(self.path, "".join(self.entries_to(step)).encode())
+        self.file = open(self.path if rank == 0 else os.devnull, "a", buffering=1)
 
-    def go_on(self, before, step):
-        """Begin with the entries of the run in the folder `before`, up to a step."""
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(before, "metrics.jsonl"), errors="replace") as lines:
+    def entries_to(self, step):
+        """Whole lines of earlier starts up to a step."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, errors="replace") as lines:
             for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave a torn last line, a disk a damaged one
                     if line.endswith("}\n") and json.loads(line)["step"] <= step:
-                        self.file.write(line)
+                        yield line
 
-    def follow(self, run, group, settings, folder, wandb=None, tensorboard=False):
+    def follow(self, run, settings, folder, wandb=None, tensorboard=False):
         """Pass entries on to the Weights & Biases project `wandb` and to TensorBoard, those at hand first."""
         if wandb:
             try:
                 import wandb as service
             except ImportError:
                 raise InputError("--wandb needs Weights & Biases: pip install wandb, or leave the flag out") from None
-            session = service.init(project=wandb, name=run, group=group, config=settings)
+            session = service.init(project=wandb, id=re.sub(r"[^\w.-]", "_", run), resume="allow", name=run, config=settings)
             self.followers.append((lambda entry: session.log(entry, step=entry["step"]), session.finish))
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise InputError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out") from None
-            writer = SummaryWriter(os.path.join(folder, "tensorboard"))
+            writer = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=0)  # what earlier starts wrote is written again below
             self.followers.append((lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()], writer.close))
         for line in open(self.path) if self.followers else ():
             self.tell(json.loads(line))
@@ -123,21 +135,3 @@ class Metrics:
         except OSError as error:
             raise InputError(f"{self.path} cannot be written ({error.strerror}); free some disk space and continue with --resume auto") from None
         self.tell(entry)
-
-
-def lock_run(folder, wait=0):
-    """Lock a run that has ended, so that one process alone continues it; returns the open file that holds the lock, None where it has no metrics.jsonl or the
-    file system no locks. Raises InputError where after `wait` seconds it, or one that continues it, is still going.
-    """
-    until = time.monotonic() + wait
-    while True:
-        try:
-            file = open(os.path.join(folder, "metrics.jsonl"), "r+")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise InputError(f"--resume: the run {os.path.basename(folder)}, or one that continues it, is still going; end it first, or choose another --run_name") from None
-            time.sleep(1)
-        except OSError:
-            return None

@@ -412,8 +412,11 @@ def interval(statistic, n, draws=2000):
 
 # ----------------------------------------------------------------------------------------------- teachers and students
 
-def load_teacher(path, device="cpu"):
-    """A frozen fp32 Encoder in eval mode, with .name, .sha256 (of its weights file) and .identity, from
+TEACHER_DTYPE = "fp32"  # a teacher's compute, where nothing else is asked for
+
+
+def load_teacher(path, device="cpu", dtype=TEACHER_DTYPE):
+    """A frozen Encoder in eval mode that computes in `dtype`, 'fp32' or 'bf16', with .name, .sha256 (of its weights file) and .identity, from
 
     - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin, pre-training or fine-tuned;
     - an original VideoMAE .pth: the weights bare or under model, module or state_dict, with or without the prefix encoder.;
@@ -437,8 +440,21 @@ def load_teacher(path, device="cpu"):
     encoder = Encoder(from_file(path, EncoderConfig, **fields))
     load_weights(encoder, state, file)
     encoder.name, encoder.sha256 = path.name, sha256(file)
-    encoder.identity = {"sha256": encoder.sha256, "mean": list(encoder.config.mean), "std": list(encoder.config.std)}
-    return encoder.to(device).float().eval().requires_grad_(False)
+    encoder.identity = {"sha256": encoder.sha256, "mean": list(encoder.config.mean), "std": list(encoder.config.std), "compute": dtype}
+    encoder = encoder.to(device).float().eval().requires_grad_(False)
+    cast_matrices(encoder, dtype)
+    return encoder
+
+
+@torch.no_grad()
+def teacher_latents(teacher, clips):
+    """A teacher's latents of uint8 clips or patches, [B, N, D]: the same in caching, training and evaluation, so without TF32 whatever is set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return teacher.encode(clips)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def from_file(path, make, *arguments, **fields):

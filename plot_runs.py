@@ -6,6 +6,7 @@
 
 A run's numbers come from its metrics.jsonl, and where that is not found from its log; settings, status and the exact minimum from its log.
 """
+import contextlib
 import io
 import math
 import os
@@ -29,6 +30,8 @@ from scipy import stats  # noqa: E402
 
 from cache import prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
+from runs import alive, lines_of  # noqa: E402
+from runs import find as find_run  # noqa: E402
 
 LAST = 2000      # steps at a run's end that its mean is taken over
 BATCHES = 20     # of which an interval is made
@@ -51,55 +54,23 @@ if out and Path(out).suffix not in (".png", ".pdf", ".svg"):
 
 
 # ---- which files a word means
-def files_of(name, home=None):
-    """(log, metrics.jsonl) of the run `name`, None for one that is not there; looked up in --run_logs, --checkpoints and their like in `home`."""
-    places = [(Path(run_logs), Path(checkpoints))] + ([(home / "run_logs", home / "checkpoints")] if home else [])
-    first = lambda paths: next((path for path in paths if path.is_file()), None)
-    return first(logs / f"{name}.log" for logs, _ in places), first(folders / name / "metrics.jsonl" for _, folders in places)
-
-
 def find(word):
     """(name, log, metrics.jsonl, note) of the run that `word` means; one of the two files may be None. Raises InputError where there is none."""
     path = Path(os.path.abspath(word))
-    if path.is_file() and path.suffix == ".jsonl":
-        name = path.parent.name if path.name == "metrics.jsonl" else path.stem
-        return name, files_of(name, path.parents[min(2, len(path.parents) - 1)])[0], path, None
-    if path.is_file():
-        name = path.name.removesuffix(".log")
-        return name, path, files_of(name, path.parent.parent)[1], None
-    if (path / "metrics.jsonl").is_file():
-        return path.name, files_of(path.name, path.parent.parent)[0], path / "metrics.jsonl", None
-    names = {file.parent.name for file in Path(checkpoints).glob("*/metrics.jsonl")} | {file.stem for file in Path(run_logs).glob("*.log")}
-    if word in names:
-        return word, *files_of(word), None
-    if named := sorted((name for name in names if re.fullmatch(re.escape(word) + r"_\d{8}_\d{6}_pid\d+", name)), key=lambda name: name.split("_")[-3:]):
-        name = next((name for name in reversed(named) if has_steps(*files_of(name))), named[-1])  # a start that was refused leaves a log, too
-        return name, *files_of(name), f"the newest of {len(named)} named {word}{'' if name == named[-1] else ' that got to a step'}" if len(named) > 1 else None
-    if path.is_dir():
-        if log := files_of(path.name, path.parent.parent)[0]:
-            return path.name, log, None, None
-        inside = any(path.glob("*/metrics.jsonl")) or any(path.glob("*.log"))
-        raise InputError(f"{word} is a folder of runs; give {os.path.join(word, '*')}, or some of them" if inside else
-                         f"the folder {word} holds no metrics.jsonl; give a run's folder, its log or its name")
-    if path.exists():
-        raise InputError(f"{word} is neither a file nor a folder; give a log, a run's folder or its name")
-    beside = [os.path.join(os.path.dirname(word), name) for name in (os.listdir(path.parent) if path.parent.is_dir() else ())]
-    known = [*beside, *sorted(names), *sorted({name.rsplit("_", 3)[0] for name in names})]
-    raise InputError(f"there is no log, folder or run {word}{config.nearest(word, known) or f'; runs are looked up in {checkpoints} and {run_logs}'}")
+    if path.is_file() and path.suffix == ".jsonl" and path.name != "metrics.jsonl":  # of other code, or a copy
+        return path.stem, None, path, None
+    folder, log, note = find_run(word, checkpoints, run_logs, lambda folder, log: has_steps(log, metrics_of(folder)))
+    if not log and not metrics_of(folder):
+        raise InputError(f"{word} is not text, and beside it lie no metrics.jsonl and no log; give a log, a metrics.jsonl or a run's folder")
+    name = os.path.basename(os.path.abspath(folder)) if folder else path.name.removesuffix(".log") if path.is_file() else os.path.basename(log).removesuffix(".log")
+    return name, log and Path(log), metrics_of(folder), note
+
+
+def metrics_of(folder):
+    return Path(folder, "metrics.jsonl") if folder and os.path.isfile(os.path.join(folder, "metrics.jsonl")) else None
 
 
 # ---- what the files hold
-def lines_of(path):
-    try:
-        with open(path, "rb") as file:
-            if b"\0" in file.read(8192):
-                raise InputError(f"{path} is not text; give a log, a metrics.jsonl or a run's folder")
-        with open(path, encoding="utf-8", errors="replace") as file:  # a progress bar's carriage returns end lines too
-            yield from file
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def number(value):
     try:
         return float(value) if isinstance(value, (int, float)) else math.nan
@@ -149,7 +120,7 @@ def read_metrics(path):
 VALUE = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?nan|[-+]?inf(?:inity)?)(?!\w|\.\w)"
 LOSS_LINE = re.compile(r"(?<![a-z])step\s*[:=,#]?\s*(\d{1,3}(?:,\d{3}){1,4}(?!\d)|\d{1,15})(?!,?\d)(?:\s*/\s*(\d+))?"
                        r".{0,200}?(?<![a-z])(?<!val.)(?<!test.)(?<!validation.)(?<!held.out.)loss\s*[:=,]?\s*" + VALUE, re.IGNORECASE)
-HELD_OUT_LINE = re.compile(r"step (\d+) held-out R2 " + VALUE + r".*?(?:own context: R2 " + VALUE + r")?(?:; moving average of the weights: R2 " + VALUE + r")?\)")
+HELD_OUT_LINE = re.compile(r"step (\d+) (?:held-out|training) R2 " + VALUE + r".*?(?:own context: R2 " + VALUE + r")?(?:; moving average of the weights: R2 " + VALUE + r")?\)")
 EPOCH, RATE = re.compile(r"epoch\s*[:=,#]?\s*(\d+\.?\d*)", re.IGNORECASE), re.compile(r"(\d+\.?\d*) clips/s")
 WAIT, SKIPPED = re.compile(r"waiting (\d+)%"), re.compile(r"skipped (\d+)")
 
@@ -166,6 +137,9 @@ def read_log(path):
                 found["settings"] = loads(line.removeprefix("settings "))
             except ValueError:
                 found["settings"] = {}  # torn
+        elif ours and line.startswith("in force {"):
+            with contextlib.suppress(ValueError):
+                found["settings"] |= loads(line.removeprefix("in force "))
         elif "loss" in line.lower() and (match := LOSS_LINE.search(line)) and (not ours or match.start() == 0 and match[2]):  # ours: no message about a loss
             row = {"step": int(match[1].replace(",", "")), "loss": float(match[3])}
             for name, pattern, unit in (("epoch", EPOCH, 1), ("clips_per_s", RATE, 1), ("data_wait", WAIT, 100), ("skipped", SKIPPED, 1)):
@@ -176,6 +150,7 @@ def read_log(path):
         elif not ours:
             continue
         elif match := HELD_OUT_LINE.match(line):
+            found["on_training"] = " training R2 " in line
             names = ("val_r2", "val_r2_background", "val_r2_ema")
             found["held_out"].append({"step": int(match[1])} | {name: float(value) for name, value in zip(names, match.groups()[1:]) if value})
         elif match := re.match(r"minimum loss (\S+) at step (\d+) of \d+", line):
@@ -187,17 +162,8 @@ def read_log(path):
         elif line.startswith(("status: ", "error: ")):
             found[line[:line.index(":")]] = line.partition(": ")[2].strip()
     if found["settings"] is not None and last != "Process exiting.":
-        found["status"] = "running" if alive(path) else "killed"
+        found["status"] = "running" if alive(str(path)) else "killed"
     return found
-
-
-def alive(log):
-    """Whether the run that writes `log` is at work on this machine."""
-    pid = re.search(r"_pid(\d+)$", log.stem)
-    try:
-        return bool(pid) and b"train.py" in Path(f"/proc/{pid[1]}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def has_steps(log, metrics):
@@ -290,6 +256,8 @@ def summarise(name, log, metrics, note):
         notes.append("a log without a line of settings")
     notes += [f"resumed {resumed['from']} at step {resumed['step']}"] if resumed else []
     notes += damage + again
+    if logged.get("on_training") or any(row.get("val_videos") == "training" for row in held_out):
+        notes.append("its R2 is of training videos")
     if lost := int(np.isnan(losses).sum()):
         notes.append(f"{lost} logged loss{'es' * (lost > 1)} not finite, left out")
     if logged.get("status") == "failed" and logged.get("error"):
@@ -469,8 +437,13 @@ if out:
         for background, colours in backgrounds.items():
             axes["R2"].axhline(background, color=colours[0] if len(colours) == 1 and len(results) > 1 else "0.4", ls=":", lw=1.2)
         measured = [r2 for curve in curves for _, r2, _ in curve["held_out"] if math.isfinite(r2)] + list(backgrounds)
-        low, high = max(-0.25, min(measured, default=0)), max(measured, default=1)
-        axes["R2"].set(title="held-out R²  (dotted: the clip's own background)", xlabel="step", ylim=(low - 0.05, max(high, low) + 0.05))
+        low, high = min(measured, default=0), max(measured, default=1)
+        axes["R2"].set(title="held-out R²  (dotted: the clip's own background)", xlabel="step")
+        if low < -1:  # at the start it can be far below 0; all of it is shown, what matters at full size
+            axes["R2"].set_yscale("symlog", linthresh=1, linscale=3)
+            axes["R2"].yaxis.set_major_formatter("{x:g}")
+        room = 0.05 * (max(high, 0) - max(low, -1)) + 0.01
+        axes["R2"].set_ylim(1.15 * low if low < -1 else low - room, high + room)
     if "rate" in axes:
         axes["rate"].set(title="clips/s", xlabel="step", ylim=(0, None))
     for panel in axes.values():

@@ -9,17 +9,16 @@ give the answer away. Memory holds features only, one batch of clips at a time.
 import dataclasses
 import json
 import os
-import re
 import resource
-import time
 import warnings
 from typing import Literal
 
 import config
+import runs
 
 # ------------------------------------------------------------------------------------------------------------- settings
-checkpoint: str | None = None  # best.pth or last.pth of train.py
-after: str | None = None       # run_logs/X.log of a run: wait until it has ended, then probe its best checkpoint
+checkpoint: str | None = None  # best.pth or last.pth of train.py; or a run's name, folder or log: its best.pth
+after: str | None = None       # a run's name, folder, log or checkpoint: wait until it has ended, then probe its best.pth
 data: str | None = None        # data folder: videos and their lists
 ema = False                    # probe the moving average of the weights (train.py --ema)
 train_split = "train"          # list that the probe is fitted on
@@ -37,12 +36,15 @@ seed = 0                       # which videos, and which half of each
 threads = max(1, (os.cpu_count() or 1))  # decoding threads
 dtype: Literal["bf16", "fp32"] = "bf16"  # the encoder's compute
 device = "auto"                # auto, cpu, cuda or cuda:1
-checkpoints = "checkpoints"    # where --after looks for the run's checkpoints
+checkpoints = "checkpoints"    # folder where a run is looked up by its name
+run_logs = "run_logs"          # folder of its logs
 poll_seconds = 30.0            # how often --after looks
 out: str | None = None         # JSON file for the results
 # -----------------------------------------------------------------------------------------------------------------------
 settings = config.apply(globals(), least={"train_videos": 1, "val_videos": 1, "untrained_seeds": 0, "folds": 2, "batch_size": 1, "seed": 0,
                                           "threads": 1, "poll_seconds": 0.1})
+config.check_paths(data=data)
+checkpoint_path = runs.checkpoint_of(checkpoint, checkpoints=checkpoints, run_logs=run_logs) if checkpoint else None
 
 import numpy as np  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
 import torch  # noqa: E402
@@ -76,43 +78,12 @@ if both := {row.id for row in videos[train_split]} & {row.id for row in videos[v
                      "a probe is tested on videos it was not fitted on")
 
 
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as file:  # a zombie answers signals too
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's process, or no /proc
-        return True
-
-
-# ---- --after: wait for the run's last line; a run whose process is gone without one has died
-if after:
-    run = os.path.basename(after).removesuffix(".log")
-    pid = re.search(r"_pid(\d+)$", run)
-    if not os.path.isfile(after) or not pid:
-        raise InputError(f"--after {after} is no log of train.py (run_logs/NAME_DATE_TIME_pidN.log)")
-    print(f"waiting for {run} to end", flush=True)
-    while True:
-        running = alive(int(pid[1]))  # asked before the log is read: a run that ends in between has written its last line
-        lines = open(after, encoding="utf-8").read().splitlines()
-        if lines and lines[-1] == "Process exiting.":
-            break
-        if not running:
-            raise InputError(f"the run {run} is gone (pid {pid[1]}) and its log has no last line: it was killed; continue it with "
-                             f"train.py --resume auto")
-        time.sleep(poll_seconds)
-    ended = next((line.removeprefix("status: ") for line in reversed(lines) if line.startswith("status: ")), "unknown")
-    if ended != "finished":
-        raise InputError(f"the run {run} ended as {ended!r}, so it is not probed; see {after}")
-    checkpoint = os.path.join(checkpoints, run, "best.pth")
-
+path = os.path.join(runs.wait_for_end(after, checkpoints, run_logs, poll_seconds), "best.pth") if after else checkpoint_path
 device = model.pick_device(device)
 print(ops.extension_line(device), flush=True)
-saved = load_checkpoint(checkpoint, ema)
+saved = load_checkpoint(path, ema)
 view, shape = View.from_dict(saved["view"]), model.EncoderConfig(**saved["encoder_config"])
-student = model.student_of(saved, checkpoint)
+student = model.student_of(saved, path)
 del saved
 
 # ---- which videos, and the encoders side by side, so that each video is decoded once
@@ -204,7 +175,7 @@ if controls:
 if pixels:
     result["pixels"] = summary(fitted["pixels"][0], C=fitted["pixels"][1])
 result |= {"train_videos": train_count, "val_videos": val_count, "failures": train_failures + val_failures,
-           "window": "whole videos" if whole_videos else f"a random half of each video, seed {seed}", "config": settings | {"checkpoint": checkpoint}}
+           "window": "whole videos" if whole_videos else f"a random half of each video, seed {seed}", "config": settings | {"checkpoint": path}}
 
 print(f"time arrow, {train_count} training and {val_count} held-out videos, {result['window']}")
 print(f"{'features':22} {'accuracy':>9} {'95 % by video':>18}")

@@ -13,7 +13,13 @@ import torch.distributed as dist
 
 from config import InputError
 
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+try:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+except ValueError:
+    rank = world = -1
+if not 0 <= rank < world:
+    raise InputError(f"RANK is {os.environ.get('RANK', 'not set')} and WORLD_SIZE {os.environ.get('WORLD_SIZE', 'not set')} in the environment: one of them is "
+                     "missing or wrong; start with torchrun, which sets both, or unset them")
 
 
 def start(device, timeout=timedelta(minutes=30)):

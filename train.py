@@ -4,12 +4,11 @@
     python train.py --target pixels --masks ratio --data DIR        stage 1: an encoder that can be the teacher
     torchrun --nproc_per_node 8 train.py ... --resume auto          several GPUs: the same batch, order and schedules
 
-Checkpoints go to checkpoints/<run>/, the log to run_logs/<run>.log. Ctrl-C saves and leaves; --resume auto continues.
+Checkpoints go to checkpoints/<run>/, the log to run_logs/. Ctrl-C saves and leaves; --resume auto goes on in the same folder.
 """
 import contextlib
 import copy
 import functools
-import glob
 import hashlib
 import importlib.util
 import itertools
@@ -25,23 +24,24 @@ import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal
 
 import config
+import runs
 
 # ------------------------------------------------------------------------------------------------------------- settings
 # data
 cache: str | None = None       # latent cache of the training split, made by cache_latents.py
 val_cache: str | None = None   # cache of held-out videos under the same view and teacher: R2 is measured on it
 data: str | None = None        # data folder; needed where the cache holds no clips
+training_videos = False        # measure on training videos, too, where --val_cache holds some; the figures are then called training R2
 split = "train"                # list to train on where there is no cache
 splits_dir: str | None = None  # where to look for the list if the data folder has none
 teacher: str | None = None     # without cached latents: run this teacher (VideoMAE folder or .pth, or our checkpoint) on the fly
 target: Literal["latents", "pixels"] = "latents"  # what is predicted; pixels is stage 1
-frames = 16                    # clip of a run without a cache; with one, the cache decides
-resolution = 224               # pixels of the clip's side, likewise
-patch: int | None = None       # pixels of a patch's side, likewise [16; giant: 14]
+frames: int | None = None      # frames a clip of a run without a cache; with one, the cache decides [the teacher's, else 16]
+resolution: int | None = None  # pixels of the clip's side, likewise [the teacher's, else 224]
+patch: int | None = None       # pixels of a patch's side, likewise [the teacher's, else 16; giant: 14]
 # model
 size = "large"                 # student: tiny, small, base, large, huge or giant
 depth: int | None = None       # student blocks, where not those of its size
@@ -81,12 +81,13 @@ save_every = 500               # steps between last.pth
 save_minutes = 15.0            # minutes after which it is saved at the latest; 0: by steps alone
 log_every = 20                 # steps between log lines
 skip_limit = 10                # steps in a row whose loss or gradient is not finite, after which the run stops with a diagnosis; fewer are skipped
-resume: str | None = None      # auto (the newest whole checkpoint of this run_name; afresh where there is none) or a last.pth
+resume: str | None = None      # auto (the furthest whole checkpoint of this run_name; afresh where there is none), or a run's name, folder, log or last.pth
 wandb: str | None = None       # project of Weights & Biases to log to as well (pip install wandb)
 tensorboard = False            # log to checkpoints/<run>/tensorboard as well (pip install tensorboard)
 checkpoints = "checkpoints"    # folder of checkpoints
 run_logs = "run_logs"          # folder of logs
 threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # reading and decoding threads [all cores, shared by a machine's ranks]
+compute_threads: int | None = None  # threads of the arithmetic on a CPU [torch's: all cores]; part of what the last bits depend on
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute; weights and optimiser are always fp32
 matrix_rate: float | None = None  # TFLOP/s of matrix products that MFU is a share of [measured at the start]
 device = "auto"                # auto, cpu, cuda or cuda:1
@@ -94,9 +95,12 @@ deterministic = False          # on a GPU: the same bits every run, slower
 # -----------------------------------------------------------------------------------------------------------------------
 settings = config.apply(globals(), least=dict.fromkeys((
     "seed", "eval_seed", "warmup", "grad_clip", "lr", "lr_end", "eps", "weight_decay", "weight_decay_end", "vicreg_variance",
-    "vicreg_covariance", "ema", "save_minutes"), 0) | dict.fromkeys((
+    "vicreg_covariance", "ema", "save_minutes"), 0) | {"matrix_rate": 1e-6} | dict.fromkeys((
     "frames", "resolution", "patch", "depth", "predictor_depth", "predictor_dim", "predictor_heads", "batch_size", "epochs", "max_steps",
-    "accumulate", "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "skip_limit", "threads"), 1))
+    "accumulate", "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "skip_limit", "threads", "compute_threads"), 1))
+config.check_paths(cache=cache, val_cache=val_cache, data=data, teacher=teacher)
+if resume not in (None, "auto", ""):
+    runs.checkpoint_of(resume, "last.pth", checkpoints, run_logs)
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages on a CPU
 import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
@@ -104,19 +108,19 @@ from tqdm import tqdm  # noqa: E402
 
 import budget  # noqa: E402
 import health  # noqa: E402
+import heldout  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 import ranks  # noqa: E402
 from cache import open_cache, prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
-from data import Records, Videos, batches, check_batch, in_order, load_split, shuffled  # noqa: E402
-from journal import Log, Metrics, average, lock_run, summary  # noqa: E402
+from data import Records, Videos, batches, check_batch, in_order, keyed_sample, load_split, shuffled  # noqa: E402
+from journal import Log, Metrics, average, summary  # noqa: E402
 from ranks import rank, world  # noqa: E402
 from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
-from weights import link_or_copy, load_checkpoint, newest_checkpoint, save_checkpoint  # noqa: E402
+from weights import agree_on, load_checkpoint, save_checkpoint  # noqa: E402
 
 # ---- the log; its last line is always `Process exiting.`
-run = f"{run_name}_{time.strftime('%Y%m%d_%H%M%S')}_pid{os.getpid()}"
 if run_name != os.path.basename(run_name) or not run_name:
     raise InputError(f"--run_name {run_name!r} must be a plain name")
 if resume == "":
@@ -126,7 +130,7 @@ if world > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and resume 
 if rank == 0:
     prepare_folder(run_logs, "--run_logs")
     prepare_folder(checkpoints, "--checkpoints")
-log = Log(os.path.join(run_logs, f"{run}.log"))
+log = Log(run_logs, run_name)
 losses, epoch_length = [], 1  # losses: of every step of the run, resumed ones included; nan where it was skipped
 pending, queued = [], deque()  # pending: [loss, squared, spread, gradient norm] of each step since the last line; queued: of those that a GPU has still to do
 unlogged = None  # on a GPU: the line of the step before
@@ -148,28 +152,34 @@ received = []  # a signal lets the step under way finish; another one, two secon
 
 
 def on_signal(number, frame):
+    if not config.started:
+        os.write(2, b"training has not begun: leaving at once\n")
+        log.status = "stopped"
+        sys.exit(128 + number)
     if received and time.monotonic() > received[1] + 2:
         sys.exit(128 + number)
     if not received:
         received[:] = number, time.monotonic()
-        os.write(2, b"saving after this step; once more to leave without\n")
+        os.write(2, f"saving after step {step + 1} or its evaluation, then leaving; once more to leave at once\n".encode())
 
 
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
         signal.signal(number, on_signal)
-log(f"run {run}: {' '.join(sys.argv)}")
+log(f"start {log.start}: {' '.join(sys.argv)}")
+log(f"process {json.dumps(runs.this_process())}")
 log(f"settings {json.dumps(settings)}")
 for line in config.from_environment:
     log(line)
 device, restarts = model.pick_device(ranks.start(device)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 if world > 1:
-    run = ranks.first(lambda: run)
     log(f"{world} ranks{f', started again for the {restarts}. time' if restarts else ''}; {'FSDP2' if fsdp else 'DDP'}: each takes {batch_size // world} of the {batch_size} clips")
 log(ops.extension_line(device))
+if compute_threads:
+    torch.set_num_threads(compute_threads)
 where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 log(f"torch {torch.__version__} on {where}, {dtype}")
-torch.set_float32_matmul_precision("high")
+torch.set_float32_matmul_precision("high")  # of the student; a teacher computes as its identity says (model.teacher_latents)
 if deterministic:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -191,7 +201,11 @@ if source:
 else:
     if not data:
         raise InputError("give --cache (made by cache_latents.py), or --data with --teacher or with --target pixels; see --help")
-    view, patch_size, tubelet = View(frames, resolution, resolution), patch or model.config_of_size(size).patch, 2
+    if teacher and target == "latents":
+        on_the_fly = model.load_teacher(teacher, device)
+    shape = on_the_fly.config if on_the_fly else model.config_of_size(size)
+    pixels, patch_size, tubelet = resolution or shape.size, patch or shape.patch, shape.tubelet
+    view = View(frames or shape.frames, pixels, pixels)
     rows = load_split(data, split, splits_dir, log)
     absent = sum(row.path is None for row in rows)
     if absent:
@@ -208,7 +222,7 @@ elif target == "latents":
     if not teacher:
         raise InputError("there are no cached latents to predict: give a --cache that has them, or --teacher, or train on pixels "
                          "with --target pixels")
-    on_the_fly = model.load_teacher(teacher, device)
+    on_the_fly = on_the_fly or model.load_teacher(teacher, device)
     shape = on_the_fly.config
     if (shape.frames, shape.size, shape.patch) != (view.frames, view.size, patch_size):
         raise InputError(f"the teacher {teacher} takes {shape.frames} frames of {shape.size} pixels in patches of {shape.patch}, "
@@ -220,11 +234,9 @@ if held_out:
     if difference or held_out.patch != patch_size:
         raise InputError(f"--val_cache {val_cache} has another view than the training clips: "
                          f"{difference or f'patch is {patch_size} here and {held_out.patch} there'}")
-    if target == "latents" and (not held_out.has_latents or held_out.teacher_identity != teacher_identity):
-        raise InputError(f"--val_cache {val_cache} holds latents of another teacher than the training cache, or none")
+    if target == "latents" and not (held_out.has_latents and agree_on(teacher_identity, held_out.teacher_identity)):
+        raise InputError(f"--val_cache {val_cache} holds latents of another teacher than the training cache (weights, compute or normalisation), or none")
     held_out_clips = Records(held_out, load_split(data, held_out.metadata["split"], splits_dir, log) if data and not held_out.has_patches else None)
-if held_out and source and held_out.metadata["ids_sha256"] == source.metadata["ids_sha256"]:
-    raise InputError(f"--val_cache {val_cache} holds the training videos themselves; make one of the validation split")
 if target == "pixels" and teacher:
     raise InputError("--target pixels needs no teacher; leave --teacher out")
 if not all(0 <= beta < 1 for beta in betas):
@@ -232,6 +244,12 @@ if not all(0 <= beta < 1 for beta in betas):
 if target == "pixels" and (loss != "mse" or target_norm != "none"):
     raise InputError("--target pixels is trained with the MSE on per-patch standardised pixels; leave --loss and --target_norm alone")
 check_batch(n, batch_size)
+seen_videos = ranks.first(lambda: heldout.trained_on(clips))
+measured, measured_on = None, "held-out"
+if held_out:
+    measured, measured_on, lines = heldout.records_to_measure(held_out_clips, seen_videos, f"--val_cache {val_cache}", training_videos)
+    for line in lines:
+        log(line)
 if batch_size % (world * accumulate):
     parts = " times ".join([f"{world} ranks"] * (world > 1) + [f"--accumulate {accumulate}"] * (accumulate > 1))
     raise InputError(f"{parts} {'do' if world > 1 else 'does'} not divide --batch_size {batch_size}; the parts of a batch have one size, so it must be a multiple of {world * accumulate}")
@@ -247,47 +265,37 @@ identity = {"train": source.identity if source else {"list": hashlib.sha256("\n"
             "teacher": teacher_identity, "held_out": held_out.identity if held_out else None}  # what a resumed run must have in common with this one
 
 # ---- resume, under the same settings or not at all
-directory, step, history = os.path.join(checkpoints, run), 0, []  # history: held-out evaluations
+step, history = 0, []  # history: held-out evaluations
 best = -math.inf if held_out else math.inf  # held-out R2, or without a val_cache an epoch's average loss
-lineage = []  # the runs that this one continues, the first one first
 here = {"ranks": world, "threads": torch.get_num_threads(), "device": device.type, "torch": str(torch.__version__), "accumulate": accumulate, "fsdp": fsdp, "compile": compile,
-        "deterministic": deterministic}  # what the last bits depend on
+        "deterministic": deterministic, "kernels": {name: ops.EXTENSION[name] for name in ("devices", "simd", "amx")}}  # what the last bits depend on
 changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "run_name", "checkpoints", "run_logs", "threads", "device", "log_every", "save_every", "save_minutes",
-              "skip_limit", "wandb", "tensorboard", "recompute", "accumulate", "fsdp", "compile", "matrix_rate", "deterministic"}
+              "skip_limit", "wandb", "tensorboard", "recompute", "accumulate", "fsdp", "compile", "matrix_rate", "deterministic", "compute_threads", "frames", "resolution", "training_videos", "longest_seconds"}
 
 
-def find_checkpoint():
-    """The path to resume from, or None. Its run, and with auto every other one of this name, must have ended; it is locked from here on."""
-    if resume == "auto":
-        places = [os.path.join(checkpoints, name) for name in os.listdir(checkpoints) if name.rsplit("_", 3)[0] == run_name]
-    else:
-        places = [resume if os.path.isdir(resume) else os.path.dirname(os.path.abspath(resume))]
-    for place in places:
-        locks.append(lock_run(place, wait=120 if restarts else 0))  # a rank that was cut off may take a while to be seen as dead
-    if resume != "auto" and not os.path.isdir(resume):
-        return resume
-    path, content = newest_checkpoint(places, log)
-    loaded.append(content)
-    if resume != "auto" and path is None:
-        raise InputError(f"--resume {resume} is a folder without a last.pth")
-    log(f"resuming from {path}" if path else f"--resume auto: {checkpoints} has no last.pth of {run_name}, starting afresh")
-    return path
+def open_run():
+    """This process's Run: its folder, locked. Other ranks get its folder's and its checkpoint's path."""
+    opened.append(runs.Run(checkpoints, run_name, log.start, resume, log, wait=120 if restarts else 0))  # a rank that was cut off may take a while to be seen as dead
+    return opened[0].folder, opened[0].path
 
 
-locks, loaded = [], []  # loaded: what rank 0 has read already, looking for a whole one
-resume = ranks.first(find_checkpoint) if resume else None
-saved = loaded.pop() if loaded else load_checkpoint(resume) if resume else None
+opened = []
+directory, origin = ranks.first(open_run)
+run, saved = os.path.basename(directory), None
+if origin:
+    saved = opened[0].take_content() if opened else load_checkpoint(origin)
+log(f"folder {directory}")
 if saved:
     if missing := [name for name in ("optimizer", "rng", "losses", "history", "best", "stats", *(["ema"] if ema else [])) if name not in saved]:
-        raise InputError(f"--resume {resume} holds no {', '.join(missing)}; give a last.pth")
+        raise InputError(f"--resume {origin} holds no {', '.join(missing)}; give a last.pth")
     if difference := view.difference(View.from_dict(saved["view"])):
-        raise InputError(f"--resume {resume} was trained under another view: {difference}")
-    for name, what in (("train", "other training clips (--cache, --data)"), ("teacher", "another teacher"), ("held_out", "another --val_cache")):
-        if saved["identity"][name] != identity[name]:
-            raise InputError(f"--resume {resume} was trained with {what}; give the same, or start a new run")
+        raise InputError(f"--resume {origin} was trained under another view: {difference}")
+    for name, what in (("train", "other training clips (--cache, --data), of other ids, pixels or latents"), ("teacher", "another teacher"), ("held_out", "another --val_cache")):
+        if not agree_on(saved["identity"][name], identity[name]):
+            raise InputError(f"--resume {origin} was trained with {what}; give the same, or start a new run")
     for name, value in settings.items():
         if name not in changeable and name in saved["settings"] and json.dumps(saved["settings"].get(name)) != json.dumps(value):
-            raise InputError(f"--resume {resume} was trained with --{name} {saved['settings'].get(name)}, not {value}; give the "
+            raise InputError(f"--resume {origin} was trained with --{name} {saved['settings'].get(name)}, not {value}; give the "
                              f"same, or start a new run, with another --run_name if --resume is auto")
 
 # ---- model and optimiser
@@ -302,12 +310,12 @@ millions = lambda module: sum(parameter.numel() for parameter in module.paramete
 log(f"student {size} {encoder_config.dim}/{encoder_config.depth}/{encoder_config.heads}, {millions(salt.student):.1f} M parameters; "
     f"predictor {millions(salt.predictor):.1f} M; target {target} [{predictor_config['dim_out']}]")
 if saved:
-    model.load_weights(salt.student, saved["student"], resume)
-    model.load_weights(salt.predictor, saved["predictor"], resume)
+    model.load_weights(salt.student, saved["student"], origin)
+    model.load_weights(salt.predictor, saved["predictor"], origin)
 averaged = copy.deepcopy(salt).requires_grad_(False) if ema else None
 if saved and averaged:
-    model.load_weights(averaged.student, saved["ema"]["student"], resume)
-    model.load_weights(averaged.predictor, saved["ema"]["predictor"], resume)
+    model.load_weights(averaged.student, saved["ema"]["student"], origin)
+    model.load_weights(averaged.predictor, saved["ema"]["predictor"], origin)
 networks = [salt, averaged] if averaged else [salt]
 for network in networks:
     if fsdp:
@@ -334,38 +342,42 @@ if not on_gpu:
 epoch_length = n // batch_size
 total_steps = max_steps or epochs * epoch_length
 warmup = min(2000, total_steps // 10) if warmup is None else warmup
+if warmup > total_steps:
+    raise InputError(f"--warmup {warmup} is longer than the run, {total_steps} steps: the learning rate would never reach --lr; lower it")
 eval_every = eval_every or epoch_length
 log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
 clip_flops = budget.step_flops(encoder_config, predictor_config, [ops.mask_counts(family, grid) for family in masks])
 full_rate = 1e12 * matrix_rate if matrix_rate else budget.matrix_rate(device, dtype)
 if dtype == "bf16" and not on_gpu and not matrix_rate and budget.matrix_rate(device, "fp32") > full_rate:
     log("this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice")
+in_force = {"frames": view.frames, "resolution": view.size, "patch": patch_size, "warmup": warmup, "eval_every": eval_every}
+log(f"in force {json.dumps(in_force)}")
+if not on_gpu and not matrix_rate and (faster := budget.fewer_threads(device, dtype, full_rate)):
+    log(faster)
 log(f"a step has {clip_flops * batch_size / 1e9:.0f} GFLOP ({clip_flops / 1e9:.1f} a clip); MFU is the share of {full_rate * world / 1e12:.2f} TFLOP/s of {dtype} matrix products")
 if saved:
     try:
         optimizer.load_state_dict(ranks.split_like(optimizer, saved["optimizer"]) if fsdp else saved["optimizer"])
     except (KeyError, ValueError) as error:
-        raise InputError(f"--resume {resume} holds the optimiser state of another model ({error})") from None
+        raise InputError(f"--resume {origin} holds the optimiser state of another model ({error})") from None
     torch.set_rng_state(saved["rng"]["cpu"])
     if on_gpu and saved["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
     step, losses, history, best, pending = saved["step"], saved["losses"].tolist(), saved["history"], saved["best"], list(saved.get("pending", ()))
-    lineage = [*saved.get("lineage", ()), os.path.basename(os.path.dirname(os.path.abspath(resume)))]
-    log(f"resumed {resume} at step {step}")
-    if saved.get("where", here) != here:
+    log(f"resumed {origin} at step {step}")
+    if not agree_on(saved.get("where"), here):
         log(f"it ran under {saved['where']} before, now under {here}: the same clips, masks and schedules, but the last bits may differ")
 
 
-if saved and settings["resume"] == "auto" and step == total_steps:  # a script that asks again and again leaves nothing behind
+if saved and resume == "auto" and step == total_steps:  # a script that asks again and again leaves nothing behind
     log("that run has finished: nothing is left to do")
     log.status = "finished"
     ranks.leave()
 
 
 def with_latents(batch):
-    """Where the teacher runs on the fly: in fp32, as cache_latents.py runs it."""
-    with torch.no_grad():
-        return batch._replace(latents=on_the_fly.encode(batch.patches)) if on_the_fly else batch
+    """With the latents of the teacher that runs on the fly, as cache_latents.py makes them."""
+    return batch._replace(latents=model.teacher_latents(on_the_fly, batch.patches)) if on_the_fly else batch
 
 
 # ---- the space of the targets, and the per-position mean that R2 is measured from
@@ -408,7 +420,7 @@ def save(name):
     content = {**state(salt), "encoder_config": model.plain(encoder_config),
                "predictor_config": predictor_config, "settings": settings, "step": step, "epoch": step / epoch_length,
                "losses": torch.tensor(losses, dtype=torch.float64), "history": history, "best": best, "view": view.to_dict(), "stats": stats,
-               "space": model.plain(space.to("cpu")), "identity": identity, "teacher": teacher_identity, "lineage": lineage}
+               "space": model.plain(space.to("cpu")), "identity": identity, "teacher": teacher_identity, "trained_on": seen_videos, "run": run}
     if averaged:
         content["ema"] = state(averaged)
     if name == "last.pth":
@@ -416,40 +428,32 @@ def save(name):
         content |= {"optimizer": optimizer.state_dict(), "rng": rng, "pending": torch.stack(pending) if pending else torch.zeros(0, 4), "where": here}
     content = ranks.whole(content) if fsdp else content
     ranks.first(lambda: save_checkpoint(os.path.join(directory, name), content, previous if name == "last.pth" else None))
-    if rank == 0 and superseded and (name == "best.pth" or os.path.isfile(previous)):  # of its own there is a best.pth, or two last.pth: many restarts do not fill the disk
-        for old in ("best.pth",) if name == "best.pth" else ("last.pth", "previous.pth"):
-            Path(superseded, old).unlink(missing_ok=True)
 
 
-# ---- the run's folder; what it continues goes along
+# ---- the run's folder
 previous = os.path.join(directory, "previous.pth")
-superseded = os.path.dirname(resume) if saved and settings["resume"] == "auto" else None
 
 
-def open_folder():
-    """Make it; returns `best`, or where best.pth turns out to be damaged what it is at the start."""
-    os.makedirs(directory, exist_ok=True)
-    if not saved:
+def best_so_far():
+    """`best`; or what it is at the start, where the best.pth that it is the figure of is not there or damaged."""
+    path = os.path.join(directory, "best.pth")
+    if step < min(eval_every if held_out else epoch_length, total_steps) and not os.path.isfile(path):
         return best
-    before = os.path.dirname(os.path.abspath(resume))
-    for left in glob.glob(os.path.join(glob.escape(before), "*.part")):  # half-written when it was killed
-        os.remove(left)
     try:
-        load_checkpoint(os.path.join(before, "best.pth"))
-        link_or_copy(os.path.join(before, "best.pth"), os.path.join(directory, "best.pth"))
+        load_checkpoint(path)
     except InputError as error:
-        if step >= min(eval_every if held_out else epoch_length, total_steps):
-            log(f"left behind: {error}; the next evaluation makes a new best.pth")
+        log(f"left behind: {error}; the next evaluation makes a new best.pth")
         return -math.inf if held_out else math.inf
     return best
 
 
-best = ranks.first(open_folder)
-metrics = Metrics(directory)
 if saved:
-    metrics.go_on(os.path.dirname(os.path.abspath(resume)), step)
-resumed, saved = bool(saved), None  # its memory is wanted
-ranks.first(lambda: metrics.follow(run, (lineage or [run])[0], settings, directory, wandb, tensorboard))
+    best = ranks.first(best_so_far)
+    saved = None  # its memory is wanted
+metrics = Metrics(directory, step if origin else -1)
+if rank == 0:
+    opened[0].begin(log.path, step)
+    metrics.follow(run, settings, directory, wandb, tensorboard)
 failures = set()
 
 
@@ -469,16 +473,17 @@ rows_held_out = {"patches": seen if target == "pixels" else ("context",), "laten
 
 @torch.compiler.set_stance("force_eager")  # a last, smaller batch would be compiled for itself
 def held_out_r2():
-    kept = range(min(len(held_out), val_batches * batch_size))
+    kept = measured[keyed_sample(len(measured), val_batches * batch_size, eval_seed)]
     mine = itertools.islice(in_order(kept, part), *((0, None) if fsdp else (rank, None, world)))  # FSDP2: the ranks run each batch together
     stream = batches(held_out_clips, mine, masks, eval_seed, **rows_held_out, threads=threads, device=device, failed=functools.partial(failed, "held-out"))
     with torch.no_grad():
         for network in networks:
             model.cast_matrices(network, dtype)
-    parts = [[model.clip_errors(network, space, batch, masks) for network in networks] for batch in stream]
+    bar = tqdm(stream, f"{measured_on} R2", -(-len(kept) // (part * (1 if fsdp else world))), unit="batch", dynamic_ncols=True, leave=False, delay=2, disable=rank > 0)
+    parts = [[model.clip_errors(network, space, batch, masks) for network in networks] for batch in bar]
     if not fsdp:  # back in their order
         parts = [part for turn in itertools.zip_longest(*ranks.gather(parts)) for part in turn if part]
-    entry = {"step": step}
+    entry = {"step": step, **({} if measured_on == "held-out" else {"val_videos": measured_on})}
     for i, (suffix, network) in enumerate(zip(("", "_ema"), networks)):
         model.cast_matrices(network, "fp32")
         rows = model.join_errors([part[i] for part in parts])
@@ -486,7 +491,7 @@ def held_out_r2():
     entry["val_r2_background"] = float(model.r2(rows.values(), "background"))
     entry = ranks.first(lambda: entry)  # with FSDP2 each rank has worked it out: what is best, all must see alike
     averaged_r2 = f"; moving average of the weights: R2 {entry['val_r2_ema']:.4f}" if averaged else ""
-    log(f"step {step} held-out R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 "
+    log(f"step {step} {measured_on} R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 "
         f"{entry['val_r2_background']:.4f}{averaged_r2})")
     metrics.write(entry)
     history.append(entry)
@@ -536,10 +541,11 @@ def stop_with_diagnosis(last, its_loss, its_norm):
 cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
 if held_out and not history:
     held_out_r2()
-if not resumed:
+if not origin:
     save("last.pth")  # a run starts with what it takes to resume it, and its disk has been seen to have room
 config.started = True  # from here on every rank speaks for itself
 clock, waited, timed_step, saved_at = time.perf_counter(), 0.0, step, time.monotonic()
+first_step = step + 1
 stream = batches(clips, shuffled(n, batch_size, seed, range(step, total_steps), rank, world), masks, seed, **rows_of_step, threads=threads, device=device,
                  failed=functools.partial(failed, "training"), substitutes=True)
 watching, features = False, []  # in a step that ends in a log line: what the student gives
@@ -598,6 +604,11 @@ while step < total_steps and not stopping:
     queued.append((pending[-1], done))
     if logging and rank == 0:
         watched[0] = analyst.submit(features_of_step, done, watched[0])
+
+    seconds = time.perf_counter() - clock
+    if step == first_step and not logging and seconds > 1:
+        due = next(s for s in range(step, total_steps + 1) if s % log_every == 0 or s % epoch_length == 0 or s % eval_every == 0 or s == total_steps)
+        log(f"the first step took {seconds:.1f} s; the next line is due after step {due}, in about {timedelta(seconds=int((due - step) * seconds))}")
 
     # Signals and the clock are looked at once a step: a signal from here on lets one more step run, and that one saves.
     stopping, due = ranks.agree(bool(received), save_minutes > 0 and rank == 0 and time.monotonic() - saved_at > 60 * save_minutes)

@@ -19,6 +19,9 @@ from config import InputError
 
 # ----------------------------------------------------------------------------------------------------------- torch files
 
+DAMAGE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error,
+          zipfile.BadZipFile, pickle.UnpicklingError)  # all that a damaged file has been seen to raise
+
 def load_pickle(path):
     """A torch file as tensors and plain types; code in it is refused."""
     try:
@@ -35,8 +38,7 @@ def load_pickle(path):
                          f"since it could run code") from None
     except InputError:
         raise
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error,
-            zipfile.BadZipFile) as error:  # all that a damaged pickle has been seen to raise
+    except DAMAGE as error:
         raise InputError(f"{path} cannot be read as a torch file: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if not isinstance(saved, dict):
         raise InputError(f"{path} holds {type(saved).__name__}, not a dictionary of weights")
@@ -77,18 +79,6 @@ def save_checkpoint(path, content, previous=None):
                          f"continue with --resume auto") from None
 
 
-def link_or_copy(source, path):
-    """Have the file `source` at `path`, too, whole or not at all; checkpoints are replaced and never changed, so a link will do."""
-    part = Path(f"{path}.part")
-    try:
-        os.link(source, part)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def load_checkpoint(path, ema=False):
     """The content of best.pth or last.pth; with ema its moving average stands in place of student and predictor. Raises InputError on anything else."""
     if Path(path).is_dir():
@@ -107,20 +97,19 @@ def load_checkpoint(path, ema=False):
     return saved | saved["ema"] if ema else saved
 
 
-def newest_checkpoint(places, log):
-    """(path, content) of the newest whole one of the last.pth and previous.pth in the folders `places`; (None, None) where there is none at all.
+def agree_on(saved, now):
+    """Whether two identities say the same, as far as both say it: one that an older version wrote lacks what was added since."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return all(agree_on(saved[name], now[name]) for name in saved.keys() & now.keys())
+    return saved == now
 
-    One that is damaged is logged, and the next taken. Raises InputError where all of them are.
-    """
-    paths = [path for place in places for name in ("previous.pth", "last.pth") if os.path.isfile(path := os.path.join(place, name))]
-    for path in sorted(paths, key=lambda path: (os.path.getmtime(path), path.endswith("last.pth")), reverse=True):
-        try:
-            return path, load_checkpoint(path)
-        except InputError as error:
-            log(f"passed over: {error}")
-    if paths:
-        raise InputError(f"none of the {len(paths)} checkpoints is whole ({', '.join(paths)}); delete them to start afresh, or give another --run_name")
-    return None, None
+
+def step_of(path):
+    """The step of a checkpoint, from its small parts alone, unchecked; -1 of a file that has none."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except DAMAGE:
+        return -1
 
 
 # -------------------------------------------------------------------------------------------------------------- VideoMAE

@@ -149,7 +149,7 @@ def test_trackers_get_what_metrics_get(world, tmp_path):
     folder = next(tmp_path.glob("checkpoints/r_*"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first, *calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert first["project"] == "project" and first["name"] == first["group"] == folder.name and calls == [*([row["step"], row] for row in rows), ["finished"]]
+    assert first["project"] == "project" and first["name"] == first["id"] == folder.name and calls == [*([row["step"], row] for row in rows), ["finished"]]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [(event.step, pytest.approx(event.value, rel=1e-5)) for event in events.Scalars("loss")] == [(row["step"], row["loss"]) for row in rows if "loss" in row]

@@ -125,7 +125,7 @@ def test_every_way_to_name_a_run(tmp_path, plot, given):
             }[given.split()[0]]
     run = plot(word)[0]["runs"][0]
     assert run["run"] == RUN and run["minimum"]["loss"] == round(losses.min(), 6) and run["source"].endswith("metrics.jsonl") and run["settings"] == SETTINGS
-    assert run["notes"] == (["the newest of 2 named wide"] if given == "run_name" else [])
+    assert run["notes"] == (["the latest of 2 starts named wide"] if given == "run_name" else [])
 
 
 def test_log_alone_and_metrics_alone(tmp_path, plot):
@@ -312,7 +312,7 @@ def test_names_are_shortened_as_far_as_they_differ(tmp_path, plot):
 @pytest.mark.parametrize("argv, message", [
     ([], "give one or more runs"), (["widee"], "no log, folder or run widee; did you mean wide"), (["run_logs/wide_20260102_030405_pid999999.log"], "did you mean run_logs/" + RUN),
     (["zzz"], "runs are looked up in checkpoints and run_logs"), (["empty.log"], "holds no logged step"), (["notes.txt"], "notes.txt holds no logged step"),
-    (["checkpoints"], "is a folder of runs; give checkpoints/"), (["nothing"], "the folder nothing holds no metrics.jsonl"), (["binary.pth"], "is not text"),
+    (["checkpoints"], "is a folder of runs; give checkpoints/"), (["nothing"], "the folder nothing holds no run"), (["binary.pth"], "is not text"),
     (["checkpoints/begun"], "holds no logged step"), (["wide", "zzz"], "no log, folder or run zzz"), (["pipe"], "neither a file nor a folder"),
     (["wide", "--out", "x.jpeg2"], "ends in .png, .pdf or .svg"), (["wide", "--out", "nothing"], "--out nothing is a folder"), (["wide", "--seed", "3"], "unknown flag --seed"),
     (["wide", "--json", f"checkpoints/{RUN}/metrics.jsonl"], "one of the files to read"), (["wide", "--run_log", "x"], "did you mean --run_logs"),

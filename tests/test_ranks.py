@@ -72,7 +72,7 @@ def test_more_ranks_are_the_same_run(alone, tmp_path, count, more):
     said = finish(launch(count, tmp_path, *flags, "--run_name", "r", *more))
     agrees(tmp_path, folder, 1e-5)
     assert f"{count} ranks; {'FSDP2' if '--fsdp' in more else 'DDP'}" in said and said.count("status: finished") == 1
-    assert {path.name for path in next(tmp_path.glob("checkpoints/r_*")).iterdir()} == {"best.pth", "last.pth", "metrics.jsonl"}
+    assert {path.name for path in next(tmp_path.glob("checkpoints/r_*")).iterdir()} == {"best.pth", "last.pth", "metrics.jsonl", "starts.jsonl"}
 
 
 def test_bfloat16_over_ranks_and_shards(alone, tmp_path):
@@ -93,7 +93,7 @@ def test_a_killed_rank_leads_to_a_clean_restart(alone, tmp_path, more):
     for line in process.stdout:
         text += line
         if line.startswith("step 6/") and not killed:
-            mine = int(re.search(r"run r_\d+_\d+_pid(\d+)", text)[1])  # rank 0
+            mine = int(re.search(r"start r_\d+_\d+_pid(\d+)", text)[1])  # rank 0
             parent = Path(f"/proc/{mine}/stat").read_text().rpartition(")")[2].split()[1]
             other = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split() if int(pid) != mine]
             os.kill(other[0], signal.SIGKILL)
@@ -102,7 +102,7 @@ def test_a_killed_rank_leads_to_a_clean_restart(alone, tmp_path, more):
     assert "started again for the 1. time" in text and "resumed" in text
     whole, resumed = last(tmp_path, "whole"), last(tmp_path)
     assert torch.equal(whole["losses"], resumed["losses"]) and all(torch.equal(value, resumed["student"][name]) for name, value in whole["student"].items())
-    assert whole["history"] == resumed["history"] and len(resumed["lineage"]) == 1
+    assert whole["history"] == resumed["history"]
 
 
 def test_a_run_goes_on_under_another_number_of_ranks(alone, tmp_path):

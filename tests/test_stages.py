@@ -125,7 +125,7 @@ def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_it_starts(world
 
 def test_a_run_leaves_its_checkpoints_and_log(world):
     folder = run_folder(world, "student")
-    assert {path.name for path in folder.iterdir()} == {"best.pth", "last.pth", "metrics.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {"best.pth", "last.pth", "metrics.jsonl", "starts.jsonl"}
     assert re.fullmatch(r"student_\d{8}_\d{6}_pid\d+", folder.name)
     lines = (world / "run_logs" / f"{folder.name}.log").read_text().splitlines()
     assert lines[-1] == "Process exiting." and lines[-2] == "status: finished"
@@ -138,6 +138,9 @@ def test_a_run_leaves_its_checkpoints_and_log(world):
     assert "optimizer" in last and "optimizer" not in best and last["step"] == 16 and not any("teacher" in name for name in best["student"])
     assert torch.equal(best["stats"]["mean"], torch.from_numpy(cache.open_cache(world / "latents").stats["mean"])) and best["view"] == cache.open_cache(world / "latents").view.to_dict()
     assert all(value.dtype == torch.float32 for value in last["student"].values())
+
+
+CLOCKED = {"clips_per_s", "data_wait", "mfu", "memory_gb"}  # of metrics.jsonl
 
 
 def finished_losses(folder):
@@ -163,7 +166,15 @@ def test_resuming_is_exact(world, grad, tmp_path):
     said = run(tmp_path, "train", *flags, "--resume", "auto", OMP_NUM_THREADS="2")
     assert f"resuming from {Path('checkpoints') / stopped.name}" in said
     whole = weights.load_checkpoint(next(tmp_path.glob("whole/r_*")) / "last.pth")
-    resumed = weights.load_checkpoint(next(path for path in tmp_path.glob("checkpoints/r_*") if path != stopped) / "last.pth")
+    assert list(tmp_path.glob("checkpoints/*")) == [stopped]  # one run, one folder, and in it the logs of its starts
+    starts = [json.loads(line) for line in (stopped / "starts.jsonl").read_text().splitlines()]
+    logs = [(stopped / start["log"]).resolve() for start in starts]
+    assert sorted(logs) == sorted(path.resolve() for path in (tmp_path / "run_logs").glob("r_*") if path.stem in {log.stem for log in logs}) and len(logs) == 2
+    assert starts[0]["step"] == 0 and 6 <= starts[1]["step"] < 16 and not (stopped / "previous.pth").exists()
+    lines = [[{name: value for name, value in json.loads(line).items() if name not in CLOCKED} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+             for folder in (stopped, next(tmp_path.glob("whole/r_*")))]
+    assert lines[0] == lines[1]
+    resumed = weights.load_checkpoint(stopped / "last.pth")
     assert torch.equal(whole["losses"], resumed["losses"]) and len(whole["losses"]) == 16
     for part, other in [(whole[name], resumed[name]) for name in ("student", "predictor")] + [(whole["ema"][name], resumed["ema"][name]) for name in whole.get("ema", ())]:
         assert all(torch.equal(value, other[name]) for name, value in part.items())
@@ -221,7 +232,7 @@ def test_signals_save_and_leave(world, tmp_path, signals):
             break
     rest = process.stdout.read()
     assert process.wait() in [128 + number for number in signals] and "status: stopped" in rest
-    assert {path.name for path in next(tmp_path.glob("checkpoints/*")).iterdir()} == {"best.pth", "last.pth", "metrics.jsonl"}
+    assert {path.name for path in next(tmp_path.glob("checkpoints/*")).iterdir()} == {"best.pth", "last.pth", "metrics.jsonl", "starts.jsonl"}
 
 
 def test_a_resumed_run_must_be_the_same_run(world):
@@ -312,9 +323,9 @@ def test_probe_writes_the_figures_and_their_controls(world):
 def test_probe_after_a_run(world):
     name = run_folder(world, "student").name
     said = run(world, "probe_time_arrow", "--after", f"run_logs/{name}.log", "--data", "data", "--folds", "2", "--untrained_seeds", "0", "--no_pixels")
-    assert f"waiting for {name}" in said and "time arrow" in said
+    assert f"waiting for run_logs/{name}.log" in said and "time arrow" in said
     (world / "run_logs" / "x_20260101_000000_pid999999.log").write_text("step 20\n")
-    assert "is gone (pid 999999)" in error_of(world, "probe_time_arrow", "--after", "run_logs/x_20260101_000000_pid999999.log", "--data", "data")
+    assert "is gone and its log" in error_of(world, "probe_time_arrow", "--after", "run_logs/x_20260101_000000_pid999999.log", "--data", "data")
     (world / "run_logs" / "y_20260101_000000_pid999999.log").write_text("status: stopped\nProcess exiting.\n")
     assert "ended as 'stopped'" in error_of(world, "probe_time_arrow", "--after", "run_logs/y_20260101_000000_pid999999.log", "--data", "data")
 
@@ -325,10 +336,11 @@ def test_wrong_inputs_end_in_one_line(world, tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "train.json").write_text('{"Moving something": "0"}')
     cases = [
-        ("train", ["--epoch", "3"], "did you mean --epochs"), ("train", [], "give --cache"), ("train", ["--batch_size", "0"], "at least 1"), ("train", ["--lr=-1"], "at least 0"), ("train", ["--seed", "9" * 20], "below 2^63"),
+        ("train", ["--epoch", "3"], "did you mean --epochs"), ("train", [], "give --cache"), ("train", ["--lr", "inf"], "a finite number"), ("train", ["--matrix_rate=-1"], "at least"), ("train", ["--cache", "latents", "--max_steps", "3", "--warmup", "4", *SMALL], "longer than the run"),
+        ("cache_latents", ["--data", "data", "--teacher", "MCG-NJU/videomae-base", "--out", "o"], "hf download MCG-NJU/videomae-base --local-dir videomae-base"), ("train", ["--batch_size", "0"], "at least 1"), ("train", ["--lr=-1"], "at least 0"), ("train", ["--seed", "9" * 20], "below 2^63"),
         ("train", ["--cache", "latents", "--betas", "0.9,1.5", *SMALL], "below 1"),
         ("train", ["--cache", "latents", *SMALL, "--accumulate", "3"], "does not divide --batch_size 4"), ("train", ["--cache", "latents", *SMALL, "--ema", "1"], "below 1"),
-        ("train", ["--cache", "latents", *SMALL, "--accumulate", "2", "--vicreg_variance", "1"], "statistics of a whole batch"), ("train", ["--cache", "latents", "--val_cache", "latents"], "training videos themselves"),
+        ("train", ["--cache", "latents", *SMALL, "--accumulate", "2", "--vicreg_variance", "1"], "statistics of a whole batch"), ("train", ["--cache", "latents", "--val_cache", "latents"], "17 of 17 clips of videos that were trained on"),
         ("train", ["--cache", "latents", "--resume", "checkpoints", *SMALL], "is a folder"), ("train", ["--cache", "latents", "--split", "validation"], "have split train"),
         ("cache_latents", ["--clips_from", "clips", "--teacher", teacher, "--resolution", "48", "--out", "o"], "leave --resolution out"),
         ("cache_latents", ["--data", "data", "--teacher", "none", "--clips", "off", "--out", "o"], "leave --clips off out"),
@@ -350,9 +362,9 @@ def test_wrong_inputs_end_in_one_line(world, tmp_path):
 
 
 def test_a_failed_run_says_so_in_its_log(world, tmp_path):
-    error_of(tmp_path, "train", "--cache", "nowhere", "--run_name", "f")
+    error_of(tmp_path, "train", "--cache", world / "latents", "--run_name", "f", "--batch_size", "18")
     lines = next((tmp_path / "run_logs").glob("f_*.log")).read_text().splitlines()
-    assert lines[-2:] == ["status: failed", "Process exiting."] and any(line.startswith("error: nowhere is no cache") for line in lines)
+    assert lines[-2:] == ["status: failed", "Process exiting."] and not list((tmp_path / "checkpoints").iterdir()) and any(line.startswith("error: there are 17 clips, fewer than a batch") for line in lines)
 
 
 def test_the_environment_is_used_and_logged(world, tmp_path):

@@ -1,0 +1,342 @@
+"""Runs on disk. A run has one folder for life, checkpoints/NAME_DATE_TIME_pidN of its first start, and each of its starts a log of its own:
+
+    checkpoints/RUN/last.pth, previous.pth, best.pth, metrics.jsonl
+    checkpoints/RUN/starts.jsonl      its starts, one a line: log, step, process; locked as long as one of them lives
+    run_logs/START.log
+
+Nothing outside a run's own folder is ever deleted. torch is imported only where a checkpoint is read.
+"""
+import atexit
+import contextlib
+import fcntl
+import glob
+import itertools
+import json
+import os
+import re
+import socket
+import time
+
+from config import InputError, nearest
+
+STAMP = r"_\d{8}_\d{6}_pid\d+(?:_\d+)?"  # after a run's name; the last number where two starts had the same time and pid
+LAST_LINE = "Process exiting."
+
+
+# ---------------------------------------------------------------------------------------------------------------- naming
+
+def stamped(name):
+    """NAME_DATE_TIME_pidN of this process."""
+    return f"{name}_{time.strftime('%Y%m%d_%H%M%S')}_pid{os.getpid()}"
+
+
+def exclusively(make, path, suffix=""):
+    """(what make() gives, the path it was made at) for the first of path, path_2, path_3, ... that is not there yet: containers share pids."""
+    for number in itertools.count(1):
+        tried = f"{path}{suffix}" if number == 1 else f"{path}_{number}{suffix}"
+        with contextlib.suppress(FileExistsError):
+            return make(tried), tried
+
+
+def named(names, name):
+    """Those of `names` that are runs or starts of `name`, the latest last."""
+    pattern = re.compile(re.escape(name) + STAMP)
+    return sorted((each for each in names if pattern.fullmatch(each)), key=lambda each: each[len(name):])
+
+
+def files_in(folder):
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+# --------------------------------------------------------------------------------------------------------------- finding
+
+def is_run(folder):
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("starts.jsonl", "metrics.jsonl", "last.pth", "best.pth"))
+
+
+def lines_of(path):
+    """The lines of a text file. Raises InputError where it cannot be read, or is no text."""
+    try:
+        with open(path, "rb") as file:
+            if b"\0" in file.read(8192):
+                raise InputError(f"{path} is not text; give a log, a metrics.jsonl or a run's folder")
+        with open(path, encoding="utf-8", errors="replace") as file:  # a progress bar's carriage returns end lines too
+            yield from file
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def folder_of_log(log, checkpoints):
+    """The folder of the run that a log belongs to, as the log says; None where it came to none."""
+    said = [line.rstrip("\n").removeprefix("folder ") for line in lines_of(log) if line.startswith("folder ")]
+    beside = os.path.dirname(os.path.dirname(os.path.abspath(log)))
+    names = [*said[-1:], *(os.path.join(checkpoints, os.path.basename(path)) for path in (*said[-1:], log.removesuffix(".log")))]
+    return next((path for name in names for path in (name, os.path.join(beside, name)) if is_run(path)), None)
+
+
+def logs_of_folder(folder, run_logs):
+    """The logs of a run's starts, the latest last; those that are no longer there left out."""
+    logs = []
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "starts.jsonl")) as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn last line
+                logs.append(os.path.join(folder, json.loads(line)["log"]))
+    name = os.path.basename(os.path.abspath(folder))
+    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(folder))), "run_logs")
+    logs = logs or [f"{name}.log"]  # of a run that an older version made
+    places = [[log, *(os.path.join(place, os.path.basename(log)) for place in (run_logs, beside))] for log in logs]
+    found = [next((path for path in paths if os.path.isfile(path)), None) for paths in places]
+    return [os.path.relpath(path) for path in found if path]
+
+
+def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda folder, log: True):
+    """(the run's folder or None, its latest log or None, a note or None) that `word` means: a name, a folder, a log, a .pth or a metrics.jsonl.
+
+    A run_name means the latest start of exactly that name that `accept` takes. Raises InputError where there is no such run.
+    """
+    path = os.path.abspath(os.path.expanduser(word))
+    if os.path.isfile(path) and path.endswith((".pth", ".jsonl")):
+        return with_log(os.path.dirname(path), run_logs)
+    if os.path.isfile(path):
+        return folder_of_log(path, checkpoints), word, None
+    if os.path.isdir(path) and is_run(path):
+        return with_log(path, run_logs)
+    folders = [name for name in files_in(checkpoints) if is_run(os.path.join(checkpoints, name))]
+    logs = [name.removesuffix(".log") for name in files_in(run_logs) if name.endswith(".log")]
+    starts = [word] if word in (*folders, *logs) else named({*folders, *logs}, word)
+    candidates = []
+    for name in reversed(starts):
+        log = os.path.join(run_logs, f"{name}.log")
+        if name in folders:
+            candidates.append(with_log(os.path.join(checkpoints, name), run_logs)[:2])
+        else:
+            candidates.append((folder_of_log(log, checkpoints), log))
+    for folder, log in candidates:
+        if accept(folder, log):
+            return folder, log, f"the latest of {len(starts)} starts named {word}" if len(starts) > 1 else None
+    if candidates:
+        return *candidates[0], None
+    if os.path.isdir(path):
+        runs = [name for name in files_in(path) if name.endswith(".log") or is_run(os.path.join(path, name))]
+        raise InputError(f"{word} is a folder of runs; give {os.path.join(word, '*')}, or some of them" if runs else
+                         f"the folder {word} holds no run; give a run's folder, its log or its name")
+    if os.path.exists(path):
+        raise InputError(f"{word} is neither a file nor a folder; give a log, a run's folder or its name")
+    known = [*(os.path.join(os.path.dirname(word), name) for name in files_in(os.path.dirname(path))), *folders, *logs]
+    known += sorted({re.sub(STAMP + "$", "", name) for name in (*folders, *logs)})
+    raise InputError(f"there is no log, folder or run {word}{nearest(word, known) or f'; runs are looked up in {checkpoints} and {run_logs}'}")
+
+
+def with_log(folder, run_logs):
+    logs = logs_of_folder(folder, run_logs)
+    return folder, logs[-1] if logs else None, None
+
+
+def checkpoint_of(word, name="best.pth", checkpoints="checkpoints", run_logs="run_logs"):
+    """The path of a checkpoint: `word` itself where it is a file of weights, else `name` in the folder of the run that it means."""
+    if os.path.isfile(word) and not word.endswith((".log", ".jsonl")):
+        return word
+    if word.endswith((".pth", ".pt")) and not os.path.exists(word):
+        beside = [os.path.join(os.path.dirname(word), each) for each in files_in(os.path.dirname(word) or ".")]
+        raise InputError(f"there is no checkpoint {word}{nearest(word, beside)}")
+    folder = find(word, checkpoints, run_logs, lambda folder, log: folder and os.path.isfile(os.path.join(folder, name)))[0]
+    path = os.path.join(folder, name) if folder else None
+    if not path or not os.path.isfile(path):
+        raise InputError(f"the run {word} has no {name}{f' in {folder}' if folder else ''} yet")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------- alive or not
+
+def this_process():
+    """What tells this process from any other that ever has its pid: {'host', 'boot', 'pid', 'ticks'}."""
+    return {"host": socket.gethostname(), "boot": boot(), "pid": os.getpid(), "ticks": ticks(os.getpid())}
+
+
+def boot():
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def ticks(pid):
+    """Clock ticks from the machine's start to the process's; None for one that is gone, a zombie or unknown."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else int(fields[19])
+
+
+def alive(log):
+    """Whether the process that writes a log is at work; of one on another machine it is taken for granted."""
+    said = next((line.removeprefix("process ") for line in lines_of(log) if line.startswith("process {")), None)
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        process, here = json.loads(said), this_process()
+        if process["host"] != here["host"]:
+            return True
+        return process["boot"] == here["boot"] and process["ticks"] is not None and ticks(process["pid"]) == process["ticks"]
+    pid = re.search(r"_pid(\d+)(?:_\d+)?\.log$", log)  # of an older version, or torn
+    with contextlib.suppress(OSError), open(f"/proc/{pid[1] if pid else None}/cmdline", "rb") as file:
+        return b"train.py" in file.read()
+    return False
+
+
+def status_of(log):
+    """'finished', 'stopped' or 'failed' as a log's end says; None where it has no last line."""
+    lines = [line.rstrip("\n") for line in lines_of(log)]
+    if not lines or lines[-1] != LAST_LINE:
+        return None
+    return next((line.removeprefix("status: ") for line in reversed(lines) if line.startswith("status: ")), "unknown")
+
+
+def wait_for_end(word, checkpoints, run_logs, seconds):
+    """Wait until the run that `word` means has ended, looking every `seconds`; returns its folder. Raises InputError where it did not finish."""
+    print(f"waiting for {word} to end", flush=True)
+    while True:
+        folder, log, _ = find(word, checkpoints, run_logs)
+        if folder:
+            folder, log, _ = with_log(folder, run_logs)  # it may have been started again
+        if log is None:
+            raise InputError(f"--after {word}: the run {folder} has no log in {run_logs}, so whether it has ended is unknown; give its --checkpoint")
+        running = alive(log)  # asked before the log is read: a run that ends in between has written its last line
+        status = status_of(log)
+        if status == "finished" and folder:
+            return folder
+        if status:
+            raise InputError(f"the run {word} ended as {status!r}, so it is not probed; see {log}")
+        if not running:
+            raise InputError(f"the run {word} is gone and its log {log} has no last line: it was killed; continue it with train.py --resume auto")
+        time.sleep(seconds)
+
+
+# --------------------------------------------------------------------------------------------------- making and resuming
+
+@contextlib.contextmanager
+def folder_locked(folder):
+    """Keep others from looking for a run in `folder` while this process finds or makes its own there."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def lock(folder, wait=0):
+    """The open starts.jsonl of a run, locked. Raises InputError where after `wait` seconds another process still has it."""
+    file = open(os.path.join(folder, "starts.jsonl"), "a+")
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.close()
+                raise InputError(f"--resume: the run {os.path.basename(folder)} is still going; end it first, or choose another --run_name") from None
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return file
+
+
+def furthest(folders, log):
+    """(path, content) of the whole last.pth or previous.pth in `folders` with the most steps, of these the latest; (None, None) where there is none at all.
+
+    One that is damaged is logged, and the next taken. Raises InputError where all of them are.
+    """
+    import weights
+    paths = [path for folder in folders for name in ("previous.pth", "last.pth") if os.path.isfile(path := os.path.join(folder, name))]
+    known = {path: (weights.step_of(path), os.path.getmtime(path), path.endswith("last.pth")) for path in paths}
+    for path in sorted(paths, key=known.__getitem__, reverse=True):
+        try:
+            return path, weights.load_checkpoint(path)
+        except InputError as error:
+            log(f"passed over: {error}")
+    if paths:
+        raise InputError(f"none of the {len(paths)} checkpoints is whole ({', '.join(paths)}); move them away to start afresh, or give another --run_name")
+    return None, None
+
+
+class Run:
+    """This process's run: its .folder, locked, and where it goes on from: .path and .content of a checkpoint, or None.
+
+    checkpoints  folder of all runs
+    name         --run_name
+    start        NAME_DATE_TIME_pidN of this start
+    resume       None, 'auto' or what `find` takes
+    log          called with a line
+    wait         seconds to wait for a process that still holds the run
+    Raises InputError where the run is still going, or there is no checkpoint to go on from.
+    """
+
+    def __init__(self, checkpoints, name, start, resume, log, wait=0):
+        self.path = self.content = self.folder = self.file = None
+        atexit.register(self.leave)
+        with folder_locked(checkpoints):  # of two first starts with --resume auto, the second finds the first's folder
+            if resume == "auto":
+                self.go_on_by_name(checkpoints, name, log, wait)
+            elif resume:
+                self.go_on_from(resume, checkpoints, log, wait)
+            if not self.folder:
+                _, self.folder = exclusively(os.mkdir, os.path.join(checkpoints, start))
+                self.file = lock(self.folder)
+        for left in glob.glob(os.path.join(glob.escape(self.folder), "*.part")):  # half-written when it was killed
+            os.remove(left)
+
+    def go_on_by_name(self, checkpoints, name, log, wait):
+        folders = [os.path.join(checkpoints, each) for each in named(files_in(checkpoints), name) if is_run(os.path.join(checkpoints, each))]
+        held = {folder: lock(folder, wait) for folder in folders}
+        self.path, self.content = furthest(folders, log)
+        if self.path:
+            self.take(os.path.dirname(self.path), log)
+        else:
+            self.folder = folders[-1] if folders else None  # one that died before its first checkpoint
+        self.file = held.get(self.folder)
+        for file in held.values():
+            if file is not self.file:
+                file.close()
+        log(f"resuming from {self.path}" if self.path else f"--resume auto: {checkpoints} has no last.pth of {name}, starting afresh")
+
+    def go_on_from(self, resume, checkpoints, log, wait):
+        import weights
+        if os.path.isfile(resume) and resume.endswith((".pth", ".pt")):
+            self.path = resume
+        else:
+            folder = find(resume, checkpoints)[0] if not resume.endswith((".pth", ".pt")) else None
+            if not folder or not any(os.path.isfile(os.path.join(folder, name)) for name in ("last.pth", "previous.pth")):
+                raise InputError(f"--resume {resume}: there is no such checkpoint" if not folder else f"--resume {resume} is a folder without a last.pth")
+            self.path, self.content = furthest([folder], log)
+        self.content = self.content or weights.load_checkpoint(self.path)
+        self.take(os.path.dirname(os.path.abspath(self.path)), log)
+        if self.folder:
+            self.folder = os.path.relpath(self.folder)
+            self.file = lock(self.folder, wait)
+
+    def take(self, folder, log):
+        """Go on in a checkpoint's own folder; a copy of it in another one is left alone, and what comes of it has a folder of its own."""
+        run = self.content.get("run", os.path.basename(folder))
+        if run == os.path.basename(folder):
+            self.folder = folder
+        else:
+            log(f"{self.path} is a copy of a checkpoint of {run}: what comes of it has a folder of its own, and {folder} is left alone")
+
+    def take_content(self):
+        """The content of the checkpoint, once: its memory is wanted."""
+        content, self.content = self.content, None
+        return content
+
+    def begin(self, log, step):
+        """List this start: the path of its log, the step it begins at and its process."""
+        entry = {"log": os.path.relpath(log, self.folder), "step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **this_process()}
+        self.file.seek(0)
+        torn = not ("\n" + self.file.read()).endswith("\n")  # by a full disk
+        self.file.write("\n" * torn + json.dumps(entry) + "\n")
+        self.file.flush()
+
+    def leave(self):
+        """A start that failed before its first checkpoint leaves no folder behind."""
+        if self.folder and self.file and os.path.isdir(self.folder) and not any(name.endswith(".pth") for name in os.listdir(self.folder)):
+            for name in ("starts.jsonl", "metrics.jsonl"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.folder, name))
+            with contextlib.suppress(OSError):  # there is something else in it
+                os.rmdir(self.folder)

@@ -1,0 +1,267 @@
+"""Runs on disk: one folder a run, a log a start; names match exactly, the furthest step wins, nothing outside a run's folder is touched."""
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import journal
+import ranks
+import runs
+import weights
+from config import InputError
+from tests.stages import ROOT, SMALL, error_of, run, run_folder, start
+from tests.test_config import apply
+
+STAMP = "_20260102_030405_pid7"
+PARTS = dict.fromkeys(weights.CHECKPOINT_PARTS, 0)
+
+
+def checkpoint(folder, name, step, run=None, mtime=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    weights.save_checkpoint(str(folder / name), {**PARTS, "step": step, "run": run or folder.name, "w": torch.arange(step)})
+    if mtime:
+        os.utime(folder / name, (mtime, mtime))
+
+
+def opened(home, resume, name="salt", start="salt_20260909_090909_pid9"):
+    (home / "checkpoints").mkdir(exist_ok=True)
+    return runs.Run(str(home / "checkpoints"), name, start, resume, lambda line: None)
+
+
+def content_of(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- naming
+
+@pytest.mark.parametrize("name", ["salt", "a[b]*?", "x.y+z", "salt_20260102_030405_pid7", "ö"])
+def test_names_match_exactly(name):
+    others = [f"{name}{STAMP}.bak", f"{name}_before_lr_change", f"{name}_too{STAMP}", f"my{name}{STAMP}", name, f"{name}_old_copy_of_it"]
+    mine = [f"{name}_20260102_030405_pid7", f"{name}_20260102_030405_pid7_2", f"{name}_20260103_000000_pid1"]
+    assert runs.named([*others, *mine], name) == mine
+
+
+def test_two_starts_of_one_second_and_pid_have_a_log_and_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "stamped", lambda name: f"{name}{STAMP}")
+    monkeypatch.setattr(journal.atexit, "register", lambda function: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    logs = [journal.Log(str(tmp_path), "salt") for _ in range(3)]
+    logs[0]("the first one's")
+    assert [log.start for log in logs] == [f"salt{STAMP}", f"salt{STAMP}_2", f"salt{STAMP}_3"]
+    assert (tmp_path / f"salt{STAMP}.log").read_text() == "the first one's\n"
+    folders = [opened(tmp_path, None, start=f"salt{STAMP}").folder for _ in range(3)]
+    assert [os.path.basename(folder) for folder in folders] == [f"salt{STAMP}", f"salt{STAMP}_2", f"salt{STAMP}_3"]
+
+
+# -------------------------------------------------------------------------------------------------------------- resuming
+
+def test_the_furthest_step_wins_and_not_the_newest_file(tmp_path):
+    checkpoint(tmp_path / "checkpoints" / f"salt{STAMP}", "last.pth", 30, mtime=1000)
+    checkpoint(tmp_path / "checkpoints" / f"salt{STAMP}", "previous.pth", 20, mtime=9000)
+    checkpoint(tmp_path / "checkpoints" / "salt_20260202_030405_pid7", "last.pth", 10, mtime=5000)
+    found = opened(tmp_path, "auto")
+    assert found.content["step"] == 30 and found.path.endswith(os.path.join(f"salt{STAMP}", "last.pth")) and found.folder == os.path.dirname(found.path)
+
+
+def test_of_equal_steps_the_latest_wins_and_damaged_ones_are_passed_over(tmp_path):
+    first, second = tmp_path / "checkpoints" / f"salt{STAMP}", tmp_path / "checkpoints" / "salt_20260202_030405_pid7"
+    checkpoint(first, "last.pth", 30, mtime=9000)
+    checkpoint(second, "last.pth", 30, mtime=1000)
+    found = opened(tmp_path, "auto")
+    assert found.folder.endswith(first.name)
+    found.file.close()
+    (first / "last.pth").write_bytes(b"junk")
+    assert opened(tmp_path, "auto").folder.endswith(second.name)
+
+
+@pytest.mark.parametrize("copy", [f"salt{STAMP}.bak", "salt_before_lr_change", f"old_salt{STAMP}"])
+def test_auto_leaves_copies_alone(tmp_path, copy):
+    checkpoint(tmp_path / "checkpoints" / f"salt{STAMP}", "last.pth", 3)
+    checkpoint(tmp_path / "checkpoints" / copy, "last.pth", 50, run=f"salt{STAMP}")
+    before = content_of(tmp_path / "checkpoints" / copy)
+    assert opened(tmp_path, "auto").content["step"] == 3
+    assert content_of(tmp_path / "checkpoints" / copy) == before
+
+
+def test_a_copy_that_is_named_gives_a_run_of_its_own_and_stays_as_it_is(tmp_path):
+    checkpoint(tmp_path / "kept", "last.pth", 50, run=f"salt{STAMP}")
+    before = content_of(tmp_path / "kept")
+    for word in ("kept/last.pth", "kept"):
+        found = opened(tmp_path, str(tmp_path / word))
+        assert found.content["step"] == 50 and os.path.dirname(found.folder) == str(tmp_path / "checkpoints")
+        assert content_of(tmp_path / "kept") == before
+
+
+def test_a_run_that_is_going_is_not_gone_on_with(tmp_path):
+    first = opened(tmp_path, "auto")  # it has a folder and no checkpoint yet
+    with pytest.raises(InputError, match="is still going"):
+        opened(tmp_path, "auto")
+    assert len(os.listdir(tmp_path / "checkpoints")) == 1
+    first.file.close()
+    again = opened(tmp_path, "auto")
+    assert again.folder == first.folder and again.path is None  # it died before its first checkpoint
+
+
+def test_a_start_that_came_to_nothing_leaves_no_folder(tmp_path):
+    found = opened(tmp_path, None)
+    assert os.path.isdir(found.folder)
+    found.leave()
+    assert not os.path.exists(found.folder)
+    checkpoint(tmp_path / "checkpoints" / f"salt{STAMP}", "last.pth", 3)
+    found = opened(tmp_path, "auto")
+    found.leave()
+    assert os.path.isfile(os.path.join(found.folder, "last.pth"))
+
+
+def test_a_failed_start_of_training_leaves_its_log_alone(world, tmp_path):
+    line = error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, "--predictor_heads", "5", "--resume", "auto")
+    assert "must be a multiple of its heads" in line
+    assert os.listdir(tmp_path / "checkpoints") == [] and len(os.listdir(tmp_path / "run_logs")) == 1
+
+
+def test_a_run_of_an_odd_name_is_resumed_in_place_beside_its_copies(world, tmp_path):
+    flags = ["--cache", world / "latents", *SMALL, "--max_steps", "6", "--save_every", "2", "--run_name", "a[b]*"]
+    run(tmp_path, "train", *flags)
+    folder, = (tmp_path / "checkpoints").iterdir()
+    for copy in (f"{folder.name}.bak", "a[b]*_before_lr_change"):
+        shutil.copytree(folder, tmp_path / "checkpoints" / copy)
+    (folder / "last.pth").unlink()
+    shutil.copy(world / "latents" / "ids.txt", tmp_path / "checkpoints" / "notes.txt")
+    before = {copy: content_of(tmp_path / "checkpoints" / copy) for copy in (f"{folder.name}.bak", "a[b]*_before_lr_change")}
+    said = run(tmp_path, "train", *flags, "--resume", "auto")
+    assert "starting afresh" in said and "passed over" not in said
+    assert before == {copy: content_of(tmp_path / "checkpoints" / copy) for copy in before} and len(os.listdir(tmp_path / "checkpoints")) == 4
+
+
+def test_another_kernel_set_is_announced(world, tmp_path):
+    flags = ["--cache", world / "latents", *SMALL, "--save_every", "2", "--run_name", "k"]
+    process = start([sys.executable, ROOT / "train.py", *flags, "--epochs", "500"], tmp_path)
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    process.wait()
+    quick = [sys.executable, ROOT / "train.py", *flags, "--epochs", "500", "--resume", "auto"]
+    process = start(quick, tmp_path, SALT_OPS="reference")
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("step "):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    process.wait()
+    assert re.search(r"it ran under .*'simd': 'avx.*now under .*'simd': 'none'", said) or "salt_ops is not in use" in said and "it ran under" in said
+
+
+# --------------------------------------------------------------------------------------------------------------- finding
+
+def test_every_way_to_name_a_checkpoint(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    folder = run_folder(world, "student")
+    best = os.path.join("checkpoints", folder.name, "best.pth")
+    for word in (best, f"checkpoints/{folder.name}", f"run_logs/{folder.name}.log", folder.name, "student", f"checkpoints/{folder.name}/metrics.jsonl"):
+        assert os.path.samefile(runs.checkpoint_of(word), best), word
+    assert os.path.samefile(runs.checkpoint_of("student", "last.pth"), folder / "last.pth")
+    for word, message in (("studnt", "did you mean student"), ("checkpoints", "is a folder of runs"), ("checkpoints/x.pth", "there is no checkpoint"), ("data", "holds no run")):
+        with pytest.raises(InputError, match=message):
+            runs.checkpoint_of(word)
+    said = run(world, "eval_distill", "--checkpoint", "student", f"run_logs/{folder.name}.log", "--cache", "held_out")
+    assert said.count("best.pth") == 2
+
+
+def test_the_logs_of_a_moved_run_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "elsewhere" / f"salt{STAMP}"
+    folder.mkdir(parents=True)
+    (tmp_path / "run_logs").mkdir()
+    names = [f"salt{STAMP}.log", "salt_20260103_030405_pid8.log"]
+    (folder / "starts.jsonl").write_text("".join(json.dumps({"log": f"../../run_logs/{name}"}) + "\n" for name in names) + '{"log": "to')
+    for name in names:
+        (tmp_path / "run_logs" / name).write_text(f"start {name}\nfolder checkpoints/salt{STAMP}\n")
+    shutil.move(folder, tmp_path / "here" / folder.name)
+    assert [os.path.basename(path) for path in runs.logs_of_folder(str(tmp_path / "here" / folder.name), "run_logs")] == names
+    (tmp_path / "checkpoints").mkdir()
+    shutil.move(tmp_path / "here" / folder.name, tmp_path / "checkpoints")
+    assert os.path.basename(runs.folder_of_log("run_logs/salt_20260103_030405_pid8.log", "checkpoints")) == f"salt{STAMP}"
+
+
+# ---------------------------------------------------------------------------------------------------------- alive or not
+
+def log_of(folder, process, *more):
+    path = folder / f"salt{STAMP}.log"
+    path.write_text("\n".join([f"start salt{STAMP}", f"process {json.dumps(process)}" if process else "x", *more]) + "\n")
+    return str(path)
+
+
+def test_a_reused_pid_is_another_process(tmp_path):
+    mine = runs.this_process()
+    assert runs.alive(log_of(tmp_path, mine))
+    assert not runs.alive(log_of(tmp_path, {**mine, "ticks": mine["ticks"] - 1}))
+    assert not runs.alive(log_of(tmp_path, {**mine, "boot": "another"}))
+    assert not runs.alive(log_of(tmp_path, {**mine, "pid": 2**22 + 1}))
+    assert runs.alive(log_of(tmp_path, {**mine, "host": "another", "ticks": 1}))  # nothing is known of it
+    assert not runs.alive(log_of(tmp_path, None))
+
+
+def test_after_does_not_wait_for_a_reused_pid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = runs.this_process()
+    path = log_of(tmp_path, {**mine, "ticks": mine["ticks"] - 1}, "step 20/40 loss 1.0")
+    with pytest.raises(InputError, match="is gone and its log .* has no last line"):
+        runs.wait_for_end(path, "checkpoints", "run_logs", 0.01)
+
+
+def test_after_takes_a_runs_name_and_its_latest_start(world, monkeypatch):
+    monkeypatch.chdir(world)
+    folder = run_folder(world, "student")
+    for word in ("student", folder.name, str(folder), str(folder / "best.pth")):
+        assert os.path.samefile(runs.wait_for_end(word, "checkpoints", "run_logs", 0.01), folder)
+
+
+# ----------------------------------------------------------------------------------------------------- silence and signals
+
+def test_rank_without_world_size_is_one_line(world, tmp_path):
+    for environ in ({"RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "many"}):
+        line = error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, "--max_steps", "2", **environ)
+        assert "one of them is missing or wrong" in line and ranks.world == 1
+
+
+def test_a_wrong_path_is_found_before_torch_is_imported(world, tmp_path):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    cases = {"train": ["--cache", world / "latent"], "cache_latents": ["--data", world / "dat", "--teacher", "none", "--out", "o"],
+             "eval_distill": ["--checkpoint", "nobody", "--cache", world / "held_out"], "probe_time_arrow": ["--checkpoint", world / "nobody.pth", "--data", world / "data"]}
+    for script, flags in cases.items():
+        assert "imported" not in error_of(tmp_path, script, *flags, PYTHONPATH=str(tmp_path))
+    assert "did you mean latents" in error_of(tmp_path, "train", *cases["train"], PYTHONPATH=str(tmp_path))
+
+
+def test_a_name_one_letter_from_a_setting_is_pointed_out(tmp_path, capsys):
+    apply(tmp_path, EPOCH="1", PATH="/bin", SHUFLE="1", OTHER="1", CACHES="x", epoch="1")
+    said = capsys.readouterr().out.splitlines()
+    near = {"CACHES": "CACHE", "EPOCH": "EPOCHS", "SHUFLE": "SHUFFLE"}
+    assert said[-3:] == [f"{word} is set in the environment and is no setting; did you mean {name}?" for word, name in near.items()]
+
+
+def test_a_signal_before_training_begins_leaves_at_once(world, tmp_path):
+    process = start([sys.executable, ROOT / "train.py", "--cache", world / "latents", *SMALL, "--max_steps", "10000000"], tmp_path)
+    for line in process.stdout:
+        if line.startswith("folder "):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 128 + signal.SIGTERM and "status: stopped" in rest
+    began = "saving after step" in rest
+    assert began or "training has not begun: leaving at once" in rest and os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_a_summary_of_many_short_epochs_is_short():
+    lines = list(journal.summary([1.0] * 100000, 1))
+    assert len(lines) < 60 and lines[1] == "epochs: 100000; the last 40:" and lines[-2].startswith("epoch 100000: average loss 1.0")
