@@ -29,11 +29,13 @@ from config import InputError
 from views import View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  data.View and the others are public names here
 
 SPLITS = ("train", "validation", "test")
-# What FFmpeg's demuxers read as video, less what is mostly sound, pictures or games. A file's content
-# decides how it is read; its suffix only whether it is taken for a video.
+# What FFmpeg's demuxers read as video, less what is mostly sound, pictures or games. A file's
+# content decides how it is read; its suffix only whether it is taken for a video.
 VIDEO_SUFFIXES = tuple(
-    ".mp4 .m4v .mov .webm .mkv .avi .mpg .mpeg .ts .mts .m2ts .m2t .vob .wmv .asf .flv .f4v .ogv .3gp .3g2 "
-    ".mj2 .mxf .nut .dv .rm .ivf .y4m .gif .m1v .m2v .h264 .264 .hevc .h265 .265 .mjpeg .mjpg".split())
+    ".mp4 .m4v .mov .webm .mkv .avi .mpg .mpeg .ts .mts .m2ts .m2t .vob .wmv .asf .flv .f4v .ogv "
+    ".3gp .3g2 .mj2 .mxf .nut .dv .rm .ivf .y4m .gif .m1v .m2v .h264 .264 .hevc .h265 .265 "
+    ".mjpeg .mjpg".split()
+)
 VIDEO_FOLDERS = ("", "videos", "20bn-something-something-v2")
 MAX_PIXELS = 64 * 2**20  # a frame larger than this is taken for a broken header
 HELD_BYTES = 64 * 2**20  # of packets, kept between counting and decoding; a larger video is read twice
@@ -49,8 +51,8 @@ class Row(NamedTuple):
     id: str
     path: str | None   # None where the list names a video that the folder lacks
     label: str | None  # SSv2: the template without brackets; None in unlabelled lists
-    start: float | None = None  # seconds from the file's first frame on: the row is this stretch of the file;
-    end: float | None = None    # None: from the beginning, to the end
+    start: float | None = None  # seconds from the file's first frame on: the row is this
+    end: float | None = None    # stretch of it; None: from the beginning, to the end
 
 
 def list_names(split):
@@ -69,12 +71,14 @@ def find_list(folder, split, splits_dir=None):
 def load_split(folder, split, splits_dir=None, log=lambda line: None):
     """The rows of one split, in list order, each with .id .path .label .start .end.
 
-    folder      SSv2: a list (train.json, something-something-v2-train.json, labels/train.json; or train.csv, see read_csv)
-                beside the videos, which lie in the folder itself, videos/ or 20bn-something-something-v2/.
-                Without a list: a folder of videos, see search; its subfolder named by the split, or else a tenth of the ids,
-                drawn by their hash, as 'validation' and the rest as 'train'. A CSV file itself is split in the same way.
+    folder      SSv2: a list (train.json, something-something-v2-train.json, labels/train.json;
+                or train.csv, see read_csv) beside the videos, which lie in the folder itself,
+                videos/ or 20bn-something-something-v2/.
+                Without a list: a folder of videos, see search; its subfolder named by the split,
+                or else a tenth of the ids, drawn by their hash, as 'validation' and the rest as
+                'train'. A CSV file itself is split in the same way.
     split       'train', 'validation' or 'test'; 'train+validation', as a merged cache has it, is one after the other
-    log         called with a line that says which file was used, and one on what was not used and why
+    log         called with a line on the file that was used, and one on what was not used and why
     Raises InputError, naming file and row, on a missing or malformed list, an id that is no plain name, or no video at all.
     """
     if "+" in split:
@@ -90,7 +94,8 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     elif not os.path.isdir(folder):
         raise InputError(f"there is no data folder {folder}; --data names the folder that holds the videos and their lists")
     elif path := find_list(folder, split, splits_dir):
-        rows = read_csv(path, folder, log) if path.endswith(".csv") else read_json(path, find_videos(folder, log))
+        is_csv = path.endswith(".csv")
+        rows = read_csv(path, folder, log) if is_csv else read_json(path, find_videos(folder, log))
         log(f"{split}: {len(rows)} rows of {path}")
     elif any(find_list(folder, other, splits_dir) for other in SPLITS):
         raise InputError(f"no list for the split {split!r}: looked for {', '.join(list_names(split))} in {folder}, "
@@ -106,8 +111,8 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     seen = set()
     for row in rows:
         if row.id in seen:
-            raise InputError(f"the split {split!r} of {folder} holds the id {row.id!r} twice; ids must be unique (a CSV may "
-                             "have a column `id`)")
+            raise InputError(f"the split {split!r} of {folder} holds the id {row.id!r} twice; "
+                             "ids must be unique (a CSV may have a column `id`)")
         seen.add(row.id)
     return rows
 
@@ -116,7 +121,9 @@ def check_list_file(path):
     """Raises InputError, saying what it is, where a file given as --data is no CSV list."""
     if path.lower().endswith(VIDEO_SUFFIXES):
         refuse_lerobot(path)
-        raise InputError(f"--data {path} is a video; --data names the folder it lies in, or a CSV list of paths")
+        raise InputError(
+            f"--data {path} is a video; --data names the folder it lies in, or a CSV list of paths"
+        )
     if path.lower().endswith(".json"):
         refuse_lerobot(path)
         try:
@@ -125,50 +132,67 @@ def check_list_file(path):
         except (ValueError, RecursionError) as error:
             raise InputError(f"--data {path} is not readable as JSON: {error}") from None
         what = "a list; --data names" if is_list else "JSON, but no list of videos; --data names"
-        raise InputError(f"--data {path} is {what} the folder of the videos, and --splits_dir that of their lists")
+        raise InputError(
+            f"--data {path} is {what} the folder of the videos, "
+            "and --splits_dir that of their lists"
+        )
 
 
 def refuse_lerobot(path):
-    """Raises InputError where a LeRobot data set holds this file or folder, up to four folders above."""
+    """Raises InputError where a LeRobot data set holds this path, up to four folders above."""
     for _ in range(5):
         info = os.path.join(path, "meta", "info.json")
         if os.path.isfile(info):
-            raise InputError(f"{path} is a LeRobot data set ({info}), whose video files may hold many episodes each; give --data a CSV "
-                             "with the columns path,start,end, an episode a row (docs/TROUBLESHOOTING.md makes it)")
+            raise InputError(
+                f"{path} is a LeRobot data set ({info}), whose video files may hold many episodes "
+                "each; give --data a CSV with the columns path,start,end, an episode a row "
+                "(docs/TROUBLESHOOTING.md makes it)"
+            )
         path = os.path.dirname(os.path.abspath(path))
 
 
 def rows_without_list(folder, split, log):
-    """The rows of a split of a folder of videos: its subfolder `split`, or a part of all of it by a hash of the id."""
+    """The rows of a split of a folder of videos: its subfolder, or a part by a hash of the id."""
     refuse_lerobot(folder)
     found, unused = search(folder)
     parts = [name for name in SPLITS if os.path.isdir(os.path.join(folder, name))]
     in_parts = split in parts or "train" in parts or "validation" in parts
     if in_parts and split not in parts:
-        raise InputError(f"{folder} has {' and '.join(f'{name}/' for name in parts)}, but no subfolder {split}/ and no list; "
-                         f"put the videos of the split {split!r} there")
+        raise InputError(
+            f"{folder} has {' and '.join(f'{name}/' for name in parts)}, "
+            f"but no subfolder {split}/ and no list; "
+            f"put the videos of the split {split!r} there"
+        )
     if in_parts:
         outside = [name for name in found if name.partition("/")[0] not in parts]
         if outside:
             unused[f"outside {', '.join(f'{name}/' for name in parts)}"] = outside
-        found = {name.removeprefix(f"{split}/"): path for name, path in found.items() if name.startswith(f"{split}/")}
+        found = {
+            name.removeprefix(f"{split}/"): path
+            for name, path in found.items()
+            if name.startswith(f"{split}/")
+        }
     place = os.path.join(folder, split) if in_parts else folder
-    log(f"{split}: {len(found)} videos of {place} and its subfolders (no list)"
-        f"{'' if in_parts else ', to be split by a hash of the id'}")
+    log(
+        f"{split}: {len(found)} videos of {place} and its subfolders (no list)"
+        f"{'' if in_parts else ', to be split by a hash of the id'}"
+    )
     log_unused(unused, log)
     if not found:
-        raise InputError(f"found no video in {place} and its subfolders; looked for {' '.join(VIDEO_SUFFIXES)}"
-                         f"{unused_line(unused, '; ')}")
+        raise InputError(
+            f"found no video in {place} and its subfolders; looked for {' '.join(VIDEO_SUFFIXES)}"
+            f"{unused_line(unused, '; ')}"
+        )
     rows = [Row(name, path, None) for name, path in sorted(found.items())]
     return rows if in_parts else hashed_split(rows, split)
 
 
 def search(folder):
-    """The videos in a folder and all its subfolders: ({id: path}, {why files are not used: their names}).
+    """The videos in a folder and all its subfolders: ({id: path}, {why not used: names}).
 
-    An id is the path from the folder on, without suffix. What is hidden is passed over. Links are followed, and each folder
-    is entered once, however many ways lead to it, so that a video does not come under two ids. Raises InputError where a
-    LeRobot data set is among them.
+    An id is the path from the folder on, without suffix. What is hidden is passed over. Links are
+    followed, and each folder is entered once, however many ways lead to it, so that a video does
+    not come under two ids. Raises InputError where a LeRobot data set is among them.
     """
     found, unused, visited = {}, {}, set()
 
@@ -203,7 +227,7 @@ def search(folder):
 
 
 def unused_line(unused, before=""):
-    """'3 files not used: 1 of equal ids (b.avi: b.mp4 has that id), 2 ...' after `before`; '' where there are none."""
+    """'3 files not used: 1 of equal ids (b.mp4: b.avi has that id), ...'; '' where none are."""
     if not unused:
         return ""
     reasons = []
@@ -221,12 +245,17 @@ def log_unused(unused, log):
 
 
 def find_videos(folder, log=lambda line: None):
-    """{id: path} of the videos that a list of plain ids can name: in the folder itself and in VIDEO_FOLDERS."""
+    """{id: path} of the videos that a list of plain ids can name: those in VIDEO_FOLDERS."""
     found, equal = {}, []
     for place in [os.path.join(folder, name) for name in VIDEO_FOLDERS]:
-        for entry in sorted(os.scandir(place), key=lambda entry: entry.name) if os.path.isdir(place) else ():
+        for entry in (
+            sorted(os.scandir(place), key=lambda entry: entry.name) if os.path.isdir(place) else ()
+        ):
             stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() in VIDEO_SUFFIXES and found.setdefault(stem, entry.path) != entry.path:
+            if (
+                suffix.lower() in VIDEO_SUFFIXES
+                and found.setdefault(stem, entry.path) != entry.path
+            ):
                 equal.append(f"{entry.path}: {found[stem]} has that id")
     log_unused({"of equal ids": equal} if equal else {}, log)
     return found
@@ -240,7 +269,7 @@ def hashed_split(rows, split):
 
 
 def is_clean(name):
-    """Whether a name has no control characters and no broken UTF-8: it fits into a line of a file."""
+    """Whether a name has no control characters and no broken UTF-8: it fits into a line."""
     return not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
 
 
@@ -276,19 +305,23 @@ def read_json(path, videos):
 
 
 def read_csv(path, folder=None, log=lambda line: None):
-    """Rows of a CSV list. Relative paths start from the data folder (the list's own by default) and may not leave it.
+    """Rows of a CSV list. Relative paths start from the data folder and may not leave it.
 
-    A first line may name the columns, in any order: path (or video, filename), label, start and end in seconds, id. Without
-    it a row is a path and an optional label. The separator is a comma, semicolon or tab, whichever comes first outside
-    quotes; where there is none, a space may stand between path and label, as in V-JEPA's lists. The id is the path without
-    suffix, with the stretch after it ("pick/a@1.5-3") where the row is one. Rows that are not good are left out and logged;
-    raises InputError where none is good.
+    A first line may name the columns, in any order: path (or video, filename), label, start and
+    end in seconds, id. Without it a row is a path and an optional label. The separator is a comma,
+    semicolon or tab, whichever comes first outside quotes; where there is none, a space may stand
+    between path and label, as in V-JEPA's lists. The id is the path without suffix, with the
+    stretch after it ("pick/a@1.5-3") where the row is one. The data folder is the list's own by
+    default. Rows that are not good are left out and logged; raises InputError where none is good.
     """
     folder = folder or os.path.dirname(path) or "."
     lines = csv_lines(path)
     columns, named = ["path", "label"], False
     if lines:
-        first = ["path" if name.lower() in ("video", "filename") else name.lower() for name in lines[0][1]]
+        first = [
+            "path" if name.lower() in ("video", "filename") else name.lower()
+            for name in lines[0][1]
+        ]
         named = "path" in first and not any(name.endswith(VIDEO_SUFFIXES) for name in first)
     if named:
         columns, lines = first, lines[1:]
@@ -296,7 +329,10 @@ def read_csv(path, folder=None, log=lambda line: None):
         raise InputError(f"{path} is empty; a row is a path and an optional label")
     ignored = [name for name in columns if name not in ("path", "label", "start", "end", "id")]
     if ignored:
-        log(f"{path}: columns not used: {', '.join(ignored)}; those that are: path, label, start, end, id")
+        log(
+            f"{path}: columns not used: {', '.join(ignored)}; "
+            "those that are: path, label, start, end, id"
+        )
     rows, bad = [], []
     for number, fields in lines:
         try:
@@ -305,20 +341,27 @@ def read_csv(path, folder=None, log=lambda line: None):
             bad.append(f"line {number}: {error}")
     told = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
     if not rows:
-        raise InputError(f"{path} has no row of a video in {folder}: {told}. A row is a path and an optional label, or what a "
-                         "first line like path,label,start,end,id names")
+        raise InputError(
+            f"{path} has no row of a video in {folder}: {told}. "
+            "A row is a path and an optional label, or what a "
+            "first line like path,label,start,end,id names"
+        )
     if bad:
         log(f"{path}: {len(bad)} rows not used: {told}")
     return rows
 
 
 def csv_lines(path):
-    """[(line number, fields)] of a CSV file, without spaces around fields, empty fields at the end and empty lines."""
+    """[(line number, fields)] of a CSV file, without spaces around fields and empty lines."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte-order mark
+        with open(
+            path, newline="", encoding="utf-8-sig"
+        ) as file:  # spreadsheets write a byte-order mark
             text = file.read()
         separator = re.search(r"[,;\t]", re.sub(r'"[^"]*"', "", text))
-        reader = csv.reader(io.StringIO(text), delimiter=separator[0] if separator else ",", skipinitialspace=True)
+        reader = csv.reader(
+            io.StringIO(text), delimiter=separator[0] if separator else ",", skipinitialspace=True
+        )
         lines = [(reader.line_num, [field.strip() for field in fields]) for fields in reader]
     except (ValueError, OSError, csv.Error) as error:
         raise InputError(f"{path} is not a readable CSV list: {error}") from None
@@ -340,7 +383,9 @@ def csv_row(columns, fields, folder):
     row = dict(zip(columns, fields, strict=False))
     given = row.get("path", "")
     video = os.path.normpath(given)
-    if os.path.isabs(video) and os.path.commonpath([video, os.path.abspath(folder)]) == os.path.abspath(folder):
+    if os.path.isabs(video) and os.path.commonpath(
+        [video, os.path.abspath(folder)]
+    ) == os.path.abspath(folder):
         video = os.path.relpath(video, os.path.abspath(folder))
     if not video.lower().endswith(VIDEO_SUFFIXES):
         raise InputError(f"{given!r} is no path of a video")
@@ -360,7 +405,10 @@ def csv_row(columns, fields, folder):
 
 
 def seconds(row, name):
-    """A field of a CSV row as seconds, None where it is empty. Raises InputError where it is no number of at least 0."""
+    """A field of a CSV row as seconds, None where it is empty.
+
+    Raises InputError where it is no number of at least 0.
+    """
     text = row.get(name)
     try:
         number = float(text) if text else None
@@ -379,7 +427,7 @@ def mark(time):
 # -------------------------------------------------------------------------------------------------------------- decoding
 
 class LongClips:
-    """Warns once a run of a clip that spans more seconds of its video than a script's `longest_seconds`."""
+    """Warns once a run of a clip that spans more seconds of video than `longest_seconds`."""
 
     def __init__(self):
         self.longest_seconds, self.log, self.lock = math.inf, print, threading.Lock()
@@ -391,9 +439,13 @@ class LongClips:
     def note(self, path, seconds):
         with self.lock:
             if seconds > self.longest_seconds:
-                self.log(f"warning: a clip spans {seconds:.0f} seconds of {path}, more than longest_seconds = "
-                         f"{self.longest_seconds:g}, and shows little of how things move; cut long videos into stretches "
-                         "(a CSV with the columns path,start,end), or --sampling stride. Said once a run")
+                self.log(
+                    f"warning: a clip spans {seconds:.4g} seconds of {path}, more than "
+                    "longest_seconds = "
+                    f"{self.longest_seconds:g}, and shows little of how things move; "
+                    "cut long videos into stretches "
+                    "(a CSV with the columns path,start,end), or --sampling stride. Said once a run"
+                )
                 self.longest_seconds = math.inf
 
 
@@ -401,7 +453,7 @@ long_clips = LongClips()
 
 
 def read_row(row, views):
-    """The clips that several views cut out of the video, or the stretch of one, that a Row names; as read_clips."""
+    """The clips that several views cut out of the video, or stretch of one, that a Row names."""
     if row.path is None:
         raise VideoError(f"the video of the id {row.id!r} is not in the data folder")
     return read_clips(row.path, views, row.id, row.start, row.end)
@@ -418,11 +470,14 @@ def read_clip(path, view=View(), video_id=None, start=None, end=None):
 def read_clips(path, views, video_id=None, start=None, end=None):
     """The clips that several views cut out of one video, from one decode; a list of what read_clip gives.
 
-    start, end  seconds from the video's first frame on: the views see the frames with start <= time < end and no others
+    start, end  seconds from the video's first frame on: the views see the frames with
+                start <= time < end, compared to half a millisecond, and no others
 
-    A video's frames are counted by the packets that carry them, and again by decoding where a packet gives none. Decoding stops after the last
-    frame that a view keeps, and starts at the key frame before the stretch; a kept frame is cropped, then resized and converted in one swscale
-    pass, with the colour matrix, range and shape of pixels that the file states, and turned or mirrored until it is upright.
+    A video's frames are counted by the packets that carry them, and again by decoding where a
+    packet gives none. Decoding starts at the key frame before the stretch and stops after the last
+    frame that a view keeps; a kept frame is cropped, then resized and converted in one swscale
+    pass, with the colour matrix, range and shape of pixels that the file states, and turned or
+    mirrored until it is upright.
     """
     import av
     name = os.path.splitext(os.path.basename(path))[0] if video_id is None else video_id
@@ -430,7 +485,9 @@ def read_clips(path, views, video_id=None, start=None, end=None):
     if isinstance(path, (str, os.PathLike)) and os.path.exists(path) and not os.path.isfile(path):
         raise VideoError(f"{path} is no regular file")  # a pipe, a device or a folder would be read for ever, or not at all
     try:
-        stretch = Stretch(path) if start is None and end is None else find_stretch(path, start or 0, end)
+        stretch = Stretch(path)
+        if start is not None or end is not None:
+            stretch = find_stretch(path, start or 0, end)
         with open_video(stretch) as (stream, packets):
             n, held, size = 0, [], 0
             for packet in packets:  # headers of webm files state no count, others lie
@@ -441,7 +498,8 @@ def read_clips(path, views, video_id=None, start=None, end=None):
                 else:
                     held.clear()
             if n == 0:
-                part = "" if stretch.first is None else f" from {start or 0} s to {'its end' if end is None else f'{end} s'}"
+                stop = "its end" if end is None else f"{end} s"
+                part = "" if stretch.first is None else f" from {start or 0} s to {stop}"
                 raise VideoError(f"{path} holds no frame{part}")
             if size <= HELD_BYTES:
                 n = cut(held, stream, views, clips, name, n, stretch)
@@ -459,14 +517,21 @@ def read_clips(path, views, video_id=None, start=None, end=None):
 
 
 class Stretch(NamedTuple):
-    """Frames of a video: all of them, or those whose presentation time, in ticks of its stream, is in [low, high)."""
+    """Frames of a video: all of them, or those whose presentation time is in [low, high).
+
+    Times are in ticks of the video's stream.
+    """
+
+
     path: str
-    first: int | None = None  # presentation time of the video's first frame; None: the whole video, timed or not
+    first: int | None = (
+        None  # presentation time of the video's first frame; None: the whole video, timed or not
+    )
     low: float = -math.inf
     high: float = math.inf
 
     def holds(self, pts):
-        """Whether a frame that is shown at `pts` is among them. Raises VideoError where times matter and there is none."""
+        """Whether a frame shown at `pts` is among them. Raises VideoError where it has no time."""
         if self.first is None:
             return True
         if pts is None:
@@ -475,29 +540,40 @@ class Stretch(NamedTuple):
 
 
 def no_times(path):
-    return VideoError(f"{path} states no times for its frames, so no stretch can be cut out; put it into another container")
+    return VideoError(
+        f"{path} states no times for its frames, so no stretch can be cut out; "
+        "put it into another container"
+    )
 
 
 STRETCH_TOLERANCE = Fraction(1, 2000)  # seconds: webm and lists round times to milliseconds
 
 
 def find_stretch(path, start, end):
-    """The Stretch of a video from `start` to `end` seconds after its first frame. Raises VideoError where frames state no times."""
+    """The Stretch of a video from `start` to `end` seconds after its first frame.
+
+    Raises VideoError where there is no frame, or one that states no time.
+    """
     with open_video(Stretch(path)) as (stream, packets):
         first = next((frames[0] for frames in map(frames_of, packets) if frames), None)
         if first is None:
             raise VideoError(f"{path}: no frame could be decoded")
         if first.pts is None:
             raise no_times(path)
-        ticks = [math.inf if time is None else first.pts + math.ceil((Fraction(time) - STRETCH_TOLERANCE) / stream.time_base)
-                 for time in (start, end)]
+        ticks = [
+            math.inf
+            if time is None
+            else first.pts + math.ceil((Fraction(time) - STRETCH_TOLERANCE) / stream.time_base)
+            for time in (start, end)
+        ]
         return Stretch(path, first.pts, *ticks)
 
 
 @contextlib.contextmanager
 def open_video(stretch):
-    """(stream, its packets) of a video: all of them, or those that decode to a stretch, from the last key frame before it on."""
+    """(stream, packets) of a video: all, or those from the last key frame before a stretch on."""
     import av
+
     with av.open(stretch.path, metadata_errors="ignore") as container:
         stream = video_stream(container, stretch.path)
         if stretch.first is None or stretch.low <= stretch.first:
@@ -507,18 +583,21 @@ def open_video(stretch):
         if packets is not None:
             yield stream, packets_until(packets, stream, stretch)
             return
-    with av.open(stretch.path, metadata_errors="ignore") as container:  # no seeking, or not to there: from the beginning
+    with av.open(
+        stretch.path, metadata_errors="ignore"
+    ) as container:  # no seeking, or not to there: from the beginning
         stream = video_stream(container, stretch.path)
         yield stream, packets_until(container.demux(stream), stream, stretch)
 
 
 def packets_from_key(container, stream, stretch):
-    """Packets from a key frame on that is shown when the stretch begins, or before; None where the container leads to none.
+    """Packets from a key frame on that is shown when the stretch begins, or before.
 
-    Containers seek by decoding time, or to any packet near by, so what comes after a seek is looked at, and the next try goes
-    further back.
+    Containers seek by decoding time, or to any packet near by, so what comes after a seek is
+    looked at, and the next try goes further back. None where no such frame is found.
     """
     import av
+
     back = 0
     while stretch.low - back > stretch.first:
         try:
@@ -534,8 +613,9 @@ def packets_from_key(container, stream, stretch):
 
 
 def packets_until(packets, stream, stretch):
-    """Packets up to the first that is decoded when the stretch has ended, and an empty one that flushes the decoder."""
+    """Packets up to the first that is decoded after the stretch, and one that flushes."""
     import av
+
     for packet in packets:
         if packet.size and packet.dts is not None and packet.dts >= stretch.high:
             flush = av.Packet()
@@ -546,8 +626,9 @@ def packets_until(packets, stream, stretch):
 
 
 def frames_of(packet):
-    """The frames that a packet completes; None where the decoder refuses it: it is passed over, as players do."""
+    """The frames that a packet completes; None where it is refused: players pass over it, too."""
     import av
+
     try:
         return packet.decode()
     except av.error.InvalidDataError:
@@ -556,7 +637,8 @@ def frames_of(packet):
 
 def video_stream(container, path):
     import av
-    cover = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails  # pictures beside the video, or beside sound
+    # Pictures beside the video, or beside sound alone, come as video streams too.
+    cover = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         raise VideoError(f"{path} holds no video stream")
@@ -589,7 +671,9 @@ def check_disk(path):
 
 
 def cut(packets, stream, views, clips, name, n, stretch):
-    """Cut those of `views` that have no clip yet out of a stretch of a video that is said to have n frames, into `clips`; returns how many it turned out to have.
+    """Cut those of `views` that have no clip yet out of a stretch that is said to have n frames.
+
+    The clips go into `clips`; returns how many frames it turned out to have.
 
     A view is done when its last frame has come and every packet so far has given its frame: then n is right as far as that view looks, and what
     comes after does not matter. Else it is done at the end, where n was right, or left without a clip. No view's clip depends on the others.
@@ -600,7 +684,8 @@ def cut(packets, stream, views, clips, name, n, stretch):
         random = ops.Random(views[i].seed, 0, sample_id(name, views[i].view), ops.STREAMS["view"]) if views[i].view > 0 else None
         numbers = frame_numbers(n, views[i], random).tolist()
         places[i], last[i] = (random.uniform(), random.uniform()) if random else None, numbers[-1]
-        made[i], times[i] = np.empty((views[i].frames, 3, views[i].size, views[i].size), np.uint8), []
+        made[i] = np.empty((views[i].frames, 3, views[i].size, views[i].size), np.uint8)
+        times[i] = []
         for place, number in enumerate(numbers):
             takers.setdefault(number, []).append((i, place))
     fed, decoded, delay, broken = 0, 0, None, False
@@ -647,10 +732,10 @@ def cut(packets, stream, views, clips, name, n, stretch):
 
 
 def orientation(frame):
-    """(transposed, mirrored, upside down): a frame is shown transposed, then flipped from left to right, then from top to bottom.
+    """(transposed, mirrored, upside_down): what shows a frame upright, in that order.
 
-    The nearest of the eight turns and flips to its display matrix [a b u; c d v; x y w], which moves the point (x, y) to
-    (a x + c y, b x + d y).
+    The nearest of the eight turns and flips to its display matrix [a b u; c d v; x y w], which
+    moves the point (x, y) to (a x + c y, b x + d y).
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -678,13 +763,16 @@ class Scaler:
         if max(frame.height * frame.width, view.size ** 2) > MAX_PIXELS:
             raise VideoError(f"{self.path} has frames of {frame.width}x{frame.height}, more than {MAX_PIXELS} pixels")
         if view.crop == "center":
-            # The part of the stored frame that is shown as the square that becomes size x size where the short side becomes short_side.
-            side = min(frame.height, frame.width * self.pixel_aspect) * view.size / view.short_side  # in the height of a pixel
+            # The square that becomes size x size where the short side becomes short_side, in
+            # pixels as they are shown: as high as those of the stored frame, and square.
+            side = min(frame.height, frame.width * self.pixel_aspect) * view.size / view.short_side
             height, width = max(1, round(side)), max(1, round(side / self.pixel_aspect))
             rooms = [frame.height - height, frame.width - width]
-            down, right = (1, 0) if transposed else (0, 1)  # the sides of the stored frame that are shown upright and level
+            # The axes of the stored frame that are shown from top to bottom and from left to right.
+            down, right = (1, 0) if transposed else (0, 1)
             at = [0, 0]
-            for axis, fraction, flipped in zip((down, right), place or (0, 0), (upside_down, mirrored)):
+            flips = (upside_down, mirrored)
+            for axis, fraction, flipped in zip((down, right), place or (0, 0), flips, strict=True):
                 room = rooms[axis]
                 at[axis] = int(fraction * (room + 1)) if place else room // 2
                 if flipped:
@@ -698,7 +786,7 @@ class Scaler:
         return [plane[::-1 if upside_down else 1, ::-1 if mirrored else 1] for plane in planes]
 
     def crop(self, frame, height, width, y, x):
-        """A part of a frame from (y, x) on, moved up and left to where its chroma samples begin; no pixel is copied."""
+        """A part of a frame from (y, x) on, moved to where its chroma samples begin; no copy."""
         if (frame.height, frame.width) == (height, width):
             return frame
         import av
@@ -709,7 +797,8 @@ class Scaler:
             graph = av.filter.Graph()
             graph.threads = 1
             source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000))
-            crop, sink = graph.add("crop", f"{width}:{height}:{x}:{y}:exact=1"), graph.add("buffersink")
+            crop = graph.add("crop", f"{width}:{height}:{x}:{y}:exact=1")
+            sink = graph.add("buffersink")
             source.link_to(crop)
             crop.link_to(sink)
             graph.configure()

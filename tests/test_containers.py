@@ -1,4 +1,5 @@
-"""Oddities of real files: frames that are not shown, edit lists, cover art, uneven times. Against what PyAV decodes."""
+"""Oddities of real files: hidden frames, edit lists, cover art. Against what PyAV decodes."""
+
 import struct
 
 import av
@@ -9,8 +10,12 @@ import data
 from data import View
 from tests.test_data import numbered_frames, numbers_in, write_video
 
-VIEWS = [View(frames=8, size=32, short_side=32), View(frames=30, size=32, short_side=32),
-         View(frames=4, size=32, short_side=32, window=(0, 0.5)), View(frames=4, size=32, short_side=32, window=(0.5, 1))]
+VIEWS = [
+    View(frames=8, size=32, short_side=32),
+    View(frames=30, size=32, short_side=32),
+    View(frames=4, size=32, short_side=32, window=(0, 0.5)),
+    View(frames=4, size=32, short_side=32, window=(0.5, 1)),
+]
 
 
 def brightness(rgb):
@@ -20,7 +25,10 @@ def brightness(rgb):
 def decoded(path):
     """The numbers of the frames that PyAV decodes, as numbered_frames wrote them."""
     with av.open(str(path)) as container:
-        return [brightness(frame.to_ndarray(format="rgb24")) for frame in container.decode(container.streams.video[0])]
+        return [
+            brightness(frame.to_ndarray(format="rgb24"))
+            for frame in container.decode(container.streams.video[0])
+        ]
 
 
 def expect_frames(path, numbers):
@@ -44,7 +52,7 @@ def rewrite_packets(source, sink, change):
 
 @pytest.mark.parametrize("hidden", [[5], [1, 2, 17], [28]])
 def test_frames_that_are_not_shown_are_not_counted(tmp_path, hidden):
-    """VP8 has frames that are decoded and never shown (alt-ref); bit 4 of a packet says whether it is shown (RFC 6386, 9.1)."""
+    """VP8 hides some frames that it decodes (alt-ref): bit 4 of a packet (RFC 6386, 9.1)."""
     path = write_video(tmp_path / "v.webm", numbered_frames(30), "libvpx", bit_rate=8_000_000)
 
     def hide(number, content):
@@ -58,13 +66,17 @@ def test_frames_that_are_not_shown_are_not_counted(tmp_path, hidden):
 
 @pytest.mark.parametrize("first, count", [(13, 20), (10, 30), (3, 8)])
 def test_edit_lists_are_kept_to(tmp_path, first, count):
-    """An mp4 whose edit list shows a part of it, from a frame that is no key frame on (ISO 14496-12, 8.6.6)."""
+    """An mp4 whose edit list shows a part of it, from any frame on (ISO 14496-12, 8.6.6)."""
     path = tmp_path / "v.mp4"
-    write_video(path, numbered_frames(40), "libx264", 25, options={"g": "10", "bf": "2"}, bit_rate=8_000_000)
+    write_video(
+        path, numbered_frames(40), "libx264", 25, options={"g": "10", "bf": "2"}, bit_rate=8_000_000
+    )
     content = bytearray(path.read_bytes())
     at = content.index(b"elst") + 12
-    duration, begin, rate = struct.unpack(">IiI", content[at:at + 12])
-    content[at:at + 12] = struct.pack(">IiI", duration * count // 40, begin + first * 512, rate)  # 12800 ticks a second
+    duration, begin, rate = struct.unpack(">IiI", content[at : at + 12])
+    content[at : at + 12] = struct.pack(
+        ">IiI", duration * count // 40, begin + first * 512, rate
+    )  # 12800 ticks a second
     path.write_bytes(content)
     numbers = decoded(path)
     assert numbers == list(range(first, first + count))
@@ -79,7 +91,11 @@ def with_cover(path, cover_first):
         cover = None
         for kind in ("cover", "video") if cover_first else ("video", "cover"):
             stream = container.add_stream("mjpeg" if kind == "cover" else "mpeg4", rate=25)
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p" if kind == "cover" else "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = (
+                64,
+                48,
+                "yuvj420p" if kind == "cover" else "yuv420p",
+            )
             stream.options = {"qscale": "2"}
             stream.codec_context.bit_rate = 8_000_000
             if kind == "cover":
@@ -102,5 +118,11 @@ def test_cover_art_is_not_the_video(tmp_path, cover_first):
     path = tmp_path / "v.mp4"
     with_cover(path, cover_first)
     with av.open(str(path)) as container:
-        assert sum(bool(stream.disposition & av.stream.Disposition.attached_pic) for stream in container.streams.video) == 1
+        assert (
+            sum(
+                bool(stream.disposition & av.stream.Disposition.attached_pic)
+                for stream in container.streams.video
+            )
+            == 1
+        )
     expect_frames(path, list(range(30)))
