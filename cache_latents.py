@@ -40,6 +40,7 @@ sampling: Literal["uniform", "stride"] = "uniform"  # frames spread over the who
 stride = 4                     # for --sampling stride
 crop: Literal["center", "squash"] = "center"  # the middle square, or the whole frame made square
 interpolation: Literal["bilinear", "bicubic", "area"] = "bilinear"  # how frames are resized
+longest_seconds = 60.0         # warn of a clip that spans more seconds: its frames lie far apart
 batch_size = 8                 # clips a teacher batch; fixed row ranges of the list, so part of the cache's identity
 threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # decoding threads [all cores, shared by a machine's ranks]
 dtype: Literal["fp32", "bf16"] = "fp32"  # the teacher's compute
@@ -61,7 +62,7 @@ import ops  # noqa: E402
 import ranks  # noqa: E402
 import upkeep  # noqa: E402
 from config import InputError  # noqa: E402
-from data import VideoError, load_split, prefetch, read_clips  # noqa: E402
+from data import VideoError, load_split, long_clips, prefetch, read_row  # noqa: E402
 from ranks import rank, world  # noqa: E402
 from views import View, grid_of  # noqa: E402
 
@@ -90,6 +91,7 @@ if out is None or teacher == "" or (data is None and clips_from is None):
     raise InputError("give --out, --teacher (or --teacher none) and --data (or --clips_from); see --help")
 device = model.pick_device(ranks.start(device, timedelta(days=7)))  # ranks wait for the slowest one's last shard
 log(ops.extension_line(device), flush=True)
+long_clips.watch(longest_seconds, tqdm.write)
 
 if clips == "off" and teacher.lower() == "none":
     raise InputError("--teacher none keeps nothing but clips; leave --clips off out")
@@ -138,9 +140,7 @@ def clips_of(together):
         return [source.patches(row) for row in together]
     video = videos[together[0] // views]
     try:
-        if video.path is None:
-            raise VideoError(f"the video of the id {video.id!r} is not in the data folder")
-        cut = read_clips(video.path, [dataclasses.replace(view, view=ids[row][1]) for row in together], video.id)
+        cut = read_row(video, [dataclasses.replace(view, view=ids[row][1]) for row in together])
     except VideoError as error:
         return [error] * len(together)
     patches = [np.empty((tokens, patch_dim), np.uint8) for _ in cut]

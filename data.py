@@ -2,16 +2,19 @@
 
 av is imported only where a video is decoded, so that training from a cache with clips runs without it.
 """
+import contextlib
 import csv
 import dataclasses
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import re
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -26,7 +29,14 @@ from cache import fingerprint
 from config import InputError
 from views import View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  data.View and the others are public names here
 
-VIDEO_SUFFIXES = (".webm", ".mp4", ".mkv", ".avi")
+SPLITS = ("train", "validation", "test")
+# What FFmpeg's demuxers read as video, less what is mostly sound, pictures or games. A file's
+# content decides how it is read; its suffix only whether it is taken for a video.
+VIDEO_SUFFIXES = tuple(
+    ".mp4 .m4v .mov .webm .mkv .avi .mpg .mpeg .ts .mts .m2ts .m2t .vob .wmv .asf .flv .f4v .ogv "
+    ".3gp .3g2 .mj2 .mxf .nut .dv .rm .ivf .y4m .gif .m1v .m2v .h264 .264 .hevc .h265 .265 "
+    ".mjpeg .mjpg".split()
+)
 VIDEO_FOLDERS = ("", "videos", "20bn-something-something-v2")
 MAX_PIXELS = 64 * 2**20  # a frame larger than this is taken for a broken header
 HELD_BYTES = 64 * 2**20  # of packets, kept between counting and decoding; a larger video is read twice
@@ -42,6 +52,8 @@ class Row(NamedTuple):
     id: str
     path: str | None   # None where the list names a video that the folder lacks
     label: str | None  # SSv2: the template without brackets; None in unlabelled lists
+    start: float | None = None  # seconds from the file's first frame on: the row is this
+    end: float | None = None    # stretch of it; None: from the beginning, to the end
 
 
 def list_names(split):
@@ -58,14 +70,16 @@ def find_list(folder, split, splits_dir=None):
 
 
 def load_split(folder, split, splits_dir=None, log=lambda line: None):
-    """The rows of one split, in list order, each with .id .path .label.
+    """The rows of one split, in list order, each with .id .path .label .start .end.
 
-    folder      SSv2: a list (train.json, something-something-v2-train.json, labels/train.json; or train.csv with a path and an
-                optional label a row) beside the videos, which lie in the folder itself, videos/ or 20bn-something-something-v2/.
-                Without a list: a folder of videos; its subfolder named by the split, or else a tenth of the ids, drawn by
-                their hash, as 'validation' and the rest as 'train'. A CSV file itself is split in the same way.
+    folder      SSv2: a list (train.json, something-something-v2-train.json, labels/train.json;
+                or train.csv, see read_csv) beside the videos, which lie in the folder itself,
+                videos/ or 20bn-something-something-v2/.
+                Without a list: a folder of videos, see search; its subfolder named by the split,
+                or else a tenth of the ids, drawn by their hash, as 'validation' and the rest as
+                'train'. A CSV file itself is split in the same way.
     split       'train', 'validation' or 'test'; 'train+validation', as a merged cache has it, is one after the other
-    log         called with one line that says which file was used
+    log         called with a line on the file that was used, and one on what was not used and why
     Raises InputError, naming file and row, on a missing or malformed list, an id that is no plain name, or no video at all.
     """
     if "+" in split:
@@ -74,24 +88,21 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
             raise InputError(f"the splits {split} of {folder} share ids")
         return rows
     folder = os.path.expanduser(folder)
-    if os.path.isfile(folder) and folder.lower().endswith(".json"):
-        raise InputError(f"--data {folder} is a list; --data names the folder of the videos, and --splits_dir that of their lists")
     if os.path.isfile(folder):
-        rows = hashed_split(read_csv(folder), split)
+        check_list_file(folder)
+        rows = hashed_split(read_csv(folder, log=log), split)
         log(f"{split}: {len(rows)} rows of {folder}, split by a hash of the id")
     elif not os.path.isdir(folder):
         raise InputError(f"there is no data folder {folder}; --data names the folder that holds the videos and their lists")
     elif path := find_list(folder, split, splits_dir):
-        rows = read_csv(path, folder) if path.endswith(".csv") else read_json(path, find_videos(folder))
+        is_csv = path.endswith(".csv")
+        rows = read_csv(path, folder, log) if is_csv else read_json(path, find_videos(folder, log))
         log(f"{split}: {len(rows)} rows of {path}")
-    elif any(find_list(folder, other, splits_dir) for other in ("train", "validation", "test")):
+    elif any(find_list(folder, other, splits_dir) for other in SPLITS):
         raise InputError(f"no list for the split {split!r}: looked for {', '.join(list_names(split))} in {folder}, "
                          f"{splits_dir or 'no --splits_dir'} and ssv2/ beside the code")
     else:
-        rows = [Row(check_id(name, folder), path, None) for name, path in sorted(find_videos(folder, split).items())]
-        inside = os.path.isdir(os.path.join(folder, split))
-        rows = rows if inside else hashed_split(rows, split)
-        log(f"{split}: {len(rows)} videos of {folder}, {'its subfolder ' + split if inside else 'split by a hash of the id'} (no list)")
+        rows = rows_without_list(folder, split, log)
     if not rows:
         raise InputError(f"no video of {folder} falls into the split {split!r}: without lists a tenth is held out by a hash of the name, and these "
                          "are too few; make subfolders train/ and validation/, or train.csv and validation.csv")
@@ -101,22 +112,149 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     seen = set()
     for row in rows:
         if row.id in seen:
-            raise InputError(f"the split {split!r} of {folder} holds the id {row.id!r} twice; ids must be unique")
+            raise InputError(f"the split {split!r} of {folder} holds the id {row.id!r} twice; "
+                             "ids must be unique (a CSV may have a column `id`)")
         seen.add(row.id)
     return rows
 
 
-def find_videos(folder, split=None):
-    """{id: path} of the videos in a data folder; of its subfolder `split` alone where that exists."""
-    places = [os.path.join(folder, name) for name in VIDEO_FOLDERS]
-    if split and os.path.isdir(os.path.join(folder, split)):
-        places = [os.path.join(folder, split)]
-    found = {}
-    for place in places:
-        for entry in sorted(os.scandir(place), key=lambda entry: entry.name) if os.path.isdir(place) else ():
+def check_list_file(path):
+    """Raises InputError, saying what it is, where a file given as --data is no CSV list."""
+    if path.lower().endswith(VIDEO_SUFFIXES):
+        refuse_lerobot(path)
+        raise InputError(
+            f"--data {path} is a video; --data names the folder it lies in, or a CSV list of paths"
+        )
+    if path.lower().endswith(".json"):
+        refuse_lerobot(path)
+        try:
+            with open(path, encoding="utf-8") as file:
+                is_list = isinstance(json.load(file), list)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--data {path} is not readable as JSON: {error}") from None
+        what = "a list; --data names" if is_list else "JSON, but no list of videos; --data names"
+        raise InputError(
+            f"--data {path} is {what} the folder of the videos, "
+            "and --splits_dir that of their lists"
+        )
+
+
+def refuse_lerobot(path):
+    """Raises InputError where a LeRobot data set holds this path, up to four folders above."""
+    for _ in range(5):
+        info = os.path.join(path, "meta", "info.json")
+        if os.path.isfile(info):
+            raise InputError(
+                f"{path} is a LeRobot data set ({info}), whose video files may hold many episodes "
+                "each; give --data a CSV with the columns path,start,end, an episode a row "
+                "(docs/TROUBLESHOOTING.md makes it)"
+            )
+        path = os.path.dirname(os.path.abspath(path))
+
+
+def rows_without_list(folder, split, log):
+    """The rows of a split of a folder of videos: its subfolder, or a part by a hash of the id."""
+    refuse_lerobot(folder)
+    found, unused = search(folder)
+    parts = [name for name in SPLITS if os.path.isdir(os.path.join(folder, name))]
+    in_parts = split in parts or "train" in parts or "validation" in parts
+    if in_parts and split not in parts:
+        raise InputError(
+            f"{folder} has {' and '.join(f'{name}/' for name in parts)}, "
+            f"but no subfolder {split}/ and no list; "
+            f"put the videos of the split {split!r} there"
+        )
+    if in_parts:
+        outside = [name for name in found if name.partition("/")[0] not in parts]
+        if outside:
+            unused[f"outside {', '.join(f'{name}/' for name in parts)}"] = outside
+        found = {name: path for name, path in found.items() if name.startswith(f"{split}/")}
+    place = os.path.join(folder, split) if in_parts else folder
+    log(
+        f"{split}: {len(found)} videos of {place} and its subfolders (no list)"
+        f"{'' if in_parts else ', to be split by a hash of the id'}"
+    )
+    log_unused(unused, log)
+    if not found:
+        raise InputError(
+            f"found no video in {place} and its subfolders; looked for {' '.join(VIDEO_SUFFIXES)}"
+            f"{unused_line(unused, '; ')}"
+        )
+    rows = [Row(name, path, None) for name, path in sorted(found.items())]
+    return rows if in_parts else hashed_split(rows, split)
+
+
+def search(folder):
+    """The videos in a folder and all its subfolders: ({id: path}, {why not used: names}).
+
+    An id is the path from the folder on, without suffix. What is hidden is passed over. Links are
+    followed, and each folder is entered once, however many ways lead to it, so that a video does
+    not come under two ids. Raises InputError where a LeRobot data set is among them.
+    """
+    found, unused, visited = {}, {}, set()
+
+    def leave_out(why, name):
+        unused.setdefault(why, []).append(name)
+
+    def unreadable(error):
+        leave_out("that cannot be read", os.path.relpath(error.filename, folder))
+
+    for place, subfolders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in visited:
+            leave_out("folder that another name leads to", os.path.relpath(place, folder))
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        if os.path.isfile(os.path.join(place, "meta", "info.json")):
+            refuse_lerobot(place)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = os.path.relpath(os.path.join(place, name), folder)
+            stem, suffix = os.path.splitext(path)
+            if suffix.lower() not in VIDEO_SUFFIXES:
+                leave_out("with suffixes that are no video", suffix or name)
+            elif not is_clean(stem):
+                leave_out("with control characters or broken UTF-8 in their names", ascii(path))
+            elif stem in found:
+                leave_out("of equal ids", f"{path}: {os.path.basename(found[stem])} has that id")
+            else:
+                found[stem] = os.path.join(place, name)
+    return found, unused
+
+
+def unused_line(unused, before=""):
+    """'3 files not used: 1 of equal ids (b.mp4: b.avi has that id), ...'; '' where none are."""
+    if not unused:
+        return ""
+    reasons = []
+    for why, names in unused.items():
+        examples = list(dict.fromkeys(names))
+        shown = ", ".join(examples[:3]) + (", ..." if len(examples) > 3 else "")
+        reasons.append(f"{len(names)} {why} ({shown})")
+    count = sum(map(len, unused.values()))
+    return f"{before}{count} {'file' if count == 1 else 'files'} not used: {', '.join(reasons)}"
+
+
+def log_unused(unused, log):
+    if unused:
+        log(unused_line(unused))
+
+
+def find_videos(folder, log=lambda line: None):
+    """{id: path} of the videos that a list of plain ids can name: those in VIDEO_FOLDERS."""
+    found, equal = {}, []
+    for place in [os.path.join(folder, name) for name in VIDEO_FOLDERS]:
+        for entry in (
+            sorted(os.scandir(place), key=lambda entry: entry.name) if os.path.isdir(place) else ()
+        ):
             stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() in VIDEO_SUFFIXES:
-                found.setdefault(stem, entry.path)
+            if (
+                suffix.lower() in VIDEO_SUFFIXES
+                and found.setdefault(stem, entry.path) != entry.path
+            ):
+                equal.append(f"{entry.path}: {found[stem]} has that id")
+    log_unused({"of equal ids": equal} if equal else {}, log)
     return found
 
 
@@ -127,8 +265,13 @@ def hashed_split(rows, split):
     return [row for row in rows if held_out(row) == (split == "validation")]
 
 
+def is_clean(name):
+    """Whether a name has no control characters and no broken UTF-8: it fits into a line."""
+    return not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
+
+
 def check_id(name, where):
-    if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f\ud800-\udfff]", name):
+    if not name or name in (".", "..") or re.search(r"[/\\]", name) or not is_clean(name):
         raise InputError(f"{where}: the id {name!r} is no plain file name; an id has no slashes, control characters or broken "
                          f"UTF-8, with which it could leave the video folder")
     return name
@@ -158,44 +301,180 @@ def read_json(path, videos):
     return rows
 
 
-def read_csv(path, folder=None):
-    """Rows of path and optional label; relative paths start from the data folder and may not leave it."""
-    folder, rows = folder or os.path.dirname(path) or ".", []
+def read_csv(path, folder=None, log=lambda line: None):
+    """Rows of a CSV list. Relative paths start from the data folder and may not leave it.
+
+    A first line may name the columns, in any order: path (or video, filename), label, start and
+    end in seconds, id. Without it a row is a path and an optional label. The separator is a comma,
+    semicolon or tab, whichever comes first outside quotes; where there is none, a space may stand
+    between path and label, as in V-JEPA's lists. The id is the path without suffix, with the
+    stretch after it ("pick/a@1.5-3") where the row is one. The data folder is the list's own by
+    default. Rows that are not good are left out and logged; raises InputError where none is good.
+    """
+    folder = folder or os.path.dirname(path) or "."
+    lines = csv_lines(path)
+    columns, named = ["path", "label"], False
+    if lines:
+        first = [
+            "path" if name.lower() in ("video", "filename") else name.lower()
+            for name in lines[0][1]
+        ]
+        named = "path" in first and not any(name.endswith(VIDEO_SUFFIXES) for name in first)
+    if named:
+        columns, lines = first, lines[1:]
+    if not lines:
+        raise InputError(f"{path} is empty; a row is a path and an optional label")
+    ignored = [name for name in columns if name not in ("path", "label", "start", "end", "id")]
+    if ignored:
+        log(
+            f"{path}: columns not used: {', '.join(ignored)}; "
+            "those that are: path, label, start, end, id"
+        )
+    rows, bad = [], []
+    for number, fields in lines:
+        try:
+            rows.append(csv_row(columns, fields, folder))
+        except InputError as error:
+            bad.append(f"line {number}: {error}")
+    told = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+    if not rows:
+        raise InputError(
+            f"{path} has no row of a video in {folder}: {told}. "
+            "A row is a path and an optional label, or what a "
+            "first line like path,label,start,end,id names"
+        )
+    if bad:
+        log(f"{path}: {len(bad)} rows not used: {told}")
+    return rows
+
+
+def csv_lines(path):
+    """[(line number, fields)] of a CSV file, without spaces around fields and empty lines."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte-order mark
-            lines = list(csv.reader(file))
+        with open(
+            path, newline="", encoding="utf-8-sig"
+        ) as file:  # spreadsheets write a byte-order mark
+            text = file.read()
+        separator = re.search(r"[,;\t]", re.sub(r'"[^"]*"', "", text))
+        reader = csv.reader(
+            io.StringIO(text), delimiter=separator[0] if separator else ",", skipinitialspace=True
+        )
+        lines = [(reader.line_num, [field.strip() for field in fields]) for fields in reader]
     except (ValueError, OSError, csv.Error) as error:
         raise InputError(f"{path} is not a readable CSV list: {error}") from None
-    for number, line in enumerate(lines):
-        if not line or (number == 0 and line[0].lower() in ("path", "video", "filename")):
-            continue
-        video = os.path.normpath(line[0])
-        if not video.lower().endswith(VIDEO_SUFFIXES) or video.startswith("..") or re.search(r"[\x00-\x1f]", video):
-            raise InputError(f"{path}, row {number}: {line[0]!r} is no path of a video ({' '.join(VIDEO_SUFFIXES)}) inside "
-                             f"{folder}; a row is a path and an optional label")
-        full = os.path.join(folder, video)
-        rows.append(Row(os.path.splitext(video)[0], full if os.path.isfile(full) else None, line[1] if len(line) > 1 else None))
-    if not rows:
-        raise InputError(f"{path} is empty; a row is a path and an optional label")
-    return rows
+    kept = []
+    for number, fields in lines:
+        if not separator and fields and not fields[0].lower().endswith(VIDEO_SUFFIXES):
+            fields = fields[0].rsplit(None, 1)  # a path, which may hold spaces, and a label
+        while fields and not fields[-1]:
+            fields.pop()
+        if fields:
+            kept.append((number, fields))
+    return kept
+
+
+def csv_row(columns, fields, folder):
+    """The Row of one line of a CSV list. Raises InputError, saying why, where it is not good."""
+    if len(fields) > len(columns):
+        raise InputError(f"{len(fields)} fields for the columns {','.join(columns)}")
+    row = dict(zip(columns, fields, strict=False))
+    given = row.get("path", "")
+    video = os.path.normpath(given)
+    if os.path.isabs(video) and os.path.commonpath(
+        [video, os.path.abspath(folder)]
+    ) == os.path.abspath(folder):
+        video = os.path.relpath(video, os.path.abspath(folder))
+    if not video.lower().endswith(VIDEO_SUFFIXES):
+        raise InputError(f"{given!r} is no path of a video")
+    if video.startswith("../"):
+        raise InputError(f"{given!r} leaves {folder}")
+    start, end = (seconds(row, name) for name in ("start", "end"))
+    if (start or 0) >= (math.inf if end is None else end):
+        raise InputError(f"start {start or 0} is not before end {end}")
+    name = os.path.splitext(video)[0]
+    if start is not None or end is not None:
+        name += f"@{mark(start or 0)}-{'end' if end is None else mark(end)}"
+    name = row.get("id") or name
+    if not is_clean(name) or not is_clean(video):
+        raise InputError(f"{name!r} has control characters or broken UTF-8")
+    full = os.path.join(folder, video)
+    return Row(name, full if os.path.isfile(full) else None, row.get("label") or None, start, end)
+
+
+def seconds(row, name):
+    """A field of a CSV row as seconds, None where it is empty.
+
+    Raises InputError where it is no number of at least 0.
+    """
+    text = row.get(name)
+    try:
+        number = float(text) if text else None
+    except ValueError:
+        number = math.nan
+    if number is not None and not 0 <= number < math.inf:
+        raise InputError(f"the {name} {text!r} is no number of seconds")
+    return number
+
+
+def mark(time):
+    """Seconds to the millisecond, as short as can be: 1.5, 3."""
+    return np.format_float_positional(round(time, 3), trim="-")
 
 
 # -------------------------------------------------------------------------------------------------------------- decoding
 
-def read_clip(path, view=View(), video_id=None):
+class LongClips:
+    """Warns once a run of a clip that spans more seconds of video than `longest_seconds`."""
+
+    def __init__(self):
+        self.longest_seconds, self.log, self.lock = math.inf, print, threading.Lock()
+
+    def watch(self, longest_seconds, log):
+        """From now on: `log` is called with one line about the first clip that is longer."""
+        self.longest_seconds, self.log = longest_seconds, log
+
+    def note(self, path, seconds):
+        with self.lock:
+            if seconds > self.longest_seconds:
+                self.log(
+                    f"warning: a clip spans {seconds:.4g} seconds of {path}, more than "
+                    "longest_seconds = "
+                    f"{self.longest_seconds:g}, and shows little of how things move; "
+                    "cut long videos into stretches "
+                    "(a CSV with the columns path,start,end), or --sampling stride. Said once a run"
+                )
+                self.longest_seconds = math.inf
+
+
+long_clips = LongClips()
+
+
+def read_row(row, views):
+    """The clips that several views cut out of the video, or stretch of one, that a Row names."""
+    if row.path is None:
+        raise VideoError(f"the video of the id {row.id!r} is not in the data folder")
+    return read_clips(row.path, views, row.id, row.start, row.end)
+
+
+def read_clip(path, view=View(), video_id=None, start=None, end=None):
     """The clip that `view` cuts out of the video at `path`: uint8 [T, H, W, 3], RGB, T = view.frames, H = W = view.size.
 
     Its channels lie in planes (it is a transposed [T, 3, H, W]), as swscale makes them fastest and patches want them. video_id (the file's stem by default) decides the jitter of views > 0. Raises VideoError, naming the file.
     """
-    return read_clips(path, [view], video_id)[0]
+    return read_clips(path, [view], video_id, start, end)[0]
 
 
-def read_clips(path, views, video_id=None):
+def read_clips(path, views, video_id=None, start=None, end=None):
     """The clips that several views cut out of one video, from one decode; a list of what read_clip gives.
 
-    A video's frames are counted by the packets that carry them, and again by decoding where a packet gives none. Decoding stops after the last
-    frame that a view keeps; a kept frame is cropped, then resized and converted in one swscale pass, with the colour matrix and range that the
-    file states, and turned upright.
+    start, end  seconds from the video's first frame on: the views see the frames with
+                start <= time < end, compared to half a millisecond, and no others
+
+    A video's frames are counted by the packets that carry them, and again by decoding where a
+    packet gives none. Decoding starts at the key frame before the stretch and stops after the last
+    frame that a view keeps; a kept frame is cropped, then resized and converted in one swscale
+    pass, with the colour matrix, range and shape of pixels that the file states, and turned or
+    mirrored until it is upright.
     """
     import av
     name = os.path.splitext(os.path.basename(path))[0] if video_id is None else video_id
@@ -203,26 +482,29 @@ def read_clips(path, views, video_id=None):
     if isinstance(path, (str, os.PathLike)) and os.path.exists(path) and not os.path.isfile(path):
         raise VideoError(f"{path} is no regular file")  # a pipe, a device or a folder would be read for ever, or not at all
     try:
-        with av.open(path, metadata_errors="ignore") as container:
-            stream = video_stream(container, path)
+        stretch = Stretch(path)
+        if start is not None or end is not None:
+            stretch = find_stretch(path, start or 0, end)
+        with open_video(stretch) as (stream, packets):
             n, held, size = 0, [], 0
-            for packet in container.demux(stream):  # headers of webm files state no count, others lie
-                n += shows(packet)
+            for packet in packets:  # headers of webm files state no count, others lie
+                n += shows(packet) and stretch.holds(packet.pts)
                 size += packet.size
                 if size <= HELD_BYTES:
                     held.append(packet)
                 else:
                     held.clear()
             if n == 0:
-                raise VideoError(f"{path} holds no frame")
+                stop = "its end" if end is None else f"{end} s"
+                part = "" if stretch.first is None else f" from {start or 0} s to {stop}"
+                raise VideoError(f"{path} holds no frame{part}")
             if size <= HELD_BYTES:
-                n = cut(held, stream, views, clips, name, n, path)
+                n = cut(held, stream, views, clips, name, n, stretch)
         for _ in range(3):
             if all(clip is not None for clip in clips) or n == 0:
                 break
-            with av.open(path, metadata_errors="ignore") as container:
-                stream = video_stream(container, path)
-                n = cut(container.demux(stream), stream, views, clips, name, n, path)
+            with open_video(stretch) as (stream, packets):
+                n = cut(packets, stream, views, clips, name, n, stretch)
         if any(clip is None for clip in clips):
             raise VideoError(f"{path}: no frame could be decoded" if n == 0 else f"{path} decodes to another number of frames each time")
         return clips
@@ -231,10 +513,133 @@ def read_clips(path, views, video_id=None):
         raise VideoError(f"{path} cannot be decoded: {error.strerror or error}") from None
 
 
+class Stretch(NamedTuple):
+    """Frames of a video: all of them, or those whose presentation time is in [low, high).
+
+    Times are in ticks of the video's stream.
+    """
+
+
+    path: str
+    first: int | None = (
+        None  # presentation time of the video's first frame; None: the whole video, timed or not
+    )
+    low: float = -math.inf
+    high: float = math.inf
+
+    def holds(self, pts):
+        """Whether a frame shown at `pts` is among them. Raises VideoError where it has no time."""
+        if self.first is None:
+            return True
+        if pts is None:
+            raise no_times(self.path)
+        return self.low <= pts < self.high
+
+
+def no_times(path):
+    return VideoError(
+        f"{path} states no times for its frames, so no stretch can be cut out; "
+        "put it into another container"
+    )
+
+
+STRETCH_TOLERANCE = Fraction(1, 2000)  # seconds: webm and lists round times to milliseconds
+
+
+def find_stretch(path, start, end):
+    """The Stretch of a video from `start` to `end` seconds after its first frame.
+
+    Raises VideoError where there is no frame, or one that states no time.
+    """
+    with open_video(Stretch(path)) as (stream, packets):
+        first = next((frames[0] for frames in map(frames_of, packets) if frames), None)
+        if first is None:
+            raise VideoError(f"{path}: no frame could be decoded")
+        if first.pts is None:
+            raise no_times(path)
+        ticks = [
+            math.inf
+            if time is None
+            else first.pts + math.ceil((Fraction(time) - STRETCH_TOLERANCE) / stream.time_base)
+            for time in (start, end)
+        ]
+        return Stretch(path, first.pts, *ticks)
+
+
+@contextlib.contextmanager
+def open_video(stretch):
+    """(stream, packets) of a video: all, or those from the last key frame before a stretch on."""
+    import av
+
+    with av.open(stretch.path, metadata_errors="ignore") as container:
+        stream = video_stream(container, stretch.path)
+        if stretch.first is None or stretch.low <= stretch.first:
+            packets = container.demux(stream)
+        else:
+            packets = packets_from_key(container, stream, stretch)
+        if packets is not None:
+            yield stream, packets_until(packets, stream, stretch)
+            return
+    with av.open(
+        stretch.path, metadata_errors="ignore"
+    ) as container:  # no seeking, or not to there: from the beginning
+        stream = video_stream(container, stretch.path)
+        yield stream, packets_until(container.demux(stream), stream, stretch)
+
+
+def packets_from_key(container, stream, stretch):
+    """Packets from a key frame on that is shown when the stretch begins, or before.
+
+    Containers seek by decoding time, or to any packet near by, so what comes after a seek is
+    looked at, and the next try goes further back. None where no such frame is found.
+    """
+    import av
+
+    back = 0
+    while stretch.low - back > stretch.first:
+        try:
+            container.seek(stretch.low - back, stream=stream)
+        except av.error.FFmpegError:
+            return None
+        packets = container.demux(stream)
+        key = next((packet for packet in packets if packet.is_keyframe), None)
+        if key is not None and key.pts is not None and key.pts <= stretch.low:
+            return itertools.chain([key], packets)
+        back = 2 * back or math.ceil(1 / stream.time_base)
+    return None
+
+
+def packets_until(packets, stream, stretch):
+    """Packets up to the first that is decoded after the stretch, and one that flushes."""
+    import av
+
+    for packet in packets:
+        if packet.size and packet.dts is not None and packet.dts >= stretch.high:
+            flush = av.Packet()
+            flush.stream = stream
+            yield flush
+            return
+        yield packet
+
+
+def frames_of(packet):
+    """The frames that a packet completes; None where it is refused: players pass over it, too."""
+    import av
+
+    try:
+        return packet.decode()
+    except av.error.InvalidDataError:
+        return None
+
+
 def video_stream(container, path):
-    if not container.streams.video:
+    import av
+    # Pictures beside the video, or beside sound alone, come as video streams too.
+    cover = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not streams:
         raise VideoError(f"{path} holds no video stream")
-    stream = container.streams.video[0]
+    stream = streams[0]
     if stream.codec_context is None:
         raise VideoError(f"{path} is in a codec that this build of FFmpeg does not know")
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
@@ -262,90 +667,135 @@ def check_disk(path):
         raise VideoError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def cut(packets, stream, views, clips, name, n, path):
-    """Cut those of `views` that have no clip yet out of a video that is said to have n frames, into `clips`; returns how many it turned out to have.
+def cut(packets, stream, views, clips, name, n, stretch):
+    """Cut those of `views` that have no clip yet out of a stretch that is said to have n frames.
+
+    The clips go into `clips`; returns how many frames it turned out to have.
 
     A view is done when its last frame has come and every packet so far has given its frame: then n is right as far as that view looks, and what
     comes after does not matter. Else it is done at the end, where n was right, or left without a clip. No view's clip depends on the others.
     """
-    import av
     asked, made, takers = [i for i, clip in enumerate(clips) if clip is None], {}, {}  # takers: frame number -> [(view, place in its clip)]
-    places, last = {}, {}
+    places, last, times = {}, {}, {}  # times: view -> of the frames of its clip, in ticks
     for i in asked:
         random = ops.Random(views[i].seed, 0, sample_id(name, views[i].view), ops.STREAMS["view"]) if views[i].view > 0 else None
         numbers = frame_numbers(n, views[i], random).tolist()
         places[i], last[i] = (random.uniform(), random.uniform()) if random else None, numbers[-1]
         made[i] = np.empty((views[i].frames, 3, views[i].size, views[i].size), np.uint8)
+        times[i] = []
         for place, number in enumerate(numbers):
             takers.setdefault(number, []).append((i, place))
-    fed, decoded, delay, broken, scaler = 0, 0, None, False, Scaler(path)
+    fed, decoded, delay, broken = 0, 0, None, False
+    number, over = 0, False  # of the frame in the stretch; whether the stretch has ended
+    scaler = Scaler(stretch.path, stream.sample_aspect_ratio)
+
+    def finish(i):
+        clips[i] = made[i].transpose(0, 2, 3, 1)
+        if None not in times[i]:
+            long_clips.note(stretch.path, float((times[i][-1] - times[i][0]) * stream.time_base))
+
     for packet in packets:
         fed += shows(packet)
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError:
-            broken = True  # passed over, as players do
+        frames = frames_of(packet)
+        if frames is None:
+            broken = True
             continue
         for frame in frames:
+            decoded += 1
+            if not stretch.holds(frame.pts):
+                over = over or frame.pts >= stretch.high
+                continue
             converted = {}
-            for i, place in takers.get(decoded, ()):
+            for i, place in takers.get(number, ()):
                 if i not in converted:
                     converted[i] = scaler.convert(frame, views[i], places[i])
                 for channel, plane in enumerate(converted[i]):
                     made[i][place, channel] = plane
-            decoded += 1
+                times[i].append(frame.pts)
+            number += 1
+        if over:
+            break
         if decoded and delay is None:
             delay = fed - decoded if stream.codec_context.has_b_frames else 0  # packets that the codec holds back to reorder frames
         if decoded and not broken and fed - decoded <= delay:
-            for i in [i for i in asked if decoded > last[i]]:
-                clips[i] = made[i].transpose(0, 2, 3, 1)
+            for i in [i for i in asked if number > last[i]]:
+                finish(i)
                 asked.remove(i)
             if not asked:
                 return n
-    for i in asked if decoded == n else ():
-        clips[i] = made[i].transpose(0, 2, 3, 1)
-    return decoded
+    for i in asked if number == n else ():
+        finish(i)
+    return number
+
+
+def orientation(frame):
+    """(transposed, mirrored, upside_down): what shows a frame upright, in that order.
+
+    The nearest of the eight turns and flips to its display matrix [a b u; c d v; x y w], which
+    moves the point (x, y) to (a x + c y, b x + d y).
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
 
 
 class Scaler:
     """Frames of one video as upright RGB. One swscale context, and one crop filter a shape, serve all of them."""
 
-    def __init__(self, path):
+    def __init__(self, path, pixel_aspect=None):
         import av
         self.path, self.reformatter, self.graphs = path, av.video.reformatter.VideoReformatter(), {}
+        self.pixel_aspect = float(pixel_aspect or 1)  # width over height of a pixel as it is stored
         # Without full chroma swscale takes, for widths that are multiples of 8 alone, a short cut that is two levels too dark; to planes (gbrp)
         # the exact way is two and a half times as fast as to interleaved rgb24, with the same values.
         self.exact = av.video.reformatter.Interpolation.FULL_CHR_H_INT | av.video.reformatter.Interpolation.ACCURATE_RND
 
     def convert(self, frame, view, place):
         """Planes uint8 [3, size, size] of red, green and blue, cropped at `place` (two fractions of the room there is), or in the middle."""
-        turned = round(frame.rotation / 90) % 4
-        height, width = (frame.width, frame.height) if turned % 2 else (frame.height, frame.width)
-        if max(height * width, view.size ** 2) > MAX_PIXELS:
+        transposed, mirrored, upside_down = orientation(frame)
+        if max(frame.height * frame.width, view.size ** 2) > MAX_PIXELS:
             raise VideoError(f"{self.path} has frames of {frame.width}x{frame.height}, more than {MAX_PIXELS} pixels")
-        if view.crop == "center":  # the square that becomes size x size where the short side becomes short_side
-            side = max(1, round(min(height, width) * view.size / view.short_side))
-            y, x = (int(p * (room - side + 1)) if place else (room - side) // 2 for p, room in zip(place or (0, 0), (height, width)))
-            y, x = ((y, x), (x, height - y - side), (height - y - side, width - x - side), (width - x - side, y))[turned]  # as the frame is stored
-            frame = self.crop(frame, side, y, x)
+        if view.crop == "center":
+            # The square that becomes size x size where the short side becomes short_side, in
+            # pixels as they are shown: as high as those of the stored frame, and square.
+            side = min(frame.height, frame.width * self.pixel_aspect) * view.size / view.short_side
+            height, width = max(1, round(side)), max(1, round(side / self.pixel_aspect))
+            rooms = [frame.height - height, frame.width - width]
+            # The axes of the stored frame that are shown from top to bottom and from left to right.
+            down, right = (1, 0) if transposed else (0, 1)
+            at = [0, 0]
+            flips = (upside_down, mirrored)
+            for axis, fraction, flipped in zip((down, right), place or (0, 0), flips, strict=True):
+                room = rooms[axis]
+                at[axis] = int(fraction * (room + 1)) if place else room // 2
+                if flipped:
+                    at[axis] = room - at[axis]
+            frame = self.crop(frame, height, width, *at)
         how = type(self.exact)[view.interpolation.upper()] | self.exact
         made = self.reformatter.reformat(frame, view.size, view.size, "gbrp", interpolation=how, dst_color_range="JPEG", threads=1)
         planes = [np.frombuffer(made.planes[i], np.uint8).reshape(-1, made.planes[i].line_size)[:view.size, :view.size] for i in (2, 0, 1)]
-        return [np.rot90(plane, turned) for plane in planes] if turned else planes  # VideoFrame.rotation and rot90 both count counter-clockwise
+        if transposed:
+            planes = [plane.T for plane in planes]
+        return [plane[::-1 if upside_down else 1, ::-1 if mirrored else 1] for plane in planes]
 
-    def crop(self, frame, side, y, x):
-        """The square of a frame from (y, x) on, moved up and left to where its chroma samples begin; no pixel is copied."""
-        if frame.width == frame.height == side:
+    def crop(self, frame, height, width, y, x):
+        """A part of a frame from (y, x) on, moved to where its chroma samples begin; no copy."""
+        if (frame.height, frame.width) == (height, width):
             return frame
         import av
         x -= x % (16 // frame.format.chroma_width(16))
         y -= y % (16 // frame.format.chroma_height(16))
-        key = frame.width, frame.height, frame.format.name, side, y, x
+        key = frame.width, frame.height, frame.format.name, height, width, y, x
         if key not in self.graphs:
             graph = av.filter.Graph()
             graph.threads = 1
             source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000))
-            crop, sink = graph.add("crop", f"{side}:{side}:{x}:{y}:exact=1"), graph.add("buffersink")
+            crop = graph.add("crop", f"{width}:{height}:{x}:{y}:exact=1")
+            sink = graph.add("buffersink")
             source.link_to(crop)
             crop.link_to(sink)
             graph.configure()
@@ -406,10 +856,8 @@ class Videos:
 
     def decode(self, i, out):
         """Write clip i's patches to the uint8 array `out` [N, P]. Raises VideoError."""
-        row = self.rows[i]
-        if row.path is None:
-            raise VideoError(f"the video of the id {row.id!r} is not in the data folder")
-        ops.patchify_into(read_clip(row.path, self.view, row.id), out, self.patch, self.tubelet)
+        clip, = read_row(self.rows[i], [self.view])
+        ops.patchify_into(clip, out, self.patch, self.tubelet)
 
 
 class Records:
@@ -418,8 +866,8 @@ class Records:
 
     def __init__(self, cache, rows=None):
         self.cache, self.view, self.patch, self.tubelet, self.decodes = cache, cache.view, cache.patch, cache.tubelet, not cache.has_patches
-        self.paths = {row.id: row.path for row in rows or ()}
-        if self.decodes and not self.paths:
+        self.rows = {row.id: row for row in rows or ()}
+        if self.decodes and not self.rows:
             raise InputError(f"the cache {cache.folder} holds no clips (--clips off), so the videos are needed: give --data")
         self.grid, self.patch_shape, self.latent_shape = grid_of(cache.view, cache.patch, cache.tubelet), tuple(cache.patch_shape), cache.latent_shape
         self.decoded = itertools.count()
@@ -434,13 +882,14 @@ class Records:
         """Write clip i's patches to the uint8 array `out` [N, P]; the first CHECKED, and one in CHECK_EVERY from there on, are compared with what the
         cache was made from. Raises VideoError, and InputError on other pixels."""
         name, number = self.name(i)
-        if self.paths.get(name) is None:
+        row = self.rows.get(name)
+        if row is None or row.path is None:
             raise VideoError(f"the video of the id {name!r}, record {i} of {self.cache.folder}, is not in the data folder")
-        ops.patchify_into(read_clip(self.paths[name], dataclasses.replace(self.view, view=number), name), out, self.patch, self.tubelet)
+        clip, = read_row(row, [dataclasses.replace(self.view, view=number)])
+        ops.patchify_into(clip, out, self.patch, self.tubelet)
         count = next(self.decoded)
-        marks = self.cache.fingerprints
-        if marks is not None and (check or count < self.CHECKED or count % self.CHECK_EVERY == 0) and fingerprint(out) != marks[i]:
-            raise InputError(f"{self.paths[name]} is not the video {name!r} that the cache {self.cache.folder} was made from: its pixels differ, so it was replaced or "
+        if (check or count < self.CHECKED or count % self.CHECK_EVERY == 0) and fingerprint(out) != self.cache.fingerprints[i]:
+            raise InputError(f"{row.path} is not the video {name!r} that the cache {self.cache.folder} was made from: its pixels differ, so it was replaced or "
                              f"encoded again since (or another FFmpeg decodes it). `python cache_latents.py --verify {self.cache.folder} --data ...` names all such "
                              "videos; put them back, or make the cache again")
 

@@ -61,7 +61,7 @@ import model  # noqa: E402
 import ops  # noqa: E402
 from cache import prepare_file, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
-from data import VideoError, load_split, patchify, prefetch, read_clip  # noqa: E402
+from data import VideoError, load_split, patchify, prefetch, read_row  # noqa: E402
 from views import View, random_half  # noqa: E402
 from weights import load_checkpoint  # noqa: E402
 
@@ -98,10 +98,9 @@ for encoder in encoders.values():
 
 
 def clip_of(row):
-    if row.path is None:
-        return VideoError(f"the video of the id {row.id!r} is not in the data folder")
     try:
-        return read_clip(row.path, view if whole_videos else dataclasses.replace(view, window=random_half(row.id, seed)), row.id)
+        part = view if whole_videos else dataclasses.replace(view, window=random_half(row.id, seed))
+        return read_row(row, [part])[0]
     except VideoError as error:
         return error
 

@@ -1,0 +1,128 @@
+"""Oddities of real files: hidden frames, edit lists, cover art. Against what PyAV decodes."""
+
+import struct
+
+import av
+import numpy as np
+import pytest
+
+import data
+from data import View
+from tests.test_data import numbered_frames, numbers_in, write_video
+
+VIEWS = [
+    View(frames=8, size=32, short_side=32),
+    View(frames=30, size=32, short_side=32),
+    View(frames=4, size=32, short_side=32, window=(0, 0.5)),
+    View(frames=4, size=32, short_side=32, window=(0.5, 1)),
+]
+
+
+def brightness(rgb):
+    return int(np.rint((rgb.mean() - 10) / 4))
+
+
+def decoded(path):
+    """The numbers of the frames that PyAV decodes, as numbered_frames wrote them."""
+    with av.open(str(path)) as container:
+        return [
+            brightness(frame.to_ndarray(format="rgb24"))
+            for frame in container.decode(container.streams.video[0])
+        ]
+
+
+def expect_frames(path, numbers):
+    """Every view takes its frames of `numbers`, by the formula."""
+    for view, clip in zip(VIEWS, data.read_clips(str(path), VIEWS), strict=True):
+        assert numbers_in(clip) == [numbers[i] for i in data.frame_numbers(len(numbers), view)]
+
+
+def rewrite_packets(source, sink, change):
+    """Copies a video packet by packet; change(number, bytes) gives the bytes of each."""
+    with av.open(source) as reader, av.open(str(sink), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for number, packet in enumerate(reader.demux(reader.streams.video[0])):
+            if packet.size:
+                copy = av.Packet(change(number, bytes(packet)))
+                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.is_keyframe = packet.is_keyframe
+                copy.stream = stream
+                writer.mux(copy)
+
+
+@pytest.mark.parametrize("hidden", [[5], [1, 2, 17], [28]])
+def test_frames_that_are_not_shown_are_not_counted(tmp_path, hidden):
+    """VP8 hides some frames that it decodes (alt-ref): bit 4 of a packet (RFC 6386, 9.1)."""
+    path = write_video(tmp_path / "v.webm", numbered_frames(30), "libvpx", bit_rate=8_000_000)
+
+    def hide(number, content):
+        return bytes([content[0] & ~16]) + content[1:] if number in hidden else content
+
+    rewrite_packets(path, tmp_path / "h.webm", hide)
+    shown = [i for i in range(30) if i not in hidden]
+    assert decoded(tmp_path / "h.webm") == shown
+    expect_frames(tmp_path / "h.webm", shown)
+
+
+@pytest.mark.parametrize("first, count", [(13, 20), (10, 30), (3, 8)])
+def test_edit_lists_are_kept_to(tmp_path, first, count):
+    """An mp4 whose edit list shows a part of it, from any frame on (ISO 14496-12, 8.6.6)."""
+    path = tmp_path / "v.mp4"
+    write_video(
+        path, numbered_frames(40), "libx264", 25, options={"g": "10", "bf": "2"}, bit_rate=8_000_000
+    )
+    content = bytearray(path.read_bytes())
+    at = content.index(b"elst") + 12
+    duration, begin, rate = struct.unpack(">IiI", content[at : at + 12])
+    content[at : at + 12] = struct.pack(
+        ">IiI", duration * count // 40, begin + first * 512, rate
+    )  # 12800 ticks a second
+    path.write_bytes(content)
+    numbers = decoded(path)
+    assert numbers == list(range(first, first + count))
+    expect_frames(path, numbers)
+    stretch = data.read_clip(str(path), View(frames=3, size=32, short_side=32), None, 0.08, 0.2)
+    assert numbers_in(stretch) == numbers[2:5]
+
+
+def with_cover(path, cover_first):
+    """A video of 30 frames and a white picture as cover, in an mp4."""
+    with av.open(str(path), "w") as container:
+        cover = None
+        for kind in ("cover", "video") if cover_first else ("video", "cover"):
+            stream = container.add_stream("mjpeg" if kind == "cover" else "mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = (
+                64,
+                48,
+                "yuvj420p" if kind == "cover" else "yuv420p",
+            )
+            stream.options = {"qscale": "2"}
+            stream.codec_context.bit_rate = 8_000_000
+            if kind == "cover":
+                stream.disposition = av.stream.Disposition.attached_pic
+                cover = stream
+            else:
+                video = stream
+        white = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 255, np.uint8), format="rgb24")
+        for packet in [*cover.encode(white), *cover.encode(None)]:
+            container.mux(packet)
+        for i, frame in enumerate(numbered_frames(30)):
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            frame.pts = i
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+
+
+@pytest.mark.parametrize("cover_first", [True, False])
+def test_cover_art_is_not_the_video(tmp_path, cover_first):
+    path = tmp_path / "v.mp4"
+    with_cover(path, cover_first)
+    with av.open(str(path)) as container:
+        assert (
+            sum(
+                bool(stream.disposition & av.stream.Disposition.attached_pic)
+                for stream in container.streams.video
+            )
+            == 1
+        )
+    expect_frames(path, list(range(30)))

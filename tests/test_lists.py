@@ -1,0 +1,247 @@
+"""Which videos there are: folders without lists, CSV lists, and what else --data may be."""
+
+import json
+import os
+
+import av.format
+import pytest
+
+import data
+from config import InputError
+
+
+def make(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
+def load_both(folder):
+    """(rows of train and validation together by id, log lines)."""
+    said = []
+    rows = [
+        row
+        for split in ("train", "validation")
+        for row in data.load_split(str(folder), split, log=said.append)
+    ]
+    return {row.id: row for row in rows}, said
+
+
+def test_all_subfolders_are_searched(tmp_path):
+    names = [
+        f"{task}/{day}/{number}"
+        for task in ("pick", "place")
+        for day in ("mon", "tue")
+        for number in range(10)
+    ]
+    make(tmp_path, *(f"{name}.mp4" for name in names), "top.MOV", ".hidden/a.mp4", "pick/._b.mp4")
+    rows, _ = load_both(tmp_path)
+    assert sorted(rows) == sorted([*names, "top"])
+    assert rows["pick/mon/3"].path == str(tmp_path / "pick" / "mon" / "3.mp4")
+
+
+def test_subfolders_of_splits_are_searched_too(tmp_path):
+    make(tmp_path, "train/pick/a.mp4", "train/b.m4v", "validation/pick/c.mov", "extra/d.mp4")
+    said = []
+    rows = {
+        split: data.load_split(str(tmp_path), split, log=said.append)
+        for split in ("train", "validation")
+    }
+    assert [row.id for row in rows["train"]] == ["b", "pick/a"] and [
+        row.id for row in rows["validation"]
+    ] == ["pick/c"]
+    assert "1 file not used: 1 outside train/, validation/ (extra/d)" in said
+    with pytest.raises(InputError, match="has train/ and validation/, but no subfolder test/"):
+        data.load_split(str(tmp_path), "test")
+
+
+def test_what_is_not_used_is_said(tmp_path):
+    make(
+        tmp_path,
+        *(f"{number}.mp4" for number in range(40)),
+        "3.webm",
+        "5.avi",
+        "note.txt",
+        "in/pose.jpg",
+        "in/pose2.jpg",
+    )
+    rows, said = load_both(tmp_path)
+    assert len(rows) == 40 and rows["3"].path.endswith("3.mp4")
+    (line,) = {line for line in said if "not used" in line}
+    assert line.startswith("5 files not used: ")
+    assert "2 of equal ids (3.webm: 3.mp4 has that id, 5.mp4: 5.avi has that id)" in line
+    assert "3 with suffixes that are no video (.txt, .jpg)" in line
+
+
+def test_links_lead_into_no_circle_and_to_no_second_id(tmp_path):
+    make(tmp_path, *(f"set/{number}.mp4" for number in range(30)))
+    os.symlink("..", tmp_path / "set" / "up")
+    os.symlink("set", tmp_path / "zet")
+    make(tmp_path.parent / f"{tmp_path.name}-elsewhere", "far.mp4")
+    os.symlink(tmp_path.parent / f"{tmp_path.name}-elsewhere", tmp_path / "linked")
+    rows, said = load_both(tmp_path)
+    assert sorted(rows) == sorted([*(f"set/{number}" for number in range(30)), "linked/far"])
+    assert "2 files not used: 2 folder that another name leads to (set/up, zet)" in said
+
+
+def test_a_folder_of_no_videos_says_what_was_looked_at(tmp_path):
+    make(tmp_path, "train/a.txt", "validation/b.mp4")
+    with pytest.raises(
+        InputError,
+        match=r"found no video in .*train and its subfolders; looked for \.mp4 .*1 file not used: ",
+    ):
+        data.load_split(str(tmp_path), "train")
+
+
+def test_suffixes_are_those_of_formats_that_ffmpeg_reads():
+    known = set()
+    for name in av.format.formats_available:
+        try:
+            known |= av.format.ContainerFormat(name).extensions
+        except ValueError:  # devices
+            continue
+    assert {suffix[1:] for suffix in data.VIDEO_SUFFIXES} <= known
+    assert not {".jpg", ".png", ".webp", ".mp3", ".wav", ".srt", ".json", ".csv", ".txt"} & set(
+        data.VIDEO_SUFFIXES
+    )
+
+
+def test_lists_find_every_suffix_and_say_which_of_two_is_used(tmp_path):
+    make(tmp_path, "1.mov", "videos/2.m4v", "videos/2.webm")
+    (tmp_path / "train.json").write_text(json.dumps([{"id": "1"}, {"id": "2"}]))
+    said = []
+    rows = data.load_split(str(tmp_path), "train", log=said.append)
+    assert rows[0].path.endswith("1.mov") and rows[1].path.endswith("2.m4v")
+    assert any("1 of equal ids" in line and "2.webm: " in line for line in said)
+
+
+# ------------------------------------------------------------------------------------ CSV lists
+
+
+def rows_of(folder, text):
+    (folder / "train.csv").write_text(text)
+    said = []
+    rows = data.load_split(str(folder), "train", log=said.append)
+    return [tuple(row) for row in rows], said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "in/a b.mp4,grasp\nc.mov,\n",
+        "path,label\nin/a b.mp4,grasp\nc.mov\n",
+        " in/a b.mp4 , grasp \n\n c.mov\n",
+        "label;path\ngrasp;in/a b.mp4\n;c.mov\n",
+        "in/a b.mp4\tgrasp\nc.mov\n",
+        "in/a b.mp4 grasp\nc.mov\n",
+        '\ufeffFilename,Label\r\n"in/a b.mp4", "grasp"\r\nc.mov,""\r\n',
+        "./in/a b.mp4,grasp\nin/../c.mov\n",
+    ],
+)
+def test_ways_to_write_a_list(tmp_path, text):
+    make(tmp_path, "in/a b.mp4", "c.mov")
+    rows, _ = rows_of(tmp_path, text)
+    assert rows == [
+        ("in/a b", str(tmp_path / "in" / "a b.mp4"), "grasp", None, None),
+        ("c", str(tmp_path / "c.mov"), None, None, None),
+    ]
+
+
+def test_lists_of_v_jepa(tmp_path):
+    """Absolute paths, a space, a number; inside the folder they get the ids of relative ones."""
+    make(tmp_path, "in/a.mp4", "b.mp4")
+    rows, _ = rows_of(tmp_path, f"{tmp_path}/in/a.mp4 3\n{tmp_path}/b.mp4 0\n")
+    assert [row[:3] for row in rows] == [
+        ("in/a", f"{tmp_path}/in/a.mp4", "3"),
+        ("b", f"{tmp_path}/b.mp4", "0"),
+    ]
+
+
+def test_stretches_in_a_list(tmp_path):
+    make(tmp_path, "in/a.mp4")
+    rows, said = rows_of(
+        tmp_path,
+        "end, start, path, fps, label, id\n1.5,0,in/a.mp4,30\n"
+        " 8.566666666666666 ,1.5, in/a.mp4,30, grasp\n"
+        ",8.566666666666666,in/a.mp4\n3,,in/a.mp4,30,,my/name\n",
+    )
+    path = str(tmp_path / "in" / "a.mp4")
+    assert rows == [
+        ("in/a@0-1.5", path, None, 0.0, 1.5),
+        ("in/a@1.5-8.567", path, "grasp", 1.5, 8.566666666666666),
+        ("in/a@8.567-end", path, None, 8.566666666666666, None),
+        ("my/name", path, None, None, 3.0),
+    ]
+    assert any("columns not used: fps" in line for line in said)
+
+
+def test_bad_rows_are_left_out_and_named(tmp_path):
+    make(tmp_path, "a.mp4")
+    text = "path,start,end\na.mp4,3,2\na.mp4,1,2\n../b.mp4\nno,1,2\na.mp4,x,2\na.mp4,-1,2\n"
+    text += "a.mp4,nan\n,1,2\na.mp4,1,2,3,4\n"
+    rows, said = rows_of(tmp_path, text)
+    assert [row[0] for row in rows] == ["a@1-2"]
+    (line,) = [line for line in said if "rows not used" in line]
+    assert (
+        "8 rows not used: line 2: start 3.0 is not before end 2.0; line 4: '../b.mp4' leaves"
+        in line
+    )
+    assert "line 5: 'no' is no path of a video; ..." in line
+    for text, message in (
+        ("a.txt\nb.jpg\n", "line 1: 'a.txt' is no path of a video; line 2"),
+        ("path,label\n", "is empty"),
+        ("a.mp4,1,2\n", "3 fields for the columns path,label"),
+        ("\n \n", "is empty"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            rows_of(tmp_path, text)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="holds the id 'a@1-2' twice"):
+        rows_of(tmp_path, "path,start,end\na.mp4,1,2\na.mp4,1.0,2\n")
+
+
+# ------------------------------------------------------------------------ what else --data may be
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "",
+        "videos",
+        "videos/cam",
+        "videos/cam/chunk-000",
+        "meta/info.json",
+        "videos/cam/chunk-000/file-000.mp4",
+        "..",
+    ],
+)
+def test_a_lerobot_data_set_is_called_one(tmp_path, inside):
+    folder = tmp_path / "all" / "set"
+    make(folder, "meta/info.json", "videos/cam/chunk-000/file-000.mp4")
+    with pytest.raises(
+        InputError, match=r"all/set is a LeRobot data set .* CSV with the columns path,start,end"
+    ) as caught:
+        data.load_split(str(folder / inside) if inside != ".." else str(folder.parent), "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_beside_a_lerobot_data_set_is_used(tmp_path):
+    make(tmp_path, "meta/info.json", "videos/cam/chunk-000/file-000.mp4")
+    (tmp_path / "train.csv").write_text("path,start,end\nvideos/cam/chunk-000/file-000.mp4,0,2\n")
+    for given in (tmp_path, tmp_path / "train.csv"):
+        assert data.load_split(str(given), "train")[0].start == 0
+
+
+def test_files_that_are_no_list_are_called_what_they_are(tmp_path):
+    make(tmp_path, "a.mov")
+    (tmp_path / "labels.json").write_text('{"a": "b"}')
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "pages.csv").write_bytes(b"\xff\xfe\x00\x01")
+    for name, message in (
+        ("a.mov", "is a video; --data names the folder it lies in"),
+        ("labels.json", "is JSON, but no list of videos"),
+        ("broken.json", "is not readable as JSON"),
+        ("pages.csv", "is not a readable CSV list"),
+    ):
+        with pytest.raises(InputError, match=message):
+            data.load_split(str(tmp_path / name), "train")
