@@ -37,7 +37,7 @@ import ops
 from config import InputError
 from views import IMAGENET_MEAN, IMAGENET_STD, View
 
-FORMAT_VERSION = 2  # 1 resized the whole frame and then cropped it, so the same view gave other pixels
+FORMAT_VERSION = 3  # 1 and 2 cut other pixels under the same view, and 2 did not keep what tells them apart
 SHARD_ROWS = 512
 FLOAT16_MAX = 65504.0
 KINDS = ("latents", "scales", "tokens", "patches")
@@ -165,9 +165,7 @@ class Cache:
 
     @functools.cached_property
     def fingerprints(self):
-        """int64 [count]: `fingerprint` of each record's clip; None in a cache that was made before they were kept."""
-        if "fingerprints_sha256" not in self.metadata:
-            return None
+        """int64 [count]: `fingerprint` of each record's clip."""
         content = self.read_checked("fingerprints.npy", "fingerprints_sha256")
         marks = np.load(io.BytesIO(content), allow_pickle=False)
         if marks.shape != (len(self),) or marks.dtype != np.int64:
@@ -190,7 +188,7 @@ class Cache:
         m = self.metadata
         return {"view_hash": m["view_hash"], "teacher": self.teacher_identity, "ids_sha256": m["ids_sha256"], "latents": m["dtype"],
                 "latents_sha256": content_digest([shard[kind]["sha256"] for shard in m["shards"] for kind in self.formats if kind != "patches"]),
-                "clips_sha256": m.get("fingerprints_sha256")}
+                "clips_sha256": m["fingerprints_sha256"]}
 
     @property
     def teacher_identity(self):
@@ -241,7 +239,6 @@ class Cache:
             scale = torch.empty(len(records), 1, shape[1])
             self.read_rows("scales", records, scale, threads=threads)
             scale = scale[:, 0]
-        if dtype == np.int8 and "tokens" in self.formats:
             tokens = torch.empty(len(records), shape[0], 1)
             self.read_rows("tokens", records, tokens, threads=threads)
             tokens = tokens[:, :, 0]
@@ -289,7 +286,7 @@ def read_metadata(folder):
         newer = isinstance(version, int) and version > FORMAT_VERSION
         raise InputError(f"{folder} was made by {'a newer' if newer else 'an older'} version of this code: it has cache format {version}, this code "
                          f"reads {FORMAT_VERSION}; {'update the code' if newer else 'make the cache again'}")
-    if "checksum" in metadata and metadata["checksum"] != metadata_digest(metadata):  # caches made before it was kept have none
+    if metadata.get("checksum") != metadata_digest(metadata):
         raise InputError(f"{path} does not have its checksum: it was changed or damaged; put back the one that was made with the files, or make the cache again")
     return metadata
 
@@ -310,9 +307,8 @@ def fingerprint(patches):
 
 
 def same_clips(metadata, other):
-    """Whether two caches hold the same clips of the same ids, record for record; by their ids alone where one was made before fingerprints were kept."""
-    marks = [m["fingerprints_sha256"] for m in (metadata, other) if "fingerprints_sha256" in m]
-    return metadata["ids_sha256"] == other["ids_sha256"] and (len(marks) < 2 or marks[0] == marks[1])
+    """Whether two caches hold the same clips of the same ids, record for record."""
+    return all(metadata[name] == other[name] for name in ("ids_sha256", "fingerprints_sha256"))
 
 
 def open_at_once(files, largest):
@@ -335,8 +331,7 @@ def row_formats(metadata):
         formats["latents"] = tuple(metadata["latent_shape"]), np.dtype(metadata["dtype"])
         if metadata["dtype"] == "int8":
             formats["scales"] = (1, metadata["latent_shape"][1]), np.dtype(np.float32)
-            if "tokens" in (metadata.get("shards") or [KINDS])[0]:  # older caches have a scale a channel alone
-                formats["tokens"] = (metadata["latent_shape"][0], 1), np.dtype(np.float32)
+            formats["tokens"] = (metadata["latent_shape"][0], 1), np.dtype(np.float32)
     if metadata["clips"]:
         formats["patches"] = tuple(metadata["patch_shape"]), np.dtype(np.uint8)
     return formats
@@ -541,12 +536,7 @@ class Writer:
 
     def missing(self):
         """Numbers of the shards still to make."""
-        return [] if self.finished else [k for k in range(self.shard_count) if not self.done(k)]
-
-    def done(self, number):
-        """Whether a shard is made, with the files that this version keeps."""
-        entry = self.partial / f"shard-{number:05d}.json"
-        return entry.is_file() and set(json.loads(entry.read_text())["files"]) == set(row_formats(self.plan))
+        return [] if self.finished else [k for k in range(self.shard_count) if not (self.partial / f"shard-{k:05d}.json").is_file()]
 
     def shard(self, number):
         return ShardWriter(self, number)
@@ -563,8 +553,7 @@ class Writer:
                 if not path.is_file() or path.stat().st_size != entry["bytes"]:
                     raise InputError(f"{path} is gone or cut short since it was made; run the same command with --repair")
         ids = "".join(f"{name}\t{view}\n" for shard in done for name, view in shard["ids"]).encode()
-        marks = [shard.get("fingerprints") for shard in done]  # None: of a shard that an older version made
-        marks = None if None in marks else np.concatenate([np.array(part, np.int64) for part in marks])
+        marks = np.concatenate([np.array(shard["fingerprints"], np.int64) for shard in done])
         failures = [failure for shard in done for failure in shard["failures"]]
         if not ids:
             for path in [self.partial, *(self.folder / name for number in range(self.shard_count) for name in shard_names(number))]:
@@ -576,7 +565,7 @@ class Writer:
     def complete(self, ids, marks, failures, shards, write_stats):
         """Write what goes beside the shards; metadata.json comes last.
 
-        ids: bytes of ids.txt; marks: int64 [count], fingerprints.npy, or None; write_stats(shards) makes stats.npz.
+        ids: bytes of ids.txt; marks: int64 [count], fingerprints.npy; write_stats(shards) makes stats.npz.
         """
         lost = "".join(json.dumps(failure) + "\n" for failure in failures).encode()
         write_whole(self.folder / "ids.txt", ids)
@@ -590,11 +579,10 @@ class Writer:
             with np.load(self.folder / "stats.npz") as stats:
                 variance = float(stats["variance"].sum(dtype=np.float64)) * metadata["count"]
             metadata["lost_variance"] = math.fsum(shard["lost"] for shard in shards) / max(variance, 1e-300)
-        if marks is not None:
-            content = io.BytesIO()
-            np.save(content, marks)
-            write_whole(self.folder / "fingerprints.npy", content.getvalue())
-            metadata["fingerprints_sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
+        content = io.BytesIO()
+        np.save(content, marks)
+        write_whole(self.folder / "fingerprints.npy", content.getvalue())
+        metadata["fingerprints_sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
         metadata["checksum"] = metadata_digest(metadata)
         write_whole(self.folder / "metadata.json", json.dumps(metadata, indent=1).encode())
         (self.partial / "before.json").unlink(missing_ok=True)
@@ -657,7 +645,7 @@ def from_stored(stored):
     if "scales" not in stored:
         return stored["latents"]
     parts = {kind: torch.from_numpy(array).float() for kind, array in stored.items()}
-    return (parts["latents"] * parts["scales"] * parts.get("tokens", 1)).half().numpy()
+    return (parts["latents"] * parts["scales"] * parts["tokens"]).half().numpy()
 
 
 class Moments:

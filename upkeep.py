@@ -58,8 +58,7 @@ def verify(folder, progress=lambda files: files):
         jobs = [("ids", folder / "ids.txt", metadata["ids_sha256"]), ("failures", folder / "failures.jsonl", metadata["failures_sha256"])]
         if metadata["latent_shape"]:
             jobs.append(("stats", folder / "stats.npz", metadata["stats_sha256"]))
-        if "fingerprints_sha256" in metadata:
-            jobs.append(("fingerprints", folder / "fingerprints.npy", metadata["fingerprints_sha256"]))
+        jobs.append(("fingerprints", folder / "fingerprints.npy", metadata["fingerprints_sha256"]))
         jobs += [(number, folder / shard_name(kind, number), shard[kind]["sha256"]) for number, shard in enumerate(metadata["shards"]) for kind in row_formats(metadata)]
         found = [(key, problem) for key, problem in checksums(jobs, progress) if problem]
         problems, broken = [problem for _, problem in found], {key for key, _ in found}
@@ -89,11 +88,9 @@ def verify(folder, progress=lambda files: files):
 def verify_clips(folder, rows, threads, progress=lambda records: records):
     """Decode the videos of a cache again, and compare their pixels with its fingerprints.
 
-    rows: of the list, data.Row; progress wraps the records. Returns problems, a line each. Raises InputError where the cache keeps none.
+    rows: of the list, data.Row; progress wraps the records. Returns problems, a line each.
     """
     source = Records(open_cache(folder), rows)
-    if source.cache.fingerprints is None:
-        raise InputError(f"{folder} was made before fingerprints of clips were kept, so whether these are its videos is unknown; make the cache again")
 
     def problem_of(record):
         patches = np.empty(source.patch_shape, np.uint8)
@@ -135,8 +132,7 @@ def reopen(writer, ids, readable=lambda row: False):
         jobs = [(number, folder / shard_name(kind, number), entry["sha256"]) for number, shard in done.items() for kind, entry in shard["files"].items()]
         found = [(number, problem) for number, problem in checksums(jobs, writer.progress) if problem]
         for number in {number for number, _ in found}:
-            marks = done[number].get("fingerprints") or [None] * len(done[number]["ids"])
-            held = [[*entry, mark] for entry, mark in zip(done[number]["ids"], marks)]
+            held = [[*entry, mark] for entry, mark in zip(done[number]["ids"], done[number]["fingerprints"])]
             write_whole(partial / f"held-{number:05d}.json", json.dumps(held).encode())
             (partial / f"shard-{number:05d}.json").unlink()
         return [problem for _, problem in found]
@@ -155,7 +151,7 @@ def reopen(writer, ids, readable=lambda row: False):
     if not problems:
         return []
     marks = marks_of(folder, metadata)
-    if "fingerprints_sha256" in metadata and marks is None:  # nothing tells any more which clips its latents are of
+    if marks is None:  # nothing tells any more which clips its latents are of
         bad = list(range(len(metadata["shards"])))
     kept = {row: entry for row, entry in enumerate(ids) if row not in failures}
     if len(kept) != metadata["count"]:
@@ -175,8 +171,7 @@ def reopen(writer, ids, readable=lambda row: False):
             write_whole(partial / f"held-{number:05d}.json", json.dumps(entries).encode())
         else:
             entry = {"ids": held, "failures": [failures[row] for row in rows if row in failures], "files": {kind: shard[kind] for kind in row_formats(metadata)}}
-            entry |= {"fingerprints": known} if known is not None else {}
-            entry |= {"lost": shard["lost"]} if "lost" in shard else {}
+            entry |= {"fingerprints": known, **({"lost": shard["lost"]} if "lost" in shard else {})}
             write_whole(partial / f"shard-{number:05d}.json", json.dumps(entry).encode())
     write_whole(partial / "before.json", json.dumps(metadata).encode())  # last: from here on a repair is under way
     return problems
@@ -185,8 +180,6 @@ def reopen(writer, ids, readable=lambda row: False):
 def marks_of(folder, metadata):
     """The fingerprints of a cache's records, a list; out of its clips where fingerprints.npy is broken; None where neither is to be had."""
     path = folder / "fingerprints.npy"
-    if "fingerprints_sha256" not in metadata:
-        return None
     if path.is_file() and sha256(path) == metadata["fingerprints_sha256"]:
         return np.load(path).tolist()
     if not metadata["clips"]:
@@ -223,8 +216,8 @@ def merge(folders, out, progress=lambda files: files):
     for cache in caches:
         if cache.metadata["clips_from"]:
             raise InputError(f"{cache.folder} uses the clips of another cache; merge the caches that hold the clips, and cache the latents with --clips_from again")
-        for name in ("view", "patch", "tubelet", "teacher", "dtype", "latent_shape", "patch_shape", "clips", "kinds of files"):
-            mine, theirs = (whose.metadata.get(name, list(whose.formats)) for whose in (caches[0], cache))
+        for name in ("view", "patch", "tubelet", "teacher", "dtype", "latent_shape", "patch_shape", "clips"):
+            mine, theirs = first[name], cache.metadata[name]
             if name == "teacher" and mine and theirs:  # whatever its file was called
                 mine, theirs = ({field: value for field, value in teacher.items() if field != "name"} for teacher in (mine, theirs))
             if mine != theirs:
@@ -265,8 +258,7 @@ def merge(folders, out, progress=lambda files: files):
         np.savez(content, **join_statistics((count, mean, variance * count) for count, mean, variance in wide))
         write_whole(out / "stats.npz", content.getvalue())
 
-    marks = [cache.fingerprints for cache in caches]
-    marks = None if any(part is None for part in marks) else np.concatenate(marks)
+    marks = np.concatenate([cache.fingerprints for cache in caches])
     return writer.complete(ids, marks, failures, shards, write_stats)
 
 

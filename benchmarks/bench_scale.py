@@ -81,11 +81,13 @@ def make_index(where, count):
     np.savez(where / "stats.npz", mean=np.zeros((N, D), np.float32), variance=np.ones((N, D), np.float32), count=count)
     np.save(where / "fingerprints.npy", np.random.default_rng(count).integers(-2**63, 2**63 - 1, count))
     (where / "ids.txt").write_text("".join(f"{i}\t0\n" for i in range(count)))
-    (where / "metadata.json").write_text(json_format.dumps({
+    metadata = {
         "format_version": cache.FORMAT_VERSION, "split": "train", "list_count": count, "list_sha256": "", "teacher": {"name": "t", "sha256": "", "dim": D, "mean": [0.5] * 3, "std": [0.5] * 3, "compute": "fp32"},
         "view": VIEW.to_dict(), "view_hash": VIEW.hash(), "views": 1, "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [N, D], "patch_shape": [N, P],
         "clips": True, "clips_from": None, "count": count, "failures": 0, "ids_sha256": cache.sha256(where / "ids.txt"), "failures_sha256": "", "stats_sha256": cache.sha256(where / "stats.npz"),
-        "fingerprints_sha256": cache.sha256(where / "fingerprints.npy"), "shards": shards}, indent=1))
+        "fingerprints_sha256": cache.sha256(where / "fingerprints.npy"), "shards": shards}
+    metadata["checksum"] = cache.metadata_digest(metadata)
+    (where / "metadata.json").write_text(json_format.dumps(metadata, indent=1))
 
 
 def forward_flops(tokens, dim, blocks):

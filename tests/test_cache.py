@@ -167,7 +167,7 @@ def damage(folder, name, change):
     if name == "metadata":
         metadata = json.loads((folder / "metadata.json").read_text())
         change(metadata)
-        metadata.pop("checksum", None)
+        metadata["checksum"] = cache.metadata_digest(metadata)
         (folder / "metadata.json").write_text(json.dumps(metadata))
     else:
         content = bytearray((folder / name).read_bytes())
@@ -175,7 +175,7 @@ def damage(folder, name, change):
 
 
 @pytest.mark.parametrize("name, change, message", [
-    ("metadata", lambda m: m.update(format_version=9), "a newer version of this code: it has cache format 9, this code reads 2; update the code"),
+    ("metadata", lambda m: m.update(format_version=9), "a newer version of this code: it has cache format 9, this code reads 3; update the code"),
     ("metadata", lambda m: m.update(format_version=1), "an older version of this code: .* make the cache again"), ("metadata", lambda m: m.update(format_version="x"), "older"),
     ("metadata", lambda m: m.pop("view"), "damaged"), ("metadata", lambda m: m["shards"][1]["latents"].pop("bytes"), "damaged"), ("metadata", lambda m: m.update(shards=3), "damaged"),
     ("metadata", lambda m: m["view"].update(seed=64), "view does not fit its hash"), ("metadata", lambda m: m["view"].update(size=64), "metadata.json is damaged .a view's short_side"), ("metadata", lambda m: m.update(count=3), "does not add up"),

@@ -362,7 +362,7 @@ def test_a_folder_without_lists_splits_by_hash(tmp_path):
     with pytest.raises(InputError, match="found no video in .*1 with control characters"):
         data.load_split(str(tmp_path / "odd"), "train")
     make_folder(tmp_path, ["a.webm"], "validation")
-    assert [row.id for row in data.load_split(str(tmp_path), "validation")] == ["a"]
+    assert [row.id for row in data.load_split(str(tmp_path), "validation")] == ["validation/a"]
 
 
 def test_csv_lists(tmp_path):

@@ -47,9 +47,9 @@ def test_subfolders_of_splits_are_searched_too(tmp_path):
         split: data.load_split(str(tmp_path), split, log=said.append)
         for split in ("train", "validation")
     }
-    assert [row.id for row in rows["train"]] == ["b", "pick/a"] and [
+    assert [row.id for row in rows["train"]] == ["train/b", "train/pick/a"] and [
         row.id for row in rows["validation"]
-    ] == ["pick/c"]
+    ] == ["validation/pick/c"]
     assert "1 file not used: 1 outside train/, validation/ (extra/d)" in said
     with pytest.raises(InputError, match="has train/ and validation/, but no subfolder test/"):
         data.load_split(str(tmp_path), "test")
