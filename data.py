@@ -438,6 +438,7 @@ class Batch(NamedTuple):
     patches: torch.Tensor | None  # uint8 [B, N, P]
     latents: torch.Tensor | None  # float16 [B, N, D]
     masks: dict            # {family: Masks} of these clips
+    records: np.ndarray | None = None  # int64 [B], which of the source's records these are
 
 
 def shuffled(n, batch_size, seed, steps, rank=0, world=1):
@@ -454,6 +455,16 @@ def in_order(records, batch_size):
     """(0, records [<= batch_size]) one after another: a sampler for evaluation."""
     for start in range(0, len(records), batch_size):
         yield 0, np.asarray(records[start:start + batch_size])
+
+
+def keyed_sample(n, count, seed):
+    """Which `count` of n records an evaluation takes: int64 [min(count, n)], rising.
+
+    Drawn without replacement, by a permutation that (n, seed) decide. The first ones of a list will
+    not do: lists are often sorted by class.
+    """
+    count = min(count, n)
+    return np.sort(ops.permute(np.arange(count), n, seed, 0)) if count else np.zeros(0, np.int64)
 
 
 def check_batch(n, batch_size):
@@ -555,11 +566,11 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
             cache.read_rows(kind, kept, getattr(slots, kind)[:len(ids)], wanted[kind], threads)
         clips, made = (None if x is None else x[:len(ids)] for x in (None if patches == () else slots.patches, slots.latents))
         if not side:
-            return Batch(ids, clips, made, masks), errors
+            return Batch(ids, clips, made, masks, np.asarray(kept, np.int64)), errors
         with torch.cuda.stream(side):
             to = lambda x: None if x is None else x.to(device, non_blocking=True)
             few = to(ids), {family: ops.Masks(*map(to, drawn)) for family, drawn in masks.items()}  # first: from pageable memory these wait for the stream
-            batch = Batch(few[0], to(clips), to(made), few[1])
+            batch = Batch(few[0], to(clips), to(made), few[1], np.asarray(kept, np.int64))
             slots.copied = side.record_event()
         return batch, errors
 
