@@ -229,6 +229,31 @@ def read_clips(path, views, video_id=None):
         raise VideoError(f"{path} cannot be decoded: {error.strerror or error}") from None
 
 
+def clip_of_frames(frames, view=View(), video_id=""):
+    """The clip that `view` cuts out of frames in memory, as read_clip out of a lossless RGB video.
+
+    frames uint8 [n, H, W, 3], RGB, a whole video or an episode so far -> uint8 [T, size, size, 3].
+    video_id decides the jitter of views > 0. Raises InputError on anything else.
+    """
+    import av
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
+        raise InputError(f"{frames.dtype} {list(frames.shape)} was given; clip_of_frames takes "
+                         "frames uint8 [n, H, W, 3], at least one")
+    random = None
+    if view.view > 0:
+        random = ops.Random(view.seed, 0, sample_id(video_id, view.view), ops.STREAMS["view"])
+    numbers = frame_numbers(len(frames), view, random).tolist()
+    place = (random.uniform(), random.uniform()) if random else None
+    scaler = Scaler("the video in memory")
+    clip = np.empty((view.frames, 3, view.size, view.size), np.uint8)
+    for i, number in enumerate(numbers):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[number]), format="rgb24")
+        for channel, plane in enumerate(scaler.convert(frame, view, place)):
+            clip[i, channel] = plane
+    return clip.transpose(0, 2, 3, 1)
+
+
 def video_stream(container, path):
     if not container.streams.video:
         raise VideoError(f"{path} holds no video stream")

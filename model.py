@@ -171,12 +171,13 @@ def init_weights(module):
 
 
 class Encoder(nn.Module):
-    """ViT over gathered patches: only the tokens given are embedded."""
+    """ViT over gathered patches: only the tokens given are embedded. `view` cuts its clips."""
     recompute = False
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.view = views.View(config.frames, config.size, config.size)  # a checkpoint's: its own
         self.patch_embed = Linear(config.patch_dim, config.dim)
         self.register_buffer("position", position_table(config.tokens, config.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.mlp_dim, config.eps, config.qkv_bias) for _ in range(config.depth))
@@ -186,9 +187,11 @@ class Encoder(nn.Module):
     def normalise(self, patches, index=None):
         """uint8 patches [B, N, P] at index int64 [B, K] (all N by default) -> (x / 255 - mean) / std by colour channel, [B, K, P].
 
-        In the dtype that the embedding computes in.
+        In the dtype that the embedding computes in, or float32 where that is another than bfloat16.
         """
-        return ops.patch_normalise(patches, self.config.mean, self.config.std, index, self.patch_embed.matrix_dtype())
+        dtype = self.patch_embed.matrix_dtype()
+        dtype = dtype if dtype == torch.bfloat16 else torch.float32
+        return ops.patch_normalise(patches, self.config.mean, self.config.std, index, dtype)
 
     def forward(self, patches, index=None, lengths=None):
         """Normalised float patches [B, K, P] at positions index int64 [B, K] (all N in order by default) -> [B, K, D] float32.
@@ -198,17 +201,45 @@ class Encoder(nn.Module):
         x = self.patch_embed(patches) + (self.position if index is None else self.position[index])
         return self.norm(run_blocks(self.blocks, x, lengths or (x.shape[1],), self.recompute))
 
-    def encode(self, clips):
-        """Features of all tokens: uint8 clips [B, T, H, W, 3], or their patches uint8 [B, N, P] -> [B, N, D].
+    def encode(self, clips, grad=False):
+        """Features of all tokens of clips, or of one clip, on the encoder's device.
 
-        Raises InputError where the clips are not of the encoder's frames and size.
+        clips  uint8 [B, T, H, W, 3] or [T, H, W, 3], an array or a tensor on any device; or their
+               patches, [B, N, P] or [N, P]
+        grad   keep what a backward pass needs
+        Returns [B, N, D], or [N, D] of one clip, in the dtype of the weights, token
+        n = (t * h + y) * w + x of the grid (t, h, w). Raises InputError on other clips.
         """
         c = self.config
-        expected = (c.frames, c.size, c.size, 3) if clips.dim() == 5 else (c.tokens, c.patch_dim)
-        if clips.dtype != torch.uint8 or tuple(clips.shape[1:]) != expected:
-            raise InputError(f"this encoder takes uint8 clips [B, {', '.join(map(str, expected))}], not {clips.dtype} {list(clips.shape)}")
-        patches = data.patchify(clips, c.patch, c.tubelet) if clips.dim() == 5 else clips
-        return self(self.normalise(patches))
+        if not isinstance(clips, torch.Tensor):
+            clips = np.array(clips)  # a copy: torch wants rising strides, and to write
+            clips = torch.from_numpy(clips) if clips.dtype == np.uint8 else clips
+        as_patches = clips.ndim in (2, 3)
+        expected = (c.tokens, c.patch_dim) if as_patches else (c.frames, c.size, c.size, 3)
+        alone = clips.ndim == len(expected)
+        if clips.dtype != torch.uint8 or tuple(clips.shape[not alone:]) != expected:
+            raise InputError(self.refusal(clips))
+        clips = clips.to(self.position.device)
+        patches = clips if as_patches else data.patchify(clips, c.patch, c.tubelet)
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            features = self(self.normalise(patches[None] if alone else patches))
+        return features[0] if alone else features
+
+    def refusal(self, clips):
+        """Why `encode` does not take these clips, in a line."""
+        c, shape = self.config, list(clips.shape)
+        takes = f"{c.frames} of {c.size}x{c.size}"
+        if clips.dtype not in (torch.uint8, np.uint8):
+            return (f"{clips.dtype} {shape} was given; encode takes uint8 frames, as "
+                    "data.read_clip makes them, and normalises them itself")
+        if len(shape) in (4, 5) and shape[-1] == 3:
+            frames, height, width = shape[-4:-1]
+            return (f"{frames} frames of {width}x{height} were given; this encoder takes {takes}: "
+                    "data.read_clip(path, encoder.view) cuts them, and "
+                    "data.clip_of_frames(frames, encoder.view) out of frames in memory")
+        return (f"an array {shape} was given; this encoder takes {takes} as "
+                f"[{c.frames}, {c.size}, {c.size}, 3], or their patches "
+                f"[{c.tokens}, {c.patch_dim}], with a batch axis in front or without")
 
 
 class Predictor(nn.Module):
@@ -483,27 +514,26 @@ def show_interval(ends, form=".3f"):
 def load_teacher(path, device="cpu"):
     """A frozen fp32 Encoder in eval mode, with .name, .sha256 (of its weights file) and .identity, from
 
-    - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin, pre-training or fine-tuned;
+    - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin,
+      pre-training, fine-tuned, or written by export_transformers;
     - an original VideoMAE .pth: the weights bare or under model, module or state_dict, with or without the prefix encoder.;
     - a checkpoint of train.py.
     Raises InputError, naming what does not fit.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        fields, state, file = from_file(path, weights.read_transformers, path)
+        encoder, file = encoder_of_folder(path)
     elif path.is_file():
         saved, file = weights.load_pickle(path), path
         if "salt_vla" in saved:
-            saved = weights.load_checkpoint(path)
-            fields, state = saved["encoder_config"], saved["student"]
+            encoder = student_of(weights.load_checkpoint(path), path)
         else:  # 64 channels a head, but for huge and giant
             heads_of = lambda dim, depth: next((size[2] for size in SIZES.values() if size[:2] == (dim, depth)), max(1, dim // 64))
-            fields, state = from_file(path, weights.read_videomae, saved, path, heads_of)
+            found = from_file(path, weights.read_videomae, saved, path, heads_of)
+            encoder = build_encoder(path, *found)
     else:
         raise InputError(f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json, model.safetensors), a "
                          f"VideoMAE .pth or a checkpoint of train.py")
-    encoder = Encoder(from_file(path, EncoderConfig, **fields))
-    load_weights(encoder, state, file)
     encoder.name, encoder.sha256 = path.name, sha256(file)
     encoder.identity = {"sha256": encoder.sha256, "mean": list(encoder.config.mean), "std": list(encoder.config.std)}
     return encoder.to(device).float().eval().requires_grad_(False)
@@ -519,20 +549,50 @@ def from_file(path, make, *arguments, **fields):
         raise InputError(f"{path} is malformed: {error}") from None
 
 
-def load_encoder(checkpoint, device="cpu", ema=False):
-    """The student inside best.pth or last.pth, or with ema the moving average of its weights, in eval mode, fp32."""
-    return student_of(weights.load_checkpoint(checkpoint, ema), checkpoint).to(device).eval()
+def load_encoder(path, device="cpu", ema=False):
+    """The student of best.pth or last.pth, or what export_transformers wrote; in eval mode, fp32.
+
+    ema: the moving average of the student's weights. data.read_clip(video, encoder.view) cuts clips
+    as they were cut in training.
+    """
+    if (Path(path) / "config.json").is_file():
+        if ema:
+            raise InputError(f"{path} is an exported encoder, which holds no moving average beside "
+                             "its weights; leave ema out")
+        encoder, _ = encoder_of_folder(Path(path))
+    else:
+        encoder = student_of(weights.load_checkpoint(path, ema), path)
+    return encoder.to(device).eval()
 
 
-def student_of(saved, path):
-    encoder = Encoder(from_file(path, EncoderConfig, **saved["encoder_config"]))
-    load_weights(encoder, saved["student"], path)
+def build_encoder(path, fields, state, view=None):
+    """An Encoder of EncoderConfig fields, weights and, where known, View fields, out of `path`."""
+    encoder = Encoder(from_file(path, EncoderConfig, **fields))
+    load_weights(encoder, state, path)
+    if view is not None:
+        encoder.view = from_file(path, views.View.from_dict, view)
     return encoder
 
 
+def encoder_of_folder(path):
+    """(Encoder, its weights file) of a folder in `transformers` format."""
+    fields, state, file, view = from_file(path, weights.read_transformers, path)
+    return build_encoder(path, fields, state, view), file
+
+
+def student_of(saved, path):
+    """The student of a loaded checkpoint."""
+    return build_encoder(path, saved["encoder_config"], saved["student"], saved["view"])
+
+
 def export_transformers(encoder, folder):
-    """Write an encoder as a VideoMAE folder that `transformers` loads with VideoMAEModel.from_pretrained(folder)."""
-    weights.write_transformers(encoder.config, encoder.state_dict(), folder)
+    """Write an encoder as a VideoMAE folder, for load_encoder and for `transformers`.
+
+    VideoMAEModel.from_pretrained(folder) is the encoder, and VideoMAEImageProcessor likewise what
+    it does to the pixels of frames as data.read_clip(video, encoder.view) gives them. Frames that
+    other code picks, crops and resizes give other features.
+    """
+    weights.write_transformers(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
 
 
 def load_weights(module, state, path):
@@ -559,6 +619,7 @@ def load_salt(path, device="cpu", ema=False):
     """(Salt in eval mode, Space, content) of a checkpoint, or with ema of its moving average."""
     saved = weights.load_checkpoint(path, ema)
     salt = build_salt(from_file(path, EncoderConfig, **saved["encoder_config"]), saved["predictor_config"])
+    salt.student.view = from_file(path, views.View.from_dict, saved["view"])
     load_weights(salt.student, saved["student"], path)
     load_weights(salt.predictor, saved["predictor"], path)
     return salt.to(device).eval(), from_file(path, Space, **saved["space"]).to(device), saved

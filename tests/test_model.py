@@ -216,7 +216,7 @@ def test_only_the_tokens_given_are_seen():
 def test_encode_refuses_other_clips():
     encoder = model.Encoder(EncoderConfig(dim=48, depth=1, heads=4, mlp_dim=96, frames=4, size=32))
     for clips in (torch.zeros(1, 4, 32, 48, 3, dtype=torch.uint8), torch.zeros(1, 4, 32, 32, 3), torch.zeros(1, 9, 1536, dtype=torch.uint8)):
-        with pytest.raises(InputError, match="this encoder takes uint8"):
+        with pytest.raises(InputError, match="was given|were given"):
             encoder.encode(clips)
     clips = clips_for(encoder.config)
     torch.testing.assert_close(encoder.encode(clips), encoder.encode(data.patchify(clips)))
