@@ -632,6 +632,31 @@ def frames_of(packet):
         return None
 
 
+def clip_of_frames(frames, view=View(), video_id=""):
+    """The clip that `view` cuts out of frames in memory, as read_clip out of a lossless RGB video.
+
+    frames uint8 [n, H, W, 3], RGB, a whole video or an episode so far -> uint8 [T, size, size, 3].
+    video_id decides the jitter of views > 0. Raises InputError on anything else.
+    """
+    import av
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
+        raise InputError(f"{frames.dtype} {list(frames.shape)} was given; clip_of_frames takes "
+                         "frames uint8 [n, H, W, 3], at least one")
+    random = None
+    if view.view > 0:
+        random = ops.Random(view.seed, 0, sample_id(video_id, view.view), ops.STREAMS["view"])
+    numbers = frame_numbers(len(frames), view, random).tolist()
+    place = (random.uniform(), random.uniform()) if random else None
+    scaler = Scaler("the video in memory")
+    clip = np.empty((view.frames, 3, view.size, view.size), np.uint8)
+    for i, number in enumerate(numbers):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[number]), format="rgb24")
+        for channel, plane in enumerate(scaler.convert(frame, view, place)):
+            clip[i, channel] = plane
+    return clip.transpose(0, 2, 3, 1)
+
+
 def video_stream(container, path):
     import av
     # Pictures beside the video, or beside sound alone, come as video streams too.
@@ -899,6 +924,7 @@ class Batch(NamedTuple):
     patches: torch.Tensor | None  # uint8 [B, N, P]
     latents: torch.Tensor | None  # float16 [B, N, D]
     masks: dict            # {family: Masks} of these clips
+    records: np.ndarray | None = None  # int64 [B], which of the source's records these are
 
 
 def shuffled(n, batch_size, seed, steps, rank=0, world=1):
@@ -1026,11 +1052,11 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
             cache.read_rows(kind, kept, getattr(slots, kind)[:len(ids)], wanted[kind], threads)
         clips, made = (None if x is None else x[:len(ids)] for x in (None if patches == () else slots.patches, slots.latents))
         if not side:
-            return Batch(ids, clips, made, masks), errors
+            return Batch(ids, clips, made, masks, np.asarray(kept, np.int64)), errors
         with torch.cuda.stream(side):
             to = lambda x: None if x is None else x.to(device, non_blocking=True)
             few = to(ids), {family: ops.Masks(*map(to, drawn)) for family, drawn in masks.items()}  # first: from pageable memory these wait for the stream
-            batch = Batch(few[0], to(clips), to(made), few[1])
+            batch = Batch(few[0], to(clips), to(made), few[1], np.asarray(kept, np.int64))
             slots.copied = side.record_event()
         return batch, errors
 

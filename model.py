@@ -5,6 +5,7 @@ The encoder is built as VideoMAE builds it (Tong et al. 2022, arXiv 2203.12602),
 `transformers` unchanged: pre-norm blocks, exact GELU, biases on q and v but none on k, a fixed 1-D sin-cos table, no cls token.
 """
 import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -170,12 +171,13 @@ def init_weights(module):
 
 
 class Encoder(nn.Module):
-    """ViT over gathered patches: only the tokens given are embedded."""
+    """ViT over gathered patches: only the tokens given are embedded. `view` cuts its clips."""
     recompute = False
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.view = views.View(config.frames, config.size, config.size)  # a checkpoint's: its own
         self.patch_embed = Linear(config.patch_dim, config.dim)
         self.register_buffer("position", position_table(config.tokens, config.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.mlp_dim, config.eps, config.qkv_bias) for _ in range(config.depth))
@@ -185,9 +187,11 @@ class Encoder(nn.Module):
     def normalise(self, patches, index=None):
         """uint8 patches [B, N, P] at index int64 [B, K] (all N by default) -> (x / 255 - mean) / std by colour channel, [B, K, P].
 
-        In the dtype that the embedding computes in.
+        In the dtype that the embedding computes in, or float32 where that is another than bfloat16.
         """
-        return ops.patch_normalise(patches, self.config.mean, self.config.std, index, self.patch_embed.matrix_dtype())
+        dtype = self.patch_embed.matrix_dtype()
+        dtype = dtype if dtype == torch.bfloat16 else torch.float32
+        return ops.patch_normalise(patches, self.config.mean, self.config.std, index, dtype)
 
     def forward(self, patches, index=None, lengths=None):
         """Normalised float patches [B, K, P] at positions index int64 [B, K] (all N in order by default) -> [B, K, D] float32.
@@ -197,17 +201,45 @@ class Encoder(nn.Module):
         x = self.patch_embed(patches) + (self.position if index is None else self.position[index])
         return self.norm(run_blocks(self.blocks, x, lengths or (x.shape[1],), self.recompute))
 
-    def encode(self, clips):
-        """Features of all tokens: uint8 clips [B, T, H, W, 3], or their patches uint8 [B, N, P] -> [B, N, D].
+    def encode(self, clips, grad=False):
+        """Features of all tokens of clips, or of one clip, on the encoder's device.
 
-        Raises InputError where the clips are not of the encoder's frames and size.
+        clips  uint8 [B, T, H, W, 3] or [T, H, W, 3], an array or a tensor on any device; or their
+               patches, [B, N, P] or [N, P]
+        grad   keep what a backward pass needs
+        Returns [B, N, D], or [N, D] of one clip, in the dtype of the weights, token
+        n = (t * h + y) * w + x of the grid (t, h, w). Raises InputError on other clips.
         """
         c = self.config
-        expected = (c.frames, c.size, c.size, 3) if clips.dim() == 5 else (c.tokens, c.patch_dim)
-        if clips.dtype != torch.uint8 or tuple(clips.shape[1:]) != expected:
-            raise InputError(f"this encoder takes uint8 clips [B, {', '.join(map(str, expected))}], not {clips.dtype} {list(clips.shape)}")
-        patches = data.patchify(clips, c.patch, c.tubelet) if clips.dim() == 5 else clips
-        return self(self.normalise(patches))
+        if not isinstance(clips, torch.Tensor):
+            clips = np.array(clips)  # a copy: torch wants rising strides, and to write
+            clips = torch.from_numpy(clips) if clips.dtype == np.uint8 else clips
+        as_patches = clips.ndim in (2, 3)
+        expected = (c.tokens, c.patch_dim) if as_patches else (c.frames, c.size, c.size, 3)
+        alone = clips.ndim == len(expected)
+        if clips.dtype != torch.uint8 or tuple(clips.shape[not alone:]) != expected:
+            raise InputError(self.refusal(clips))
+        clips = clips.to(self.position.device)
+        patches = clips if as_patches else data.patchify(clips, c.patch, c.tubelet)
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            features = self(self.normalise(patches[None] if alone else patches))
+        return features[0] if alone else features
+
+    def refusal(self, clips):
+        """Why `encode` does not take these clips, in a line."""
+        c, shape = self.config, list(clips.shape)
+        takes = f"{c.frames} of {c.size}x{c.size}"
+        if clips.dtype not in (torch.uint8, np.uint8):
+            return (f"{clips.dtype} {shape} was given; encode takes uint8 frames, as "
+                    "data.read_clip makes them, and normalises them itself")
+        if len(shape) in (4, 5) and shape[-1] == 3:
+            frames, height, width = shape[-4:-1]
+            return (f"{frames} frames of {width}x{height} were given; this encoder takes {takes}: "
+                    "data.read_clip(path, encoder.view) cuts them, and "
+                    "data.clip_of_frames(frames, encoder.view) out of frames in memory")
+        return (f"an array {shape} was given; this encoder takes {takes} as "
+                f"[{c.frames}, {c.size}, {c.size}, 3], or their patches "
+                f"[{c.tokens}, {c.patch_dim}], with a batch axis in front or without")
 
 
 class Predictor(nn.Module):
@@ -269,6 +301,39 @@ class Space:
         """Targets of whole clips in this space, float32 [B, N, D]."""
         y, how = self.raw_targets(patches, latents)
         return ops.normalise_target(y, **how)
+
+    def as_space(self, normalise, variance=None):
+        """The Space of the same latents normalised otherwise, with its `zero`.
+
+        variance: per position, of the raw latents of the training set, float32 [N, D]
+        Returns None where this space does not decide the other.
+        """
+        if normalise == self.normalise:
+            return self
+        if (self.normalise, normalise) == ("standardise", "none"):
+            return Space(self.target, "none", None, None, self.mean)
+        if (self.normalise, normalise) == ("none", "standardise") and variance is not None:
+            rstd = 1 / (variance.to(self.zero) + 1e-6).sqrt()
+            return Space(self.target, normalise, self.zero, rstd, torch.zeros_like(self.zero))
+        return None  # means of layer-normed latents do not follow from those of raw ones
+
+    def agrees_with(self, other):
+        """Whether two spaces give a latent the same values; each may have its own `zero`."""
+        if self.normalise != other.normalise:
+            return False
+        if self.normalise != "standardise":
+            return True
+        return torch.equal(self.mean, other.mean) and torch.equal(self.rstd, other.rstd)
+
+    def convert(self, prediction, index, to):
+        """Predictions made in this space, none or standardise, as the space `to` has them.
+
+        prediction [B, K, D] at positions index int64 [B, K] -> float32 [B, K, D]
+        """
+        raw = prediction.float()
+        if self.normalise == "standardise":
+            raw = raw / self.rstd[index] + self.mean[index]
+        return ops.normalise_target(raw, to.normalise, index, to.mean, to.rstd)
 
 
 class Salt(nn.Module):
@@ -360,9 +425,10 @@ def parameter_groups(module, weight_decay):
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def clip_errors(salt, space, batch, families):
-    """Held-out errors of one data.Batch, with those of its masks that are of `families`.
+def clip_errors(salt, space, batch, families, own=None):
+    """Held-out errors of one data.Batch in `space`, with those of its masks that are of `families`.
 
+    own: the space that salt predicts in, where that is another; none or standardise.
     Returns {family: {'squared', 'spread', 'background', 'elements'}}, float64 [B] each: the squared error, summed over a clip's
     target elements, of the predictions, of the per-position mean and of the mean of the clip's own context targets; how many
     elements those were.
@@ -372,6 +438,9 @@ def clip_errors(salt, space, batch, families):
     masks = {family: batch.masks[family] for family in families}
     predictions = salt(batch.patches, masks)
     salt.train(training)
+    if own:
+        for family, drawn in masks.items():
+            predictions[family] = own.convert(predictions[family], drawn.target, space)
     (y, how), found = space.raw_targets(batch.patches, batch.latents), {}
     for family, drawn in masks.items():
         context = ops.normalise_target(ops.masked_gather(y, drawn.context), index=drawn.context, **how)  # [B, Kc, D]
@@ -395,19 +464,49 @@ def mse(rows):
     return float(np.mean([row["squared"].sum() / row["elements"].sum() for row in rows]))
 
 
-def r2(rows, name="squared", clips=slice(None)):
-    """R2 over clips and families: 1 - sum of squared errors / sum of squared distances from the per-position mean.
+def r2(rows, name="squared"):
+    """R2 of errors of some families: 1 - sum of `name` / sum of those of the per-position mean."""
+    return 1 - sum(row[name].sum() for row in rows) / sum(row["spread"].sum() for row in rows)
 
-    rows: the errors of some families; clips: indices [..., n] to sum over, for a bootstrap.
+
+def r2_interval(rows, videos):
+    """95 % interval of r2(rows) over videos: clips of one, which are alike, are drawn together.
+
+    videos: the video id of each clip, [B]. Returns what `interval` does.
     """
-    return 1 - sum(row[name][clips].sum(-1) for row in rows) / sum(row["spread"][clips].sum(-1) for row in rows)
+    _, unit = np.unique(videos, return_inverse=True)
+    squared = np.bincount(unit, sum(row["squared"] for row in rows))  # [V]
+    spread = np.bincount(unit, sum(row["spread"] for row in rows))
+
+    def ratio(squared, spread, axis):
+        return 1 - squared.sum(axis) / spread.sum(axis)
+
+    return interval(ratio, squared, spread)
 
 
-def interval(statistic, n, draws=2000):
-    """95 % bootstrap interval [low, high] of statistic(index int64 [draws, n]) -> [draws], over n units drawn with replacement."""
-    random = np.random.default_rng(0)
-    values = np.concatenate([statistic(random.integers(0, n, (100, n))) for _ in range(draws // 100)])
-    return [float(x) for x in np.percentile(values, (2.5, 97.5))]
+def interval(statistic, *columns):
+    """95 % bootstrap interval [low, high] of statistic(*columns, axis=...), over units.
+
+    columns: float64 [V] each, an entry a unit; a unit is a video, never a clip. BCa (Efron 1987),
+    not percentiles, which cover less where a few videos are much worse (tests/test_score.py). It
+    takes V^2 additions: 7 s and 0.1 GB at 25,000 videos on one core.
+    Returns None where there is none: of one unit, or of units that are all alike.
+    """
+    from scipy import stats
+    count = len(columns[0])
+    if count < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of units that are alike: no interval
+        found = stats.bootstrap(columns, statistic, paired=True, vectorized=True, n_resamples=2000,
+                                method="BCa", rng=0, batch=max(1, 2**22 // count))
+    ends = [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+    return ends if np.isfinite(ends).all() else None
+
+
+def show_interval(ends, form=".3f"):
+    """'[0.123, 0.456]', or '-' where there is none."""
+    return "-" if ends is None else f"[{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
 # ----------------------------------------------------------------------------------------------- teachers and students
@@ -418,27 +517,26 @@ TEACHER_DTYPE = "fp32"  # a teacher's compute, where nothing else is asked for
 def load_teacher(path, device="cpu", dtype=TEACHER_DTYPE):
     """A frozen Encoder in eval mode that computes in `dtype`, 'fp32' or 'bf16', with .name, .sha256 (of its weights file) and .identity, from
 
-    - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin, pre-training or fine-tuned;
+    - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin,
+      pre-training, fine-tuned, or written by export_transformers;
     - an original VideoMAE .pth: the weights bare or under model, module or state_dict, with or without the prefix encoder.;
     - a checkpoint of train.py.
     Raises InputError, naming what does not fit.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        fields, state, file = from_file(path, weights.read_transformers, path)
+        encoder, file = encoder_of_folder(path)
     elif path.is_file():
         saved, file = weights.load_pickle(path), path
         if "salt_vla" in saved:
-            saved = weights.load_checkpoint(path)
-            fields, state = saved["encoder_config"], saved["student"]
+            encoder = student_of(weights.load_checkpoint(path), path)
         else:  # 64 channels a head, but for huge and giant
             heads_of = lambda dim, depth: next((size[2] for size in SIZES.values() if size[:2] == (dim, depth)), max(1, dim // 64))
-            fields, state = from_file(path, weights.read_videomae, saved, path, heads_of)
+            found = from_file(path, weights.read_videomae, saved, path, heads_of)
+            encoder = build_encoder(path, *found)
     else:
         raise InputError(f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json, model.safetensors), a "
                          f"VideoMAE .pth or a checkpoint of train.py")
-    encoder = Encoder(from_file(path, EncoderConfig, **fields))
-    load_weights(encoder, state, file)
     encoder.name, encoder.sha256 = path.name, sha256(file)
     encoder.identity = {"sha256": encoder.sha256, "mean": list(encoder.config.mean), "std": list(encoder.config.std), "compute": dtype}
     encoder = encoder.to(device).float().eval().requires_grad_(False)
@@ -467,20 +565,50 @@ def from_file(path, make, *arguments, **fields):
         raise InputError(f"{path} is malformed: {error}") from None
 
 
-def load_encoder(checkpoint, device="cpu", ema=False):
-    """The student inside best.pth or last.pth, or with ema the moving average of its weights, in eval mode, fp32."""
-    return student_of(weights.load_checkpoint(checkpoint, ema), checkpoint).to(device).eval()
+def load_encoder(path, device="cpu", ema=False):
+    """The student of best.pth or last.pth, or what export_transformers wrote; in eval mode, fp32.
+
+    ema: the moving average of the student's weights. data.read_clip(video, encoder.view) cuts clips
+    as they were cut in training.
+    """
+    if (Path(path) / "config.json").is_file():
+        if ema:
+            raise InputError(f"{path} is an exported encoder, which holds no moving average beside "
+                             "its weights; leave ema out")
+        encoder, _ = encoder_of_folder(Path(path))
+    else:
+        encoder = student_of(weights.load_checkpoint(path, ema), path)
+    return encoder.to(device).eval()
 
 
-def student_of(saved, path):
-    encoder = Encoder(from_file(path, EncoderConfig, **saved["encoder_config"]))
-    load_weights(encoder, saved["student"], path)
+def build_encoder(path, fields, state, view=None):
+    """An Encoder of EncoderConfig fields, weights and, where known, View fields, out of `path`."""
+    encoder = Encoder(from_file(path, EncoderConfig, **fields))
+    load_weights(encoder, state, path)
+    if view is not None:
+        encoder.view = from_file(path, views.View.from_dict, view)
     return encoder
 
 
+def encoder_of_folder(path):
+    """(Encoder, its weights file) of a folder in `transformers` format."""
+    fields, state, file, view = from_file(path, weights.read_transformers, path)
+    return build_encoder(path, fields, state, view), file
+
+
+def student_of(saved, path):
+    """The student of a loaded checkpoint."""
+    return build_encoder(path, saved["encoder_config"], saved["student"], saved["view"])
+
+
 def export_transformers(encoder, folder):
-    """Write an encoder as a VideoMAE folder that `transformers` loads with VideoMAEModel.from_pretrained(folder)."""
-    weights.write_transformers(encoder.config, encoder.state_dict(), folder)
+    """Write an encoder as a VideoMAE folder, for load_encoder and for `transformers`.
+
+    VideoMAEModel.from_pretrained(folder) is the encoder, and VideoMAEImageProcessor likewise what
+    it does to the pixels of frames as data.read_clip(video, encoder.view) gives them. Frames that
+    other code picks, crops and resizes give other features.
+    """
+    weights.write_transformers(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
 
 
 def load_weights(module, state, path):
@@ -507,6 +635,7 @@ def load_salt(path, device="cpu", ema=False):
     """(Salt in eval mode, Space, content) of a checkpoint, or with ema of its moving average."""
     saved = weights.load_checkpoint(path, ema)
     salt = build_salt(from_file(path, EncoderConfig, **saved["encoder_config"]), saved["predictor_config"])
+    salt.student.view = from_file(path, views.View.from_dict, saved["view"])
     load_weights(salt.student, saved["student"], path)
     load_weights(salt.predictor, saved["predictor"], path)
     return salt.to(device).eval(), from_file(path, Space, **saved["space"]).to(device), saved

@@ -163,7 +163,7 @@ def probe(name):
 
 def summary(correct, **other):
     """correct float [V]: the share of a video's answers that were right."""
-    return {"accuracy": float(correct.mean()), "ci95": model.interval(lambda index: correct[index].mean(-1), len(correct)), **other}
+    return {"accuracy": float(correct.mean()), "ci95": model.interval(np.mean, correct), **other}
 
 
 fitted = {name: probe(name) for name in tqdm(train_features, desc="fitting", unit="probe", dynamic_ncols=True)}
@@ -180,12 +180,19 @@ print(f"time arrow, {train_count} training and {val_count} held-out videos, {res
 print(f"{'features':22} {'accuracy':>9} {'95 % by video':>18}")
 for name, row in (("student", result), ("untrained, mean of " + str(len(controls)), result.get("untrained")), ("pixels 7x7", result.get("pixels"))):
     if row:
-        print(f"{name:22} {row['accuracy']:9.3f} [{row['ci95'][0]:7.3f}, {row['ci95'][1]:7.3f}]")
+        print(f"{name:22} {row['accuracy']:9.3f} {model.show_interval(row['ci95'], '7.3f'):>18}")
 if controls:
     difference = fitted["student"][0] - np.mean(controls, axis=0)
-    low, high = result["difference_ci95"] = model.interval(lambda index: difference[index].mean(-1), val_count)
-    verdict = "beats" if low > 0 else "is worse than" if high < 0 else "does not differ from"
-    print(f"student minus untrained {difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]: the student {verdict} an untrained encoder of its shape")
+    ends = result["difference_ci95"] = model.interval(np.mean, difference)
+    verdict = "does not differ from"
+    if ends is None:
+        verdict = "cannot, by one video or answers all alike, be compared with"
+    elif ends[0] > 0:
+        verdict = "beats"
+    elif ends[1] < 0:
+        verdict = "is worse than"
+    print(f"student minus untrained {difference.mean():+.3f} {model.show_interval(ends, '+.3f')}: "
+          f"the student {verdict} an untrained encoder of its shape")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 gpu = f", GPU {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB" if device.type == "cuda" else ""
 print(f"peak memory {peak:.2f} GB{gpu}")

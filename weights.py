@@ -123,7 +123,10 @@ TRANSFORMERS_NAMES = {  # ours -> `transformers`, after the block number
 
 
 def read_transformers(folder):
-    """(EncoderConfig fields, weights under our names, weights file) of a VideoMAE folder in `transformers` format; transformers is not imported."""
+    """What a VideoMAE folder in `transformers` format holds; transformers is not imported.
+
+    Returns (EncoderConfig fields, weights under our names, weights file, View fields or None).
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -185,7 +188,7 @@ def read_transformers(folder):
               "tubelet": config.get("tubelet_size", 2), "eps": config.get("layer_norm_eps", 1e-12), "qkv_bias": biases is not None,
               "final_norm": final_norm}
     fields |= {mine: pixels[theirs] for mine, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in pixels}
-    return fields, ours, weights
+    return fields, ours, weights, config.get("salt_view")
 
 
 def take(state, name, path):
@@ -223,8 +226,13 @@ def read_videomae(saved, path, heads_of):
     return fields, ours
 
 
-def write_transformers(c, weights, folder):
-    """Write an encoder's weights, of EncoderConfig c, as a VideoMAE folder in `transformers` format."""
+def write_transformers(c, weights, folder, view):
+    """Write an encoder's weights, of EncoderConfig c, as a VideoMAE folder of `transformers`.
+
+    view: fields of the View that its clips are cut under, kept in config.json as salt_view. The
+    processor leaves frames of that view as they are and normalises them; frames of other sizes it
+    resizes and crops, near to the view but not as swscale does.
+    """
     from safetensors.torch import save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -250,5 +258,13 @@ def write_transformers(c, weights, folder):
         "architectures": ["VideoMAEModel"], "model_type": "videomae", "hidden_size": c.dim, "num_hidden_layers": c.depth,
         "num_attention_heads": c.heads, "intermediate_size": c.mlp_dim, "num_frames": c.frames, "image_size": c.size, "patch_size": c.patch,
         "tubelet_size": c.tubelet, "num_channels": 3, "layer_norm_eps": c.eps, "qkv_bias": c.qkv_bias, "use_mean_pooling": not c.final_norm,
-        "hidden_act": "gelu"}, indent=1))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": c.mean, "image_std": c.std}))
+        "hidden_act": "gelu", "salt_view": view}, indent=1))
+    square = {"height": c.size, "width": c.size}
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": square if view["crop"] == "squash" else {"shortest_edge": c.size},
+        "resample": 3 if view["interpolation"] == "bicubic" else 2,  # PIL's numbers; 2 is bilinear
+        "do_center_crop": True, "crop_size": square,
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": c.mean, "image_std": c.std}, indent=1))

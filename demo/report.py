@@ -72,7 +72,8 @@ loss_axes.legend()
 r2_axes.axhline(evaluation["r2_background"], color="C1", ls=":", label="mean of the clip's own context")
 r2_axes.set(title="held-out R²  (0: per-position mean, 1: perfect)", xlabel="step", ylim=(-0.3, 1))
 r2_axes.legend(loc="lower right")
-heights, ends = np.array([row["accuracy"] for row in probe.values()]), np.array([row["ci95"] for row in probe.values()]).T  # [4], [2, 4]
+heights = np.array([row["accuracy"] for row in probe.values()])  # [4]
+ends = np.array([row["ci95"] or [row["accuracy"]] * 2 for row in probe.values()]).T  # [2, 4]
 probe_axes.bar(list(probe), heights, color=["C1", "C0", "0.6", "0.8"])
 probe_axes.errorbar(range(len(probe)), heights, np.abs(ends - heights), fmt="none", color="k", capsize=4)
 probe_axes.axhline(0.5, color="k", ls=":")
@@ -115,9 +116,10 @@ for axis in [*axes.flat, *axes2.flat]:
 figure.savefig(Path(out) / "report.png", dpi=80)
 
 # ---- the table
-line = lambda name, row: f"{name:34} {row['accuracy']:8.3f}   [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]"
+line = lambda name, row: f"{name:34} {row['accuracy']:8.3f}   {model.show_interval(row['ci95'])}"
 print(f"\n=== results after {results['seconds']['all']:.0f} s")
-print(f"{'held-out R2 of the student':34} {evaluation['r2']:8.3f}   [{evaluation['r2_ci95'][0]:.3f}, {evaluation['r2_ci95'][1]:.3f}]")
+r2_ends = model.show_interval(evaluation["r2_ci95"])
+print(f"{'held-out R2 of the student':34} {evaluation['r2']:8.3f}   {r2_ends}")
 for family, row in evaluation["families"].items():
     print(f"{'  ' + family + ' masks':34} {row['r2']:8.3f}")
 print(f"{'  at each evaluation':34}   {' '.join(f'{value:.3f}' for value in results['r2'])}")
@@ -125,12 +127,14 @@ print(f"{'  mean of the clip own context':34} {evaluation['r2_background']:8.3f}
 print(f"{'held-out R2 of the teacher (pixels)':34} {results['teacher_r2'][-1]:8.3f}")
 for name, row in probe.items():
     print(line(f"time arrow, {name}", row))
-low, high = probed["difference_ci95"]
-if low > 0:
-    print(f"The student beats the untrained encoder at the time arrow by [{low:+.3f}, {high:+.3f}].")
+difference = probed["difference_ci95"]
+shown_ends = model.show_interval(difference, "+.3f")
+if difference and difference[0] > 0:
+    print(f"The student beats the untrained encoder at the time arrow by {shown_ends}.")
 else:
-    print(f"The student does not beat the untrained encoder at the time arrow: difference [{low:+.3f}, {high:+.3f}].")
-    if probe["teacher"]["ci95"][0] > probe["untrained"]["accuracy"]:
+    print("The student does not beat the untrained encoder at the time arrow: "
+          f"difference {shown_ends}.")
+    if probe["teacher"]["ci95"] and probe["teacher"]["ci95"][0] > probe["untrained"]["accuracy"]:
         print(f"Its teacher does, so the direction of time is in the targets: this student has not taken it over in {run['steps']} steps.")
     else:
         print("Nor does its teacher, beyond its interval: latents that do not tell the direction of time cannot teach it. A teacher trained for "

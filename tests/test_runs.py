@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
