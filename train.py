@@ -76,6 +76,7 @@ seed = 0                       # of weights, masks and order
 eval_seed = 1                  # of the masks in held-out evaluation
 eval_every: int | None = None  # steps between held-out evaluations [once an epoch]
 val_batches = 20               # batches an evaluation
+longest_seconds = 60.0         # a clip that spans more of a video is warned of, once
 stats_clips = 256              # training clips that give R2's per-position mean where the cache has none
 save_every = 500               # steps between last.pth
 save_minutes = 15.0            # minutes after which it is saved at the latest; 0: by steps alone
@@ -95,7 +96,7 @@ deterministic = False          # on a GPU: the same bits every run, slower
 # -----------------------------------------------------------------------------------------------------------------------
 settings = config.apply(globals(), least=dict.fromkeys((
     "seed", "eval_seed", "warmup", "grad_clip", "lr", "lr_end", "eps", "weight_decay", "weight_decay_end", "vicreg_variance",
-    "vicreg_covariance", "ema", "save_minutes"), 0) | {"matrix_rate": 1e-6} | dict.fromkeys((
+    "vicreg_covariance", "ema", "save_minutes", "longest_seconds"), 0) | {"matrix_rate": 1e-6} | dict.fromkeys((
     "frames", "resolution", "patch", "depth", "predictor_depth", "predictor_dim", "predictor_heads", "batch_size", "epochs", "max_steps",
     "accumulate", "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "skip_limit", "threads", "compute_threads"), 1))
 config.check_paths(cache=cache, val_cache=val_cache, data=data, teacher=teacher)
@@ -114,7 +115,7 @@ import ops  # noqa: E402
 import ranks  # noqa: E402
 from cache import open_cache, prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
-from data import Records, Videos, batches, check_batch, in_order, keyed_sample, load_split, shuffled  # noqa: E402
+from data import Records, Videos, batches, check_batch, in_order, keyed_sample, load_split, long_clips, shuffled  # noqa: E402
 from journal import Log, Metrics, average, summary  # noqa: E402
 from ranks import rank, world  # noqa: E402
 from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
@@ -186,6 +187,7 @@ if deterministic:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over all memory, for what nobody reads
 
 # ---- data: the clips come under the view of the cache, and under no other
+long_clips.watch(longest_seconds, log)
 if "test" in split.split("+"):
     raise InputError("--split test: the test split has no labels and is not for training; use train")
 source, on_the_fly = open_cache(cache) if cache else None, None

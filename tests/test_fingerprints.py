@@ -1,0 +1,137 @@
+"""Latents are never trained against the pixels of other videos: whole stages, with videos exchanged, encoded again or cached again under the same ids."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.stages import SMALL, VIEW, error_of, moving_square, run, run_folder
+from tests.test_data import write_video
+
+IDS = range(6)
+
+
+@pytest.fixture(scope="module")
+def thin(world, tmp_path_factory):
+    """A data folder of six videos, and a cache of their latents without clips."""
+    home = tmp_path_factory.mktemp("thin")
+    (home / "data" / "videos").mkdir(parents=True)
+    for i in IDS:
+        shutil.copy(world / "data" / "videos" / f"{i}.webm", home / "data" / "videos")
+    (home / "data" / "train.json").write_text(json.dumps([{"id": str(i)} for i in IDS]))
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    shutil.copy(teacher, home / "teacher.pth")
+    run(home, "cache_latents", "--data", "data", "--teacher", "teacher.pth", "--clips", "off", "--out", "thin")
+    run(home, "cache_latents", "--data", "data", "--teacher", "none", *VIEW, "--out", "clips")
+    run(home, "cache_latents", "--clips_from", "clips", "--teacher", "teacher.pth", "--out", "over")
+    return home
+
+
+@pytest.fixture
+def other(thin, tmp_path):
+    """The same ids, and other videos."""
+    random = np.random.default_rng(9)
+    (tmp_path / "other" / "videos").mkdir(parents=True)
+    shutil.copy(thin / "data" / "train.json", tmp_path / "other")
+    for i in IDS:
+        write_video(tmp_path / "other" / "videos" / f"{i}.webm", moving_square(random, 14))
+    return tmp_path / "other"
+
+
+TRAIN = [*SMALL, "--max_steps", "2"]
+
+
+def test_other_videos_of_the_same_ids_are_noticed(thin, other):
+    run(thin, "train", "--cache", "thin", "--data", "data", *TRAIN, "--run_name", "good")
+    line = error_of(thin, "train", "--cache", "thin", "--data", other, *TRAIN)
+    assert "is not the video" in line and "put them back, or make the cache again" in line and str(other) in line
+    assert "every checksum, count and id fits" in run(thin, "cache_latents", "--verify", "thin", "--data", "data")
+    said = run(thin, "cache_latents", "--verify", "thin", "--data", other, code=1)
+    assert "problems: 6;" in said and all(f"videos/{i}.webm is not the video '{i}'" in said for i in IDS)
+    folder = run_folder(thin, "good")
+    said = error_of(thin, "eval_distill", "--checkpoint", folder / "best.pth", "--cache", "thin", "--data", other, "--training_videos")
+    assert "is not the video" in said
+
+
+def test_a_video_that_was_encoded_again_is_named(thin, tmp_path):
+    shutil.copytree(thin / "data", tmp_path / "data")
+    random = np.random.default_rng(0)
+    again = [np.clip(frame.astype(int) + random.integers(-1, 2, frame.shape), 0, 255).astype(np.uint8) for frame in moving_square(random, 20)]
+    write_video(tmp_path / "data" / "videos" / "3.webm", again)
+    said = run(thin, "cache_latents", "--verify", "thin", "--data", tmp_path / "data", code=1)
+    assert "problems: 1;" in said and "3.webm is not the video '3'" in said
+    assert "3.webm is not the video '3'" in error_of(thin, "train", "--cache", "thin", "--data", tmp_path / "data", *TRAIN, "--batch_size", "6")
+
+
+def test_clips_that_were_cached_again_from_other_videos_are_noticed(thin, other, tmp_path):
+    home = shutil.copytree(thin, tmp_path / "home")
+    run(home, "train", "--cache", "over", *TRAIN)
+    shutil.rmtree(home / "clips")
+    run(home, "cache_latents", "--data", other, "--teacher", "none", *VIEW, "--out", "clips")
+    assert "is not the cache it was made from" in error_of(home, "train", "--cache", "over", *TRAIN)
+    said = run(home, "cache_latents", "--verify", "over", code=1)
+    assert "were not made from the clips that are now in" in said and "delete over and make it again" in said
+
+
+def test_resuming_with_other_latents_or_pixels_of_the_same_ids_is_refused(thin, other, tmp_path):
+    flags = [*SMALL, "--run_name", "r", "--checkpoints", tmp_path / "c", "--run_logs", tmp_path / "l"]
+    run(thin, "train", "--cache", "over", *flags, "--max_steps", "2")
+    run(thin, "cache_latents", "--data", other, "--teacher", "teacher.pth", "--clips", "on", "--out", tmp_path / "others")
+    line = error_of(thin, "train", "--cache", tmp_path / "others", *flags, "--max_steps", "2", "--resume", "auto")
+    assert "trained with other training clips (--cache, --data), of other ids, pixels or latents" in line
+    run(thin, "cache_latents", "--data", "data", "--teacher", "teacher.pth", "--clips", "on", "--out", tmp_path / "same")  # with its own clips, and the same bits
+    assert "nothing is left to do" in run(thin, "train", "--cache", tmp_path / "same", *flags, "--max_steps", "2", "--resume", "auto")
+
+
+def test_another_compute_is_another_teacher(thin, world, tmp_path):
+    run(thin, "cache_latents", "--clips_from", "clips", "--teacher", "teacher.pth", "--out", tmp_path / "bf16", "--dtype", "bf16")
+    for split in ("train", "val"):
+        shutil.copytree(thin / "data", tmp_path / split)
+    assert "another teacher" in error_of(thin, "train", "--cache", "over", "--val_cache", tmp_path / "bf16", *TRAIN, "--training_videos")
+    folder = run_folder(thin, "good")
+    assert "another teacher" in error_of(thin, "eval_distill", "--checkpoint", folder / "best.pth", "--cache", tmp_path / "bf16", "--training_videos")
+    assert "every checksum" in run(thin, "cache_latents", "--verify", tmp_path / "bf16")
+
+
+def test_training_videos_are_not_called_held_out(world, tmp_path):
+    run(tmp_path, "cache_latents", "--data", world / "data", "--limit", "5", "--teacher", next(world.glob("checkpoints/teacher_*/best.pth")), "--out", "try")
+    line = error_of(tmp_path, "train", "--cache", world / "latents", "--val_cache", "try", *TRAIN)
+    assert "--val_cache try holds 5 of 5 clips of videos that were trained on" in line and "--training_videos" in line
+    said = run(tmp_path, "train", "--cache", world / "latents", "--val_cache", "try", *TRAIN, "--training_videos", "--run_name", "t")
+    assert "step 2 training R2" in said and "held-out" not in said
+    rows = [json.loads(line) for line in (run_folder(tmp_path, "t") / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["val_videos"] == "training" for row in rows if "val_r2" in row)
+    assert "its R2 is of training videos" in run(tmp_path, "plot_runs", "t", "--out", "none")
+    best = run_folder(world, "student") / "best.pth"
+    for flags in (["--cache", world / "latents"], ["--data", world / "data", "--split", "train", "--teacher", next(world.glob("checkpoints/teacher_*/best.pth"))]):
+        assert "of videos that were trained on" in error_of(tmp_path, "eval_distill", "--checkpoint", best, *flags)
+    said = run(tmp_path, "eval_distill", "--checkpoint", best, "--cache", world / "latents", "--training_videos", "--out", "e.json")
+    assert "\ntraining R2; space" in said and json.loads((tmp_path / "e.json").read_text())["results"][0]["measured_on"] == "training"
+    run(tmp_path, "eval_distill", "--checkpoint", best, "--cache", world / "held_out", "--out", "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["results"][0]["measured_on"] == "held-out"
+
+
+def test_copies_of_training_videos_are_left_out(world, tmp_path):
+    """Three of five held-out videos are training videos under other names; decoded on the fly, and cached."""
+    teacher, best = next(world.glob("checkpoints/teacher_*/best.pth")), run_folder(world, "student") / "best.pth"
+    (tmp_path / "data" / "videos").mkdir(parents=True)
+    for name, i in (("a", 0), ("b", 1), ("c", 2), ("d", 20), ("e", 21)):
+        shutil.copy(world / "data" / "videos" / f"{i}.webm", tmp_path / "data" / "videos" / f"{name}.webm")
+    (tmp_path / "data" / "validation.json").write_text(json.dumps([{"id": name} for name in "abcde"]))
+    said = run(tmp_path, "eval_distill", "--checkpoint", best, "--data", "data", "--teacher", teacher, "--out", "fly.json", "--dtype", "fp32")
+    assert "3 clips are training clips under other ids ('a', 'b', 'c'): left out" in said
+    run(tmp_path, "cache_latents", "--data", "data", "--split", "validation", "--teacher", teacher, "--out", "cached")
+    said = run(tmp_path, "eval_distill", "--checkpoint", best, "--cache", "cached", "--out", "cached.json", "--dtype", "fp32")
+    assert "3 clips are training clips under other ids ('a', 'b', 'c'): left out" in said
+    results = [json.loads((tmp_path / name).read_text())["results"][0] for name in ("fly.json", "cached.json")]
+    assert [result["clips"] for result in results] == [2, 2] and results[0]["r2"] == pytest.approx(results[1]["r2"], abs=2e-3)
+    said = run(tmp_path, "train", "--cache", world / "latents", "--val_cache", "cached", *TRAIN)
+    assert "3 clips are training clips under other ids" in said and "step 2 held-out R2" in said
+
+
+def test_a_teacher_on_the_fly_decides_the_clips(world, tmp_path):
+    """4 frames of 48 pixels, without a flag, as cache_latents.py does."""
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    said = run(tmp_path, "train", "--data", world / "data", "--teacher", teacher, *TRAIN, "--stats_clips", "4")
+    assert "grid (2, 3, 3)" in said and '"frames": 4, "resolution": 48, "patch": 16' in said
+    assert "takes 4 frames of 48 pixels" in error_of(tmp_path, "train", "--data", world / "data", "--teacher", teacher, *TRAIN, "--frames", "8")
