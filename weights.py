@@ -149,7 +149,7 @@ def whole(state, path):
         if tensor.layout != torch.strided:
             raise InputError(f"{path}: {name} is of layout {tensor.layout}; weights are plain")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise InputError(f"{path}: {name} states {list(tensor.shape)}, more numbers than are there")
+            raise InputError(f"{path}: {name} states {list(tensor.shape)}, more than is there")
     return found
 
 

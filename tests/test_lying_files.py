@@ -111,7 +111,7 @@ def test_tensors_of_more_numbers_than_they_hold(tmp_path):
     named = as_original(shake(model.Encoder(CONFIG)))
     named["patch_embed.proj.bias"] = torch.zeros(1, dtype=torch.half).expand(HUGE)
     torch.save({"model": named}, tmp_path / "x.pth")
-    in_one_line(tmp_path / "x.pth", "more numbers than are there", [model.load_teacher])
+    in_one_line(tmp_path / "x.pth", "more than is there", [model.load_teacher])
     named["patch_embed.proj.bias"] = torch.zeros(HUGE, layout=torch.sparse_coo)
     torch.save({"model": named}, tmp_path / "x.pth")
     in_one_line(tmp_path / "x.pth", "layout", [model.load_teacher])
