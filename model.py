@@ -5,6 +5,8 @@ The encoder is built as VideoMAE builds it (Tong et al. 2022, arXiv 2203.12602),
 `transformers` unchanged: pre-norm blocks, exact GELU, biases on q and v but none on k, a fixed 1-D sin-cos table, no cls token.
 """
 import dataclasses
+import functools
+import math
 import warnings
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from ops import FAMILIES, sample_masks  # noqa: F401  part of this file's public
 SIZES = {  # name: width, blocks, heads, patch, MLP width
     "tiny": (192, 12, 3, 16, 768), "small": (384, 12, 6, 16, 1536), "base": (768, 12, 12, 16, 3072), "large": (1024, 24, 16, 16, 4096),
     "huge": (1280, 32, 16, 16, 5120), "giant": (1408, 40, 16, 14, 6144)}
+MAX_TABLE = 2**27  # numbers in a position table: 60 times those of giant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class EncoderConfig:
 
     @property
     def tokens(self):
-        return int(np.prod(self.grid))
+        return math.prod(self.grid)
 
     @property
     def patch_dim(self):
@@ -80,6 +83,9 @@ def config_of_size(name, **other):
 
 def position_table(tokens, dim):
     """float32 [tokens, dim]: sin on even, cos on odd channels of n / 10000^(2 (j // 2) / dim) (Vaswani et al. 2017, arXiv 1706.03762)."""
+    if tokens * dim > MAX_TABLE:
+        raise InputError(f"{tokens} tokens of width {dim} are more than any model here has; is its "
+                         "configuration damaged?")
     angle = np.arange(tokens)[:, None] / np.power(10000.0, 2 * (np.arange(dim) // 2) / dim)
     angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
     return torch.from_numpy(angle.astype(np.float32))
@@ -583,8 +589,8 @@ def load_encoder(path, device="cpu", ema=False):
 
 def build_encoder(path, fields, state, view=None):
     """An Encoder of EncoderConfig fields, weights and, where known, View fields, out of `path`."""
-    encoder = Encoder(from_file(path, EncoderConfig, **fields))
-    load_weights(encoder, state, path)
+    config = from_file(path, EncoderConfig, **fields)
+    encoder = restored(path, state, config.depth, functools.partial(Encoder, config))
     if view is not None:
         encoder.view = from_file(path, views.View.from_dict, view)
     return encoder
@@ -611,15 +617,30 @@ def export_transformers(encoder, folder):
     weights.write_transformers(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
 
 
-def load_weights(module, state, path):
-    """load_state_dict, with shapes and names that do not fit in one line."""
+def restored(path, state, depth, make):
+    """make(), an Encoder or Predictor, with the weights `state` of the file `path`, in float32.
+
+    No weight takes memory before names and shapes are known to fit, whatever a configuration says.
+    """
+    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    if depth > blocks:
+        raise InputError(f"{path} holds {blocks} blocks, and its configuration says {depth}")
+    with torch.device("meta"):
+        module = from_file(path, make)
+    state = {name: tensor.float() for name, tensor in weights.whole(state, path).items()}
+    load_weights(module, state, path, assign=True)
+    return module
+
+
+def load_weights(module, state, path, assign=False):
+    """load_state_dict, with what does not fit in one line; assign: without copies."""
     expected = module.state_dict()
     for name in expected:
         if name not in state:
             raise InputError(f"{path} lacks the weight {name}")
         if state[name].shape != expected[name].shape:
             raise InputError(f"{path}: {name} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}")
-    module.load_state_dict({name: state[name] for name in expected})
+    module.load_state_dict({name: state[name] for name in expected}, assign=assign)
 
 
 def plain(config):
@@ -634,10 +655,10 @@ def build_salt(encoder_config, predictor_config):
 def load_salt(path, device="cpu", ema=False):
     """(Salt in eval mode, Space, content) of a checkpoint, or with ema of its moving average."""
     saved = weights.load_checkpoint(path, ema)
-    salt = build_salt(from_file(path, EncoderConfig, **saved["encoder_config"]), saved["predictor_config"])
-    salt.student.view = from_file(path, views.View.from_dict, saved["view"])
-    load_weights(salt.student, saved["student"], path)
-    load_weights(salt.predictor, saved["predictor"], path)
+    shape = saved["predictor_config"]
+    make = functools.partial(Predictor, **shape)
+    predictor = restored(path, saved["predictor"], shape.get("depth", 12), make)
+    salt = Salt(student_of(saved, path), predictor)
     return salt.to(device).eval(), from_file(path, Space, **saved["space"]).to(device), saved
 
 

@@ -27,6 +27,11 @@ def load_pickle(path):
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
+                stated = sum(info.file_size for info in archive.infolist())
+                size = os.path.getsize(path)
+                if stated > size:  # torch packs nothing; this may unpack to more than memory
+                    raise InputError(f"{path} has {size} bytes and states {stated} of content; it "
+                                     "is no file of weights as torch writes them")
                 if broken := archive.testzip():
                     raise InputError(f"{path} is damaged: the checksum of {broken} is wrong; use another copy")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # VideoMAE files hold their arguments as one
@@ -122,19 +127,41 @@ TRANSFORMERS_NAMES = {  # ours -> `transformers`, after the block number
     "fc2.": "output.dense.", "attn.q_bias": "attention.attention.q_bias", "attn.v_bias": "attention.attention.v_bias"}
 
 
+def whole(state, path):
+    """The tensors of {name: tensor or other}.
+
+    Raises InputError where one states more numbers than the file holds for it: a copy of it would
+    take memory that no check of the file's size has seen.
+    """
+    found = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    for name, tensor in found.items():
+        if tensor.layout != torch.strided:
+            raise InputError(f"{path}: {name} is of layout {tensor.layout}; weights are plain")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise InputError(f"{path}: {name} states {list(tensor.shape)}, more than is there")
+    return found
+
+
+def read_json(path):
+    """The content of a small JSON file."""
+    if path.stat().st_size > 1 << 24:
+        raise InputError(f"{path} has {path.stat().st_size} bytes; configurations are small")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_transformers(folder):
     """What a VideoMAE folder in `transformers` format holds; transformers is not imported.
 
     Returns (EncoderConfig fields, weights under our names, weights file, View fields or None).
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         if not isinstance(config, dict):
             raise InputError(f"{folder / 'config.json'} is no JSON object")
         if config.get("model_type") != "videomae":
             raise InputError(f"{folder / 'config.json'} describes the model type {config.get('model_type')!r}; a teacher is a videomae")
         pixels = folder / "preprocessor_config.json"
-        pixels = json.loads(pixels.read_text(encoding="utf-8")) if pixels.is_file() else {}
+        pixels = read_json(pixels) if pixels.is_file() else {}
     except FileNotFoundError:
         raise InputError(f"{folder} has no config.json; a teacher folder holds config.json and model.safetensors or pytorch_model.bin") from None
     except ValueError as error:
@@ -155,8 +182,8 @@ def read_transformers(folder):
     if config.get("hidden_act", "gelu") != "gelu":
         raise InputError(f"{folder / 'config.json'}: hidden_act is {config['hidden_act']!r}; only exact gelu is supported")
 
-    state = {name.removeprefix("videomae."): tensor.float() for name, tensor in state.items()
-             if isinstance(tensor, torch.Tensor) and not name.startswith("decoder")}
+    state = {name.removeprefix("videomae."): tensor.float()
+             for name, tensor in whole(state, weights).items() if not name.startswith("decoder")}
     ours = {"patch_embed.weight": take(state, "embeddings.patch_embeddings.projection.weight", weights).flatten(1),
             "patch_embed.bias": take(state, "embeddings.patch_embeddings.projection.bias", weights)}
     depth = config.get("num_hidden_layers", 12)
@@ -204,7 +231,7 @@ def read_videomae(saved, path, heads_of):
     """
     arguments = saved.get("args")
     state = next((saved[key] for key in ("model", "module", "state_dict") if isinstance(saved.get(key), dict)), saved)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    state = {name.removeprefix("module."): tensor for name, tensor in whole(state, path).items()}
     if any(name.startswith("encoder.") for name in state):
         state = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
     kernel = take(state, "patch_embed.proj.weight", path)  # [D, 3, tubelet, patch, patch]
