@@ -47,6 +47,7 @@ def seconds(call):
 def random_cache(where, records, dtype="float16", shard_rows=512):
     """A finished cache of random records of the default shape at `where`, with clips."""
     import numpy as np
+    import torch
 
     import cache
     from views import View
@@ -54,15 +55,16 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
     before, cache.SHARD_ROWS = cache.SHARD_ROWS, shard_rows
     try:
         writer = cache.Writer(where, {
-            "split": "train", "list_count": records, "list_sha256": "", "teacher": {"name": "random", "sha256": "", "dim": dim, "mean": [0.5] * 3, "std": [0.5] * 3},
+            "split": "train", "list_count": records, "list_sha256": "", "teacher": {"name": "random", "sha256": "", "dim": dim, "mean": [0.5] * 3, "std": [0.5] * 3, "compute": "fp32"},
             "view": view.to_dict(), "view_hash": view.hash(), "views": 1, "patch": 16, "tubelet": 2, "dtype": dtype, "batch_size": 8, "latent_shape": [tokens, dim],
             "patch_shape": [tokens, 1536], "clips": True, "clips_from": None})
-        latents = (random.standard_normal((tokens, dim)) * (1 if dtype == "float16" else 30)).astype({"float16": np.float16, "int8": np.int8}[dtype])
-        scale = None if dtype == "float16" else random.random((1, dim), dtype=np.float32)
+        latents = torch.from_numpy(random.standard_normal((tokens, dim), dtype=np.float32))
         for number in writer.missing():
             with writer.shard(number) as shard:
                 for row in range(number * shard_rows, min((number + 1) * shard_rows, records)):
-                    shard.add(f"v{row}", 0, np.roll(latents, row, 0), scale, random.integers(0, 256, (tokens, 1536), dtype=np.uint8))
+                    clip = random.integers(0, 256, (tokens, 1536), dtype=np.uint8)
+                    stored = cache.to_stored(latents.roll(row, 0)[None], dtype)
+                    shard.add(f"v{row}", 0, clip, {kind: array[0] for kind, array in stored.items()})
         writer.finish()
     finally:
         cache.SHARD_ROWS = before

@@ -155,8 +155,11 @@ class Cache:
     def read_stats(self):
         """{'mean': float32 [N, D], 'variance': float32 [N, D], 'count': int} of the latents."""
         try:
-            content = self.read_checked("stats.npz", "stats_sha256")
-            with np.load(io.BytesIO(content)) as file:
+            content = io.BytesIO(self.read_checked("stats.npz", "stats_sha256"))
+            stated = sum(member.file_size for member in zipfile.ZipFile(content).infolist())
+            if stated > 8 * math.prod(self.latent_shape) + 4096:
+                raise ValueError(f"it states {stated} bytes of statistics")
+            with np.load(content) as file:
                 return {"mean": file["mean"], "variance": file["variance"], "count": int(file["count"])}
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             if isinstance(error, InputError):

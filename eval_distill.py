@@ -140,7 +140,7 @@ else:
     if predicts_latents:
         if not teacher:
             raise InputError("without --cache the targets come from the teacher: give --teacher")
-        encoder = model.load_teacher(teacher, device, first["teacher"].get("compute", model.TEACHER_DTYPE))
+        encoder = model.load_teacher(teacher, device, first["teacher"].get("compute", "fp32"))
         if not agree_on(first["teacher"], encoder.identity):
             raise InputError(f"{teacher} is not the teacher that {paths[0]} was trained on: SHA-256 of the weights "
                              f"{encoder.sha256[:12]} there, {first['teacher']['sha256'][:12]} in the checkpoint (or another mean and std)")

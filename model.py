@@ -517,7 +517,7 @@ def show_interval(ends, form=".3f"):
 
 # ----------------------------------------------------------------------------------------------- teachers and students
 
-TEACHER_DTYPE = "fp32"  # a teacher's compute, where nothing else is asked for
+TEACHER_DTYPE = "bf16"  # a teacher's compute, where nothing else is asked for, as cache_latents.py has it
 
 
 def load_teacher(path, device="cpu", dtype=TEACHER_DTYPE):

@@ -13,6 +13,7 @@ import torch
 import cache
 import data
 import model
+import runs
 import upkeep
 import weights
 from config import InputError
@@ -113,14 +114,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world, tmp_path)
     (folder / "last.pth").write_bytes(flip(whole, np.random.default_rng(2))[0])
     code, text = run(tmp_path, "train", *flags, os.path.join("checkpoints", folder.name))
     assert code == 0 and "passed over: " in text and f"resumed {os.path.join('checkpoints', folder.name, 'previous.pth')} at step 12" in text
-    assert (max(tmp_path.glob("checkpoints/r_*"), key=os.path.getmtime) / "metrics.jsonl").read_text().splitlines() == [lines[0], *lines[2:]]
+    assert (folder / "metrics.jsonl").read_text().splitlines() == [lines[0], *lines[2:]]
     code, text = run(tmp_path, "train", *flags, "auto")
-    assert code == 0 and "that run has finished: nothing is left to do" in text and len(list(tmp_path.glob("checkpoints/r_*"))) == 2
-    for path in tmp_path.glob("checkpoints/r_*/*.pth"):
-        if path.name != "best.pth":
-            path.write_bytes(whole[:len(whole) // 2])
+    assert code == 0 and "that run has finished: nothing is left to do" in text and len(list(tmp_path.glob("checkpoints/r_*"))) == 1
+    for name in ("last.pth", "previous.pth"):
+        (folder / name).write_bytes(whole[:len(whole) // 2])
     code, text = run(tmp_path, "train", *flags, "auto")
-    assert code == 1 and "none of the 3 checkpoints is whole" in one_line(text)
+    assert code == 1 and "none of the 2 checkpoints is whole" in one_line(text)
 
 
 # ------------------------------------------------------------------------------------------------------------- code in files
@@ -167,11 +167,12 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, make):
     (tmp_path / "run").mkdir()
     shutil.copy(path, tmp_path / "run" / "last.pth")
     for load in (lambda: weights.load_checkpoint(path), lambda: model.load_salt(path), lambda: model.load_encoder(path), lambda: model.load_teacher(path),
-                 lambda: model.load_teacher(tmp_path / "folder"), lambda: weights.newest_checkpoint([tmp_path / "run"], print)):
+                 lambda: model.load_teacher(tmp_path / "folder"), lambda: runs.furthest([tmp_path / "run"], print)):
         with pytest.raises(InputError) as caught:
             load()
         assert clean(caught.value) and not marker.exists()
         places += 1
+    assert weights.step_of(tmp_path / "run" / "last.pth") == -1 and not marker.exists()
     with contextlib.suppress(Exception):  # the harm is real: with code allowed it is done
         torch.load(path, weights_only=False)
     assert marker.exists()

@@ -56,7 +56,7 @@ def test_training_killed_and_resumed(world, tmp_path, way):
         mine, theirs = (weights.load_checkpoint(folder.parent / "best.pth") for folder in (newest(tmp_path, name), whole))
         assert mine["step"] == theirs["step"] and same(mine["student"], theirs["student"])
         folder = newest(tmp_path, name).parent
-        assert {path.name for path in folder.iterdir()} <= {"best.pth", "last.pth", "metrics.jsonl", "failures.jsonl"}
+        assert {path.name for path in folder.iterdir()} <= {"best.pth", "last.pth", "metrics.jsonl", "starts.jsonl", "failures.jsonl"} and len(list(tmp_path.glob(f"checkpoints/{name}_*"))) == 1
     said = " ".join(WAYS[way]) if way != "videos" else "--target pixels from videos, --recompute"
     record(f"SIGKILL at a random moment in training ({said or 'plain'}), then --resume auto", moments.total(),
            f"{in_words(moments)}; {runs} runs to their end, weights, moments, losses, logged lines and best.pth the same to the bit")
