@@ -100,7 +100,7 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
     if os.path.isfile(path):
         return folder_of_log(path, checkpoints), word, None
     if os.path.isdir(path) and is_run(path):
-        return with_log(path, run_logs)
+        return with_log(os.path.expanduser(word), run_logs)
     folders = [name for name in files_in(checkpoints) if is_run(os.path.join(checkpoints, name))]
     logs = [name.removesuffix(".log") for name in files_in(run_logs) if name.endswith(".log")]
     starts = [word] if word in (*folders, *logs) else named({*folders, *logs}, word)
@@ -245,7 +245,7 @@ def furthest(folders, log):
     """
     import weights
     paths = [path for folder in folders for name in ("previous.pth", "last.pth") if os.path.isfile(path := os.path.join(folder, name))]
-    known = {path: (weights.step_of(path), os.path.getmtime(path), path.endswith("last.pth")) for path in paths}
+    known = {path: (weights.step_of(path), os.path.getmtime(path), path.endswith("last.pth")) for path in paths}  # unreadable ones first: they are named
     for path in sorted(paths, key=known.__getitem__, reverse=True):
         try:
             return path, weights.load_checkpoint(path)

@@ -453,9 +453,7 @@ if saved:
     best = ranks.first(best_so_far)
     saved = None  # its memory is wanted
 metrics = Metrics(directory, step if origin else -1)
-if rank == 0:
-    opened[0].begin(log.path, step)
-    metrics.follow(run, settings, directory, wandb, tensorboard)
+ranks.first(lambda: (opened[0].begin(log.path, step), metrics.follow(run, settings, directory, wandb, tensorboard))[1])
 failures = set()
 
 

@@ -4,6 +4,7 @@ The readers give weights under the names of model.Encoder, and the fields of its
 """
 import argparse
 import json
+import math
 import os
 import pickle
 import re
@@ -110,11 +111,11 @@ def agree_on(saved, now):
 
 
 def step_of(path):
-    """The step of a checkpoint, from its small parts alone, unchecked; -1 of a file that has none."""
+    """The step of a checkpoint, from its small parts alone, unchecked; infinity for a file that cannot be read."""
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
     except DAMAGE:
-        return -1
+        return math.inf
 
 
 # -------------------------------------------------------------------------------------------------------------- VideoMAE

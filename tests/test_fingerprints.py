@@ -86,7 +86,8 @@ def test_resuming_with_other_latents_or_pixels_of_the_same_ids_is_refused(thin, 
 def test_another_compute_is_another_teacher(thin, world, tmp_path):
     run(thin, "cache_latents", "--clips_from", "clips", "--teacher", "teacher.pth", "--out", tmp_path / "fp32", "--dtype", "fp32")
     assert "another teacher" in error_of(thin, "train", "--cache", "over", "--val_cache", tmp_path / "fp32", *TRAIN, "--training_videos")
-    folder = run_folder(thin, "good")
+    run(thin, "train", "--cache", "over", *TRAIN, "--run_name", "exact")
+    folder = run_folder(thin, "exact")
     assert "another teacher" in error_of(thin, "eval_distill", "--checkpoint", folder / "best.pth", "--cache", tmp_path / "fp32", "--training_videos")
     assert "every checksum" in run(thin, "cache_latents", "--verify", tmp_path / "fp32")
 
