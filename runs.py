@@ -1,6 +1,7 @@
 """Runs on disk. A run has one folder for life, checkpoints/NAME_DATE_TIME_pidN of its first start, and each of its starts a log of its own:
 
     checkpoints/RUN/last.pth, previous.pth, best.pth, metrics.jsonl
+    checkpoints/RUN/left_behind_by_START.pth   a last.pth that START could not or was told not to go on from
     checkpoints/RUN/starts.jsonl      its starts, one a line: log, step, process; locked as long as one of them lives
     run_logs/START.log
 
@@ -14,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import time
 
@@ -325,7 +327,17 @@ class Run:
         return content
 
     def begin(self, log, step):
-        """List this start: the path of its log, the step it begins at and its process."""
+        """List this start: the path of its log, the step it begins at and its process. What it goes on from becomes last.pth; a damaged or further one
+        that was there stays beside it under another name."""
+        last = os.path.join(self.folder, "last.pth")
+        if self.path and not (os.path.isfile(last) and os.path.samefile(self.path, last)):
+            if os.path.isfile(last):
+                os.replace(last, os.path.join(self.folder, f"left_behind_by_{os.path.basename(log).removesuffix('.log')}.pth"))
+            if os.path.abspath(self.path) == os.path.abspath(os.path.join(self.folder, "previous.pth")):
+                os.replace(self.path, last)
+            else:
+                shutil.copyfile(self.path, f"{last}.part")
+                os.replace(f"{last}.part", last)
         entry = {"log": os.path.relpath(log, self.folder), "step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **this_process()}
         self.file.seek(0)
         torn = not ("\n" + self.file.read()).endswith("\n")  # by a full disk

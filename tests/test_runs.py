@@ -97,6 +97,19 @@ def test_a_copy_that_is_named_gives_a_run_of_its_own_and_stays_as_it_is(tmp_path
         assert content_of(tmp_path / "kept") == before
 
 
+def test_what_a_run_goes_on_from_becomes_its_last_checkpoint(tmp_path):
+    """previous.pth is asked for, though last.pth is whole and further: from then on the run is where it was told to go back to, and nothing is lost."""
+    folder = tmp_path / "checkpoints" / f"salt{STAMP}"
+    checkpoint(folder, "last.pth", 30)
+    checkpoint(folder, "previous.pth", 20)
+    further, back = (folder / "last.pth").read_bytes(), (folder / "previous.pth").read_bytes()
+    found = opened(tmp_path, str(folder / "previous.pth"))
+    found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20)
+    assert (folder / "last.pth").read_bytes() == back and (folder / "left_behind_by_salt_9.pth").read_bytes() == further
+    found.file.close()
+    assert opened(tmp_path, "auto").content["step"] == 20
+
+
 def test_a_run_that_is_going_is_not_gone_on_with(tmp_path):
     first = opened(tmp_path, "auto")  # it has a folder and no checkpoint yet
     with pytest.raises(InputError, match="is still going"):

@@ -117,6 +117,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world, tmp_path)
     assert (folder / "metrics.jsonl").read_text().splitlines() == [lines[0], *lines[2:]]
     code, text = run(tmp_path, "train", *flags, "auto")
     assert code == 0 and "that run has finished: nothing is left to do" in text and len(list(tmp_path.glob("checkpoints/r_*"))) == 1
+    assert (folder / "last.pth").read_bytes() == whole and len(list(folder.glob("left_behind_by_*.pth"))) == 1
     for name in ("last.pth", "previous.pth"):
         (folder / name).write_bytes(whole[:len(whole) // 2])
     code, text = run(tmp_path, "train", *flags, "auto")
