@@ -441,6 +441,7 @@ if out:
         axes["R2"].set(title="held-out R²  (dotted: the clip's own background)", xlabel="step")
         if low < -1:  # at the start it can be far below 0; all of it is shown, what matters at full size
             axes["R2"].set_yscale("symlog", linthresh=1, linscale=3)
+            axes["R2"].set_yticks([-1000, -100, -10, -3, -1, -0.5, 0, 0.25, 0.5, 0.75, 1], minor=False)
             axes["R2"].yaxis.set_major_formatter("{x:g}")
         room = 0.05 * (max(high, 0) - max(low, -1)) + 0.01
         axes["R2"].set_ylim(1.15 * low if low < -1 else low - room, high + room)

@@ -109,10 +109,8 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
     candidates = []
     for name in reversed(starts):
         log = os.path.join(run_logs, f"{name}.log")
-        if name in folders:
-            candidates.append(with_log(os.path.join(checkpoints, name), run_logs)[:2])
-        else:
-            candidates.append((folder_of_log(log, checkpoints), log))
+        folder = os.path.join(checkpoints, name) if name in folders else folder_of_log(log, checkpoints)
+        candidates.append(with_log(folder, run_logs)[:2] if folder else (None, log))  # a start that was refused leaves a log, too
     for folder, log in candidates:
         if accept(folder, log):
             return folder, log, f"the latest of {len(starts)} starts named {word}" if len(starts) > 1 else None

@@ -330,3 +330,16 @@ def test_devices_that_are_not_there():
             model.pick_device(name)
     with pytest.raises(InputError, match="sees"):
         model.pick_device("cuda:99")
+
+
+def test_a_teacher_never_computes_in_tf32():
+    """Whatever train.py sets for the student; and what it set is what it finds again."""
+    seen = []
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    teacher = type("Teacher", (), {"encode": lambda self, clips: seen.append(torch.get_float32_matmul_precision()) or clips})()
+    try:
+        assert model.teacher_latents(teacher, 3) == 3
+        assert (seen, torch.get_float32_matmul_precision()) == (["highest"], "high")
+    finally:
+        torch.set_float32_matmul_precision(before)

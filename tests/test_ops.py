@@ -1,4 +1,5 @@
 """Gather, patches and loss: the extension and the reference against plain PyTorch, values and gradients."""
+import shutil
 import os
 import subprocess
 import sys
@@ -401,3 +402,20 @@ def test_a_compiled_step_is_one_graph_with_the_same_results():
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(gradient, plain_gradient)
     torch.testing.assert_close(found, expected)
+
+
+def test_an_extension_of_other_sources_is_not_used(tmp_path):
+    """A stand-in that says it was built from others; and the digest follows names and contents of csrc/."""
+    (tmp_path / "salt_ops.py").write_text("def build_info():\n    return {'devices': ['cpu'], 'sources': 'ab', 'simd': 'avx2', 'amx': True, 'architectures': ''}\n")
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import ops; print(ops.extension_line())"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), root], capture_output=True, text=True)
+    assert done.returncode == 0 and "was built from other sources than csrc/" in done.stdout, done.stderr
+    shutil.copy(os.path.join(root, "config.py"), tmp_path)
+    (tmp_path / "csrc").mkdir()
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import config; print(config.source_digest())"
+    digests = []
+    for name, content in (("a.cpp", "1"), ("a.cpp", "2"), ("b.cpp", "1")):
+        (tmp_path / "csrc" / name).write_text(content)
+        digests.append(subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout)
+    assert len(set(digests)) == 3

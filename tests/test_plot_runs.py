@@ -352,3 +352,33 @@ def test_an_unreadable_file(tmp_path):
     else:
         done = shell(tmp_path, path, "--out", "none")
     assert done.returncode == 1 and "cannot be read" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_settings_are_those_that_were_in_force(tmp_path, plot):
+    for name, frames in (("a", 4), ("b", 4)):
+        write_run(tmp_path, f"{name}_20260102_030405_pid1", losses_of(100), SETTINGS | {"frames": 16 if name == "a" else None, "run_name": name})
+        path = tmp_path / "run_logs" / f"{name}_20260102_030405_pid1.log"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:3], 'in force {"frames": 4, "warmup": 10}', *lines[3:]]) + "\n")
+    content = plot("a", "b")[0]
+    assert content["differences"] == {} and content["runs"][0]["settings"]["frames"] == 4
+
+
+def test_all_of_a_curve_and_its_background_are_in_the_picture(tmp_path, plot):
+    rows = write_run(tmp_path, RUN, losses_of(2000))
+    for lowest in (-9.0, -0.6, 0.3):
+        held_out = [{"step": step, "val_r2": value, "val_mse": 1.0, "val_r2_background": lowest + 0.1} for step, value in ((500, lowest), (1000, 0.2), (1500, 0.5))]
+        text = "".join(json.dumps(row) + "\n" for row in [row for row in rows if "loss" in row] + held_out)
+        (tmp_path / "checkpoints" / RUN / "metrics.jsonl").write_text(text)
+        low, high = plot(RUN, "--out", "p.png")[1]["axes"]["R2"].get_ylim()
+        assert low < lowest and high > 0.5
+
+
+def test_a_start_that_was_refused_does_not_hide_the_run(tmp_path, plot):
+    """Its log names the folder; the run's latest start is the one that its folder lists."""
+    write_run(tmp_path, RUN, losses_of(300))
+    (tmp_path / "checkpoints" / RUN / "starts.jsonl").write_text(json.dumps({"log": f"../../run_logs/{RUN}.log"}) + "\n")
+    later = tmp_path / "run_logs" / "wide_20260105_030405_pid1.log"
+    later.write_text(f"start x\nsettings {{}}\nfolder checkpoints/{RUN}\nerror: no\nstatus: failed\nProcess exiting.\n")
+    run = plot("wide")[0]["runs"][0]
+    assert run["status"] == "finished" and run["run"] == RUN

@@ -450,3 +450,21 @@ def test_bench_compares_and_counts(tmp_path):
     assert step["flops"] == budget.step_flops(model.config_of_size("tiny"), {"dim": 512, "depth": 12, "dim_out": 768}, [(352, 784), (112, 1088)])
     done = subprocess.run([sys.executable, "bench.py", "budget", "--sizes", "tiny", "--batch_size", "1"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"{step['flops'] / 1e9:.0f}" in done.stdout
+
+
+def test_a_line_says_where_more_threads_do_not_help(monkeypatch):
+    before = torch.get_num_threads()
+    asked = []
+
+    def rate(device, dtype):
+        asked.append(torch.get_num_threads())
+        return 1e12
+    monkeypatch.setattr(budget, "matrix_rate", rate)
+    torch.set_num_threads(2)
+    try:
+        assert "2 compute threads multiply matrices 1.0 times as fast as one" in budget.fewer_threads(torch.device("cpu"), "bf16", 1.02e12)
+        assert budget.fewer_threads(torch.device("cpu"), "bf16", 1.9e12) is None and asked == [1, 1] and torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        assert budget.fewer_threads(torch.device("cpu"), "bf16", 1e12) is None
+    finally:
+        torch.set_num_threads(before)
