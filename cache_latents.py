@@ -56,6 +56,7 @@ import numpy as np  # noqa: E402  after the settings, so that --help and a misty
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import budget  # noqa: E402
 import cache  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
@@ -104,6 +105,8 @@ if clips_from and (shared or clips == "on"):
 
 # ---- the teacher, the view, the rows
 encoder = None if teacher.lower() == "none" else model.load_teacher(teacher, device, dtype)
+if encoder and device.type == "cpu" and dtype == "bf16" and budget.matrix_rate(device, "fp32") > budget.matrix_rate(device, "bf16"):
+    log("this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice")
 source = cache.open_cache(clips_from) if clips_from else None
 shape = encoder.config if encoder else None
 if source:
