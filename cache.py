@@ -203,7 +203,21 @@ class Cache:
         path, shard = self.folder / shard_name(kind, number), self.metadata["shards"][number]
         shape, dtype = self.formats[kind]
         check_header(path, (shard["rows"], *shape), dtype, shard[kind]["bytes"])
-        return ops.File(str(path)), shard[kind]["bytes"] - shard["rows"] * record_bytes(shape, dtype)
+        start = shard[kind]["bytes"] - shard["rows"] * record_bytes(shape, dtype)
+        if kind == "patches" and shard["rows"]:
+            self.check_first_clip(path, number, start)
+        return ops.File(str(path)), start
+
+    def check_first_clip(self, path, number, start):
+        """A shard of another cache, put in this one's place, has its size and header; not the pixels of its first clip."""
+        try:
+            with open(path, "rb") as file:
+                file.seek(start)
+                clip = file.read(record_bytes(*self.formats["patches"]))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        if fingerprint(clip) != self.fingerprints[self.first_rows[number]]:
+            raise InputError(f"{path}: its first clip does not have its fingerprint: the file is damaged or another cache's; mend it with the command that made it and --repair")
 
     def places(self, kind, records):
         """(ops.File a record, the byte where each begins, where each is: (shard, row))."""
@@ -258,6 +272,14 @@ class Cache:
         out = torch.empty(1, *(self.latent_shape or (0, 0)), dtype=torch.float16)
         self.read_rows("latents", [row], out)
         return out[0].numpy()
+
+    def checked_patches(self, row):
+        """The same as patches(row), which must have their fingerprint. Raises InputError where they do not."""
+        patches = self.patches(row)
+        if fingerprint(patches) != self.fingerprints[row]:
+            raise InputError(f"{self.clips.folder}: the clip of record {row}, {self.ids[row]!r}, does not have its fingerprint: the file is damaged or another cache's; "
+                             f"mend it with the command that made it and --repair")
+        return patches
 
     def patches(self, row):
         """uint8 [N, P]: the clip of record `row`, patchified."""

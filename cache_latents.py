@@ -140,7 +140,7 @@ rows_of = lambda number: range(number * cache.SHARD_ROWS, min((number + 1) * cac
 def clips_of(together):
     """[patches uint8 [N, P] or VideoError] of rows of one video."""
     if source:
-        return [source.patches(row) for row in together]
+        return [source.checked_patches(row) for row in together]
     video = videos[together[0] // views]
     try:
         cut = read_row(video, [dataclasses.replace(view, view=ids[row][1]) for row in together])
@@ -285,8 +285,8 @@ if rank == 0:
     metadata = writer.finish()
     size = sum(file.stat().st_size for file in writer.folder.iterdir()) / 1e9
     if "lost_variance" in metadata:
-        log(f"{out}: int8 lost {metadata['lost_variance']:.1e} of the latents' variance about their per-position mean: no R2 above "
-            f"{1 - metadata['lost_variance']:.6f} can be reached on the exact ones")
+        log(f"{out}: int8 lost {metadata['lost_variance']:.1e} of the latents' variance about their per-position mean: a perfect prediction of what is kept has R2 "
+            f"{1 - metadata['lost_variance']:.6f} on the exact ones")
     log(f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape {json.dumps(metadata['latent_shape'])}"
         + (f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else ""))
 ranks.leave()

@@ -109,6 +109,7 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     if not any(row.path for row in rows):
         raise InputError(f"none of the {len(rows)} videos of the split {split!r} is in {folder}; looked in it, "
                          f"{' and '.join(f'{name}/' for name in VIDEO_FOLDERS[1:])} for {' '.join(VIDEO_SUFFIXES)}")
+    refuse_shared_frames(folder, split, splits_dir, rows)
     seen = set()
     for row in rows:
         if row.id in seen:
@@ -116,6 +117,29 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
                              "ids must be unique (a CSV may have a column `id`)")
         seen.add(row.id)
     return rows
+
+
+def refuse_shared_frames(folder, split, splits_dir, rows):
+    """Raises InputError where frames of a held-out CSV split are those of the training split."""
+    if split == "train":
+        return
+    if os.path.isfile(folder):
+        others = hashed_split(read_csv(folder), "train")
+    else:
+        path = find_list(folder, "train", splits_dir)
+        others = read_csv(path, folder) if path and path.endswith(".csv") else []
+    stretches = {}
+    for row in others:
+        stretches.setdefault(row.path, []).append(row)
+    for row in rows:
+        for other in stretches.get(row.path, ()) if row.path else ():
+            begins = max(row.start or 0, other.start or 0)
+            if begins < min(end for end in (row.end, other.end, math.inf) if end is not None):
+                raise InputError(
+                    f"{row.path} is in the split {split!r} as {row.id!r} and in the training split "
+                    f"as {other.id!r}, from {begins:g} s on in both: held-out frames are none that "
+                    "were trained on"
+                )
 
 
 def check_list_file(path):
@@ -156,20 +180,24 @@ def rows_without_list(folder, split, log):
     """The rows of a split of a folder of videos: its subfolder, or a part by a hash of the id."""
     refuse_lerobot(folder)
     found, unused = search(folder)
-    parts = [name for name in SPLITS if os.path.isdir(os.path.join(folder, name))]
+    parts = split_folders(folder)
     in_parts = split in parts or "train" in parts or "validation" in parts
     if in_parts and split not in parts:
         raise InputError(
-            f"{folder} has {' and '.join(f'{name}/' for name in parts)}, "
+            f"{folder} has {' and '.join(f'{name}/' for name in parts.values())}, "
             f"but no subfolder {split}/ and no list; "
             f"put the videos of the split {split!r} there"
         )
     if in_parts:
-        outside = [name for name in found if name.partition("/")[0] not in parts]
+        outside = [name for name in found if name.partition("/")[0] not in parts.values()]
         if outside:
-            unused[f"outside {', '.join(f'{name}/' for name in parts)}"] = outside
-        found = {name: path for name, path in found.items() if name.startswith(f"{split}/")}
-    place = os.path.join(folder, split) if in_parts else folder
+            unused[f"outside {', '.join(f'{name}/' for name in parts.values())}"] = outside
+        found = {name: path for name, path in found.items() if name.startswith(f"{parts[split]}/")}
+    elif parts:  # test/ alone
+        outside = [name for name in found if name.startswith(f"{parts['test']}/")]
+        unused[f"in {parts['test']}/"] = outside
+        found = {name: path for name, path in found.items() if name not in set(outside)}
+    place = os.path.join(folder, parts[split]) if in_parts else folder
     log(
         f"{split}: {len(found)} videos of {place} and its subfolders (no list)"
         f"{'' if in_parts else ', to be split by a hash of the id'}"
@@ -184,12 +212,28 @@ def rows_without_list(folder, split, log):
     return rows if in_parts else hashed_split(rows, split)
 
 
+def split_folders(folder):
+    """{split: name of its subfolder} of those that a folder of videos has."""
+    known = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+    known |= dict.fromkeys(("validation", "val", "valid"), "validation")
+    parts = {}
+    for name in sorted(os.listdir(folder)):
+        split = known.get(name.lower())
+        if split and os.path.isdir(os.path.join(folder, name)):
+            if split in parts:
+                raise InputError(
+                    f"{folder} has {parts[split]}/ and {name}/: which is the split {split!r}?"
+                )
+            parts[split] = name
+    return parts
+
+
 def search(folder):
     """The videos in a folder and all its subfolders: ({id: path}, {why not used: names}).
 
     An id is the path from the folder on, without suffix. What is hidden is passed over. Links are
-    followed, and each folder is entered once, however many ways lead to it, so that a video does
-    not come under two ids. Raises InputError where a LeRobot data set is among them.
+    followed, and each folder and file is taken once, however many ways lead to it, so that a video
+    does not come under two ids. Raises InputError where a LeRobot data set is among them.
     """
     found, unused, visited = {}, {}, set()
 
@@ -220,7 +264,21 @@ def search(folder):
                 leave_out("of equal ids", f"{path}: {os.path.basename(found[stem])} has that id")
             else:
                 found[stem] = os.path.join(place, name)
+    for stem, other in same_files(found):
+        leave_out("under two names", f"{stem}: the file is that of {other}")
+        del found[stem]
     return found, unused
+
+
+def same_files(found):
+    """(name, the name before it) of {name: path} where two paths lead to one file."""
+    taken = {}
+    for name, path in list(found.items()):
+        if os.path.isfile(path):
+            status = os.stat(path)
+            first = taken.setdefault((status.st_dev, status.st_ino), name)
+            if first != name:
+                yield name, first
 
 
 def unused_line(unused, before=""):
@@ -324,6 +382,8 @@ def read_csv(path, folder=None, log=lambda line: None):
         columns, lines = first, lines[1:]
     if not lines:
         raise InputError(f"{path} is empty; a row is a path and an optional label")
+    if len(set(columns)) < len(columns):
+        raise InputError(f"{path} names a column twice: {','.join(columns)}")
     ignored = [name for name in columns if name not in ("path", "label", "start", "end", "id")]
     if ignored:
         log(
@@ -357,7 +417,10 @@ def csv_lines(path):
             text = file.read()
         separator = re.search(r"[,;\t]", re.sub(r'"[^"]*"', "", text))
         reader = csv.reader(
-            io.StringIO(text), delimiter=separator[0] if separator else ",", skipinitialspace=True
+            io.StringIO(text),
+            delimiter=separator[0] if separator else ",",
+            skipinitialspace=True,
+            strict=True,
         )
         lines = [(reader.line_num, [field.strip() for field in fields]) for fields in reader]
     except (ValueError, OSError, csv.Error) as error:
@@ -377,6 +440,8 @@ def csv_row(columns, fields, folder):
     """The Row of one line of a CSV list. Raises InputError, saying why, where it is not good."""
     if len(fields) > len(columns):
         raise InputError(f"{len(fields)} fields for the columns {','.join(columns)}")
+    if any("\n" in field for field in fields):
+        raise InputError("an opened quote takes in the lines after it")
     row = dict(zip(columns, fields, strict=False))
     given = row.get("path", "")
     video = os.path.normpath(given)
@@ -591,22 +656,34 @@ def packets_from_key(container, stream, stretch):
     """Packets from a key frame on that is shown when the stretch begins, or before.
 
     Containers seek by decoding time, or to any packet near by, so what comes after a seek is
-    looked at, and the next try goes further back. None where no such frame is found.
+    decoded and looked at, and the next try goes further back: a packet that is called a key frame
+    may be one from which a decoder recovers by and by. None where no such frame is found, or the
+    container states other times after a seek (MPEG program streams).
     """
     import av
 
+    if container.format.name == "mpeg":
+        return None
     back = 0
     while stretch.low - back > stretch.first:
         try:
-            container.seek(stretch.low - back, stream=stream)
+            key, packets = key_after_seek(container, stream, stretch.low - back)
+            if key is not None and key.pts is not None and key.pts <= stretch.low:
+                frames = next(filter(None, map(frames_of, itertools.chain([key], packets))), None)
+                if frames and frames[0].key_frame and frames[0].pts == key.pts:
+                    key, packets = key_after_seek(container, stream, stretch.low - back)
+                    return itertools.chain([key], packets)
         except av.error.FFmpegError:
             return None
-        packets = container.demux(stream)
-        key = next((packet for packet in packets if packet.is_keyframe), None)
-        if key is not None and key.pts is not None and key.pts <= stretch.low:
-            return itertools.chain([key], packets)
         back = 2 * back or math.ceil(1 / stream.time_base)
     return None
+
+
+def key_after_seek(container, stream, time):
+    """(the first packet called a key frame after a seek to `time`, or None; those after it)."""
+    container.seek(time, stream=stream)
+    packets = container.demux(stream)
+    return next((packet for packet in packets if packet.is_keyframe), None), packets
 
 
 def packets_until(packets, stream, stretch):
@@ -712,6 +789,7 @@ def cut(packets, stream, views, clips, name, n, stretch):
             takers.setdefault(number, []).append((i, place))
     fed, decoded, delay, broken = 0, 0, None, False
     number, over = 0, False  # of the frame in the stretch; whether the stretch has ended
+    shown = -math.inf  # when the frame before is
     scaler = Scaler(stretch.path, stream.sample_aspect_ratio)
 
     def finish(i):
@@ -727,6 +805,13 @@ def cut(packets, stream, views, clips, name, n, stretch):
             continue
         for frame in frames:
             decoded += 1
+            if stretch.first is not None and frame.pts is not None:
+                if frame.pts <= shown:
+                    raise VideoError(
+                        f"{stretch.path} states times for its frames that do not rise, so no "
+                        "stretch can be cut out; put it into another container"
+                    )
+                shown = frame.pts
             if not stretch.holds(frame.pts):
                 over = over or frame.pts >= stretch.high
                 continue

@@ -150,7 +150,7 @@ def reopen(writer, ids, readable=lambda row: False):
     bad = sorted({*bad, *(row // SHARD_ROWS for row in back)})
     if not problems:
         return []
-    marks = marks_of(folder, metadata)
+    marks = marks_of(folder, metadata, bad)
     if marks is None:  # nothing tells any more which clips its latents are of
         bad = list(range(len(metadata["shards"])))
     kept = {row: entry for row, entry in enumerate(ids) if row not in failures}
@@ -177,15 +177,19 @@ def reopen(writer, ids, readable=lambda row: False):
     return problems
 
 
-def marks_of(folder, metadata):
-    """The fingerprints of a cache's records, a list; out of its clips where fingerprints.npy is broken; None where neither is to be had."""
+def marks_of(folder, metadata, bad):
+    """The fingerprints of a cache's records, a list; out of its clips where fingerprints.npy is broken, None for those in `bad` shards; None where neither
+    is to be had."""
     path = folder / "fingerprints.npy"
     if path.is_file() and sha256(path) == metadata["fingerprints_sha256"]:
         return np.load(path).tolist()
     if not metadata["clips"]:
         return None
-    shards = [np.load(folder / shard_name("patches", number), mmap_mode="r") for number in range(len(metadata["shards"]))]
-    return [fingerprint(np.ascontiguousarray(clip)) for shard in shards for clip in shard]
+    marks = []
+    for number, shard in enumerate(metadata["shards"]):
+        clips = [] if number in bad else np.load(folder / shard_name("patches", number), mmap_mode="r")
+        marks += [fingerprint(np.ascontiguousarray(clip)) for clip in clips] or [None] * shard["rows"]
+    return marks
 
 
 def failures_of(folder, metadata, ids):
