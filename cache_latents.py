@@ -69,6 +69,8 @@ from views import View, grid_of  # noqa: E402
 
 files_bar = lambda files: tqdm(files, unit="file", dynamic_ncols=True)
 if verify:
+    if unused := sorted(config.given - {"verify", "data", "splits_dir", "threads"}):
+        raise InputError(f"--verify only looks; leave {', '.join(f'--{name}' for name in unused)} out")
     problems, bad = upkeep.verify(verify, files_bar)
     if data and not problems:
         rows = load_split(data, cache.open_cache(verify).metadata["split"], splits_dir, print)
@@ -83,6 +85,8 @@ if verify:
 if merge:
     if out is None or len(merge) < 2:
         raise InputError("--merge takes two caches or more, and --out the one to make")
+    if unused := sorted(config.given - {"merge", "out"}):
+        raise InputError(f"--merge joins caches as they are; leave {', '.join(f'--{name}' for name in unused)} out")
     metadata = upkeep.merge(merge, out, files_bar)
     print(f"{out}: {metadata['count']} records of {len(merge)} caches, {metadata['failures']} failures")
     sys.exit(0)

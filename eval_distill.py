@@ -56,6 +56,8 @@ from weights import agree_on  # noqa: E402
 
 if not checkpoint or not (cache or data):
     raise InputError("give --checkpoint and either --cache or --data with --teacher; see --help")
+if cache and (unused := sorted(config.given & {"teacher", "split"})):
+    raise InputError(f"--cache brings its own latents and videos; leave {', '.join(f'--{name}' for name in unused)} out")
 device = model.pick_device(ranks.start(device))
 log = print if rank == 0 else lambda *line, **how: None
 log(ops.extension_line(device), flush=True)

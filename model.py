@@ -517,10 +517,10 @@ def show_interval(ends, form=".3f"):
 
 # ----------------------------------------------------------------------------------------------- teachers and students
 
-TEACHER_DTYPE = "bf16"  # a teacher's compute, where nothing else is asked for, as cache_latents.py has it
+TEACHER_DTYPE = "bf16"  # compute of a teacher that train.py runs on the fly: cache_latents.py's default
 
 
-def load_teacher(path, device="cpu", dtype=TEACHER_DTYPE):
+def load_teacher(path, device="cpu", dtype="fp32"):
     """A frozen Encoder in eval mode that computes in `dtype`, 'fp32' or 'bf16', with .name, .sha256 (of its weights file) and .identity, from
 
     - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin,
@@ -614,6 +614,10 @@ def export_transformers(encoder, folder):
     it does to the pixels of frames as data.read_clip(video, encoder.view) gives them. Frames that
     other code picks, crops and resizes give other features.
     """
+    folder = Path(folder)
+    held = [name for name in ("config.json", "model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
+    if held or folder.is_file():
+        raise InputError(f"{folder} {f'holds a {held[0]}' if held else 'is a file'}; export the encoder into a new folder")
     weights.write_transformers(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
 
 

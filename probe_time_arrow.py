@@ -7,6 +7,7 @@ and on raw pixels. Clips are cut from a random half of each video: where every v
 give the answer away. Memory holds features only, one batch of clips at a time.
 """
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -59,7 +60,7 @@ from tqdm import tqdm  # noqa: E402
 
 import model  # noqa: E402
 import ops  # noqa: E402
-from cache import prepare_file, write_whole  # noqa: E402
+from cache import prepare_file, sha256, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import VideoError, load_split, patchify, prefetch, read_row  # noqa: E402
 from views import View, random_half  # noqa: E402
@@ -97,10 +98,19 @@ for encoder in encoders.values():
     model.cast_matrices(encoder, dtype)
 
 
-def clip_of(row):
+marks = {}  # SHA-256 of a training video's file, and its stretch -> its id
+
+
+def clip_of(row, split):
+    """The row's clip, or the VideoError that it gives: also where a held-out video's file is that of a training video."""
     try:
         part = view if whole_videos else dataclasses.replace(view, window=random_half(row.id, seed))
-        return read_row(row, [part])[0]
+        clip, mark = read_row(row, [part])[0], (sha256(row.path), row.start, row.end)
+        if split == train_split:
+            marks[mark] = row.id
+        elif mark in marks:
+            return VideoError(f"{row.path} is the training video {marks[mark]!r} under another name")
+        return clip
     except VideoError as error:
         return error
 
@@ -128,7 +138,7 @@ def collect(split, count):
     rows = videos[split]
     rows = [rows[i] for i in ops.permute(np.arange(min(count, len(rows))), len(rows), seed, 0)]
     parts, failures, clips = [], [], []
-    for i, clip in enumerate(tqdm(prefetch(clip_of, rows, threads, 2 * batch_size), total=len(rows), desc=split, unit="video", dynamic_ncols=True)):
+    for i, clip in enumerate(tqdm(prefetch(functools.partial(clip_of, split=split), rows, threads, 2 * batch_size), total=len(rows), desc=split, unit="video", dynamic_ncols=True)):
         if isinstance(clip, VideoError):
             failures.append(str(clip))
         else:

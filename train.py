@@ -204,7 +204,7 @@ else:
     if not data:
         raise InputError("give --cache (made by cache_latents.py), or --data with --teacher or with --target pixels; see --help")
     if teacher and target == "latents":
-        on_the_fly = model.load_teacher(teacher, device)
+        on_the_fly = model.load_teacher(teacher, device, model.TEACHER_DTYPE)
     shape = on_the_fly.config if on_the_fly else model.config_of_size(size)
     pixels, patch_size, tubelet = resolution or shape.size, patch or shape.patch, shape.tubelet
     view = View(frames or shape.frames, pixels, pixels)
@@ -224,7 +224,7 @@ elif target == "latents":
     if not teacher:
         raise InputError("there are no cached latents to predict: give a --cache that has them, or --teacher, or train on pixels "
                          "with --target pixels")
-    on_the_fly = on_the_fly or model.load_teacher(teacher, device)
+    on_the_fly = on_the_fly or model.load_teacher(teacher, device, model.TEACHER_DTYPE)
     shape = on_the_fly.config
     if (shape.frames, shape.size, shape.patch) != (view.frames, view.size, patch_size):
         raise InputError(f"the teacher {teacher} takes {shape.frames} frames of {shape.size} pixels in patches of {shape.patch}, "

@@ -679,3 +679,43 @@ def test_an_io_error_names_shard_and_row(made, monkeypatch):
     monkeypatch.setattr(ops, "read_rows", fails)
     with pytest.raises(InputError, match="latents-00001.npy, row 90: Input/output error; check the disk"):
         opened.read_rows("latents", [0, 600], torch.empty(2, 8, 6, dtype=torch.float16))
+
+
+def test_a_shard_of_another_cache_in_its_place_is_noticed(made, copy, tmp_path):
+    other = Writer(tmp_path / "other", PLAN)
+    for number in other.missing():
+        with other.shard(number) as shard:
+            for row in range(512 * number, min(512 * number + 512, 1100)):
+                if row in FAILING:
+                    shard.fail(row, f"v{row}", 0, "broken")
+                else:
+                    shard.add(f"v{row}", 0, patches_of(row + 5000), half(latents_of(row)))
+    other.finish()
+    shutil.copy(tmp_path / "other" / "patches-00001.npy", copy)
+    opened = open_cache(copy)
+    opened.patches(0)
+    with pytest.raises(InputError, match="patches-00001.npy: its first clip does not have its fingerprint"):
+        opened.patches(700)
+
+
+def test_clips_that_are_damaged_are_not_taken_over(copy):
+    damage(copy, "patches-00000.npy", lambda content: content[:-1] + bytes([content[-1] ^ 1]))
+    opened = open_cache(copy)
+    last = int(opened.first_rows[1]) - 1
+    assert np.array_equal(opened.checked_patches(last - 1), opened.patches(last - 1))
+    with pytest.raises(InputError, match=f"the clip of record {last}, 'v510', does not have its fingerprint"):
+        opened.checked_patches(last)
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x" * path.stat().st_size), lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")])
+def test_broken_fingerprints_beside_a_broken_shard_are_mended(made, copy, harm):
+    damage(copy, "fingerprints.npy", lambda content: content + b"x")
+    harm(copy / "patches-00001.npy")
+    writer = Writer(copy, PLAN)
+    writer.lock()
+    upkeep.reopen(writer, LIST)
+    assert writer.missing() == [1]
+    fill(writer)
+    writer.finish()
+    for path in made.iterdir():
+        assert path.read_bytes() == (copy / path.name).read_bytes(), path.name

@@ -60,6 +60,9 @@ def test_the_same_pixels_under_another_id_are_left_out(tmp_path):
     mixed = make(tmp_path / "mixed", range(30, 50), prefix="copy")
     records, kind, lines = heldout.records_to_measure(mixed, seen, "mixed", False)
     assert np.array_equal(records, np.arange(10, 20)) and kind == "held-out" and "10 clips are training clips under other ids ('copy15'" in lines[0]
+    one_view = heldout.trained_on(make(tmp_path / "first", [0, 2, 4]))  # of the pairs of views that `copies` holds one is known
+    copies = make(tmp_path / "copies", range(12), prefix="copy")
+    assert np.array_equal(heldout.records_to_measure(copies, one_view, "copies", False)[0], np.arange(6, 12))
     with pytest.raises(InputError, match="every clip is a training clip under another id"):
         heldout.records_to_measure(make(tmp_path / "all", range(10, 20), prefix="copy"), seen, "all", False)
 
@@ -68,7 +71,8 @@ def test_lists_of_videos_are_known_by_their_ids(tmp_path):
     rows = [data.Row(f"v{i}", None, None) for i in range(8)]
     seen = heldout.trained_on(data.Videos(rows, VIEW, 16))
     assert seen["clips"] is None and seen["ids"].dtype == torch.int64
-    assert heldout.records_to_measure(make(tmp_path / "c", range(100, 110)), seen, "c", False)[1] == "held-out"
+    _, kind, lines = heldout.records_to_measure(make(tmp_path / "c", range(100, 110)), seen, "c", False)
+    assert kind == "held-out" and "copies under other ids cannot be told" in lines[0]
     with pytest.raises(InputError, match="holds 10 of 10 clips"):
         heldout.records_to_measure(make(tmp_path / "d", range(0, 10)), seen, "d", False)
     assert "unknown" in heldout.records_to_measure(make(tmp_path / "e", range(0, 10)), None, "e", False)[2][0]

@@ -245,3 +245,60 @@ def test_files_that_are_no_list_are_called_what_they_are(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             data.load_split(str(tmp_path / name), "train")
+
+
+def test_one_file_under_two_names_is_one_video(tmp_path):
+    make(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "a.mp4")
+    os.link(tmp_path / "b.mp4", tmp_path / "twin.mp4")
+    found, unused = data.search(str(tmp_path))
+    assert set(found) == {"a", "b"}
+    assert unused == {"under two names": ["link: the file is that of a", "twin: the file is that of b"]}
+
+
+@pytest.mark.parametrize("train, validation", [("Train", "Validation"), ("training", "val"), ("TRAIN", "valid")])
+def test_folders_of_splits_have_many_names(tmp_path, train, validation):
+    make(tmp_path, f"{train}/a.mp4", f"{validation}/b.mp4")
+    rows = [data.load_split(str(tmp_path), split) for split in ("train", "validation")]
+    assert [[row.id for row in part] for part in rows] == [[f"{train}/a"], [f"{validation}/b"]]
+    (tmp_path / "validation").mkdir(exist_ok=True)
+    if validation not in ("validation", "Validation"):
+        with pytest.raises(InputError, match="which is the split 'validation'"):
+            data.load_split(str(tmp_path), "train")
+
+
+def test_a_test_folder_alone_is_not_trained_on(tmp_path):
+    make(tmp_path, *(f"{i}.mp4" for i in range(40)), "test/t.mp4")
+    said = []
+    rows = [data.load_split(str(tmp_path), split, log=said.append) for split in ("train", "validation")]
+    assert not any("test" in row.id for part in rows for row in part)
+    assert "1 file not used: 1 in test/ (test/t)" in said
+
+
+def test_an_opened_quote_does_not_swallow_lines(tmp_path):
+    make(tmp_path, *(f"{i}.mp4" for i in range(6)))
+    path = tmp_path / "train.csv"
+    path.write_text('path,label\n0.mp4,"pick\n1.mp4,b\n2.mp4,"\n3.mp4,d\n')
+    said = []
+    rows = data.load_split(str(tmp_path), "train", log=said.append)
+    assert [row.id for row in rows] == ["3"]
+    assert any("an opened quote takes in the lines after it" in line for line in said)
+    path.write_text('path,label\n0.mp4,"pick\n1.mp4,b\n')
+    with pytest.raises(InputError, match="is not a readable CSV list"):
+        data.load_split(str(tmp_path), "train")
+    path.write_text("path,video\n0.mp4,1.mp4\n")
+    with pytest.raises(InputError, match="names a column twice"):
+        data.load_split(str(tmp_path), "train")
+
+
+def test_stretches_that_share_frames_are_not_held_out(tmp_path):
+    make(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "train.csv").write_text("path,start,end\na.mp4,0,2\nb.mp4,1,\n")
+    held_out = tmp_path / "validation.csv"
+    held_out.write_text("path,start,end\na.mp4,2,3\nb.mp4,0,1\n")
+    assert len(data.load_split(str(tmp_path), "validation")) == 2
+    for row in ("a.mp4,1.5,3", "a.mp4,,", "b.mp4,5,6"):
+        held_out.write_text(f"path,start,end\n{row}\n")
+        with pytest.raises(InputError, match="in the split 'validation' as .* and in the training split as"):
+            data.load_split(str(tmp_path), "validation")
+    assert len(data.load_split(str(tmp_path), "train")) == 2

@@ -28,7 +28,7 @@ def test_the_cache_leaves_out_what_cannot_be_decoded(world):
 
 
 def test_cached_latents_are_the_teachers(world):
-    opened, teacher = cache.open_cache(world / "latents"), model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")))
+    opened, teacher = cache.open_cache(world / "latents"), model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")), dtype="bf16")
     for row in (0, 16):
         clip = model.data.read_clip(str(world / "data" / "videos" / f"{opened.ids[row]}.webm"), opened.view)
         expected = model.teacher_latents(teacher, torch.from_numpy(clip)[None])[0]
@@ -65,7 +65,7 @@ def large(world):
 
 
 def test_many_views_are_cut_as_one_by_one_and_int8_latents_are_close(world, large):
-    opened, teacher = cache.open_cache(world / "large"), model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")))
+    opened, teacher = cache.open_cache(world / "large"), model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")), dtype="bf16")
     assert len(opened) == 17 * 60 and opened.metadata["list_count"] == 19 * 60 and len(opened.metadata["shards"]) == 3
     assert opened.ids.fields(0) == ("0", 0) and opened.ids.fields(61) == ("1", 1)
     for record in (0, 7, 511, 1000):
