@@ -33,6 +33,7 @@ OPEN_GOP = {
     "bf": "3",
     "x264-params": "open-gop=1:scenecut=0:bframes=3:b-adapt=0:keyint=9",
 }
+INTRA_REFRESH = "intra-refresh=1:keyint=12:scenecut=0"
 CONTAINERS = [
     ("libvpx-vp9", "webm", {"g": "10", "deadline": "realtime"}, "yuv420p"),
     ("libvpx", "webm", {"g": "10", "auto-alt-ref": "1", "lag-in-frames": "12"}, "yuv420p"),
@@ -42,6 +43,9 @@ CONTAINERS = [
     ("libx264", "ts", {"g": "12", "bf": "2"}, "yuv420p"),
     ("libx264", "flv", {"g": "12", "bf": "2"}, "yuv420p"),
     ("mpeg2video", "mpg", {"g": "9", "bf": "2"}, "yuv420p"),
+    ("mpeg1video", "mpg", {"g": "12", "bf": "2"}, "yuv420p"),
+    ("libx264", "mp4", {"x264-params": f"{INTRA_REFRESH}:bframes=0"}, "yuv420p"),
+    ("libx264", "mp4", {"x264-params": f"{INTRA_REFRESH}:bframes=3"}, "yuv420p"),
     ("mpeg2video", "ts", {"g": "9", "bf": "2"}, "yuv420p"),
     ("mpeg4", "avi", {"g": "12"}, "yuv420p"),
     ("mpeg4", "avi", {"g": "12", "bf": "2"}, "yuv420p"),
@@ -77,6 +81,8 @@ def test_a_stretch_has_the_frames_and_pixels_of_the_whole(
         (None, 0.04),
         (2.36, 9),
         (0.71, 0.74),
+        (1.48, 1.8),
+        (2.0, None),
     ]:
         inside = np.flatnonzero((times >= (start or 0) - 5e-4) & (times < (end or 99) - 5e-4))
         assert len(inside)
@@ -89,6 +95,17 @@ def test_a_stretch_has_the_frames_and_pixels_of_the_whole(
             jittered,
             data.read_clip(path, View(frames=4, size=32, short_side=32, view=2), "id", start, end),
         )
+
+
+def test_times_that_do_not_rise_are_refused(tmp_path):
+    """An AVI states no times; those that are guessed for reordered frames are not theirs."""
+    options = {"g": "10", "bf": "3"}
+    path = write_video(
+        tmp_path / "v.avi", noisy_frames(60), "libx264", 25, "yuv420p", options=options
+    )
+    assert data.read_clip(path, SMALL).shape == (4, 32, 32, 3)
+    with pytest.raises(data.VideoError, match="times for its frames that do not rise"):
+        data.read_clip(path, SMALL, "id", 0.28, 0.6)
 
 
 def test_a_variable_frame_rate_is_cut_by_time(tmp_path):
