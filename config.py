@@ -26,6 +26,12 @@ from_environment = []  # a line for each value that it took from there, for a ru
 started = False        # under torchrun: whether ranks have begun to do different things; until then one a machine speaks for all
 
 
+def local_ranks():
+    """How many ranks of torchrun share this machine; 1 where it does not say so in a way that ranks.py accepts."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(told) if told.isdecimal() and int(told) else 1
+
+
 class InputError(ValueError):
     """Bad input from outside. The message says what, where and what to do; a script ends with that one line and exit code 1."""
 

@@ -28,14 +28,18 @@ class Log:
         else:
             self.file, self.path = runs.exclusively(lambda path: open(path, "x", buffering=1), self.path, ".log")
         self.start = os.path.basename(self.path).removesuffix(".log")
-        self.status, self.at_end = "failed", lambda: ()
+        self.status, self.at_end, self.whole = "failed", lambda: (), True
         faulthandler.enable(self.file if rank == 0 else sys.stderr)  # a crash in C++ or SIGBUS still says where
         sys.excepthook = self.on_error
         atexit.register(self.close)
 
     def __call__(self, line):
-        with contextlib.suppress(OSError):  # a full disk; the run says so where it cannot do without
+        try:
             self.file.write(line + "\n")
+        except OSError as error:  # a full disk; the run goes on as long as its checkpoints have room
+            if self.whole:
+                self.whole = False
+                self(f"the log {self.path} cannot be written ({error.strerror}): what follows may stand here alone")
         try:
             if rank == 0:
                 tqdm.write(line)

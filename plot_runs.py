@@ -40,7 +40,7 @@ WIDTH = 100      # columns of the table
 ABREAST = 6      # runs side by side in it
 INCIDENTAL = {"run_name", "resume", "checkpoints", "run_logs"}  # settings that say where a run is, not what it is
 
-if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+if os.environ.get("WORLD_SIZE", "1") != "1":
     raise InputError("plot_runs.py runs in one process; start it without torchrun")
 if not runs:
     raise InputError("give one or more runs: logs, folders of checkpoints/, or run names; see --help")
@@ -125,7 +125,7 @@ EPOCH, RATE = re.compile(r"epoch\s*[:=,#]?\s*(\d+\.?\d*)", re.IGNORECASE), re.co
 WAIT, SKIPPED = re.compile(r"waiting (\d+)%"), re.compile(r"skipped (\d+)")
 
 
-def read_log(path):
+def read_log(path, metrics=None):
     """{'training', 'held_out', and of a log of train.py 'settings', 'minimum', 'status', 'resumed', 'error'} of a log."""
     found = {"training": [], "held_out": [], "settings": None, "minimum": None, "status": None, "resumed": None, "error": None, "total": None}
     last = ""
@@ -153,8 +153,8 @@ def read_log(path):
             found["on_training"] = " training R2 " in line
             names = ("val_r2", "val_r2_background", "val_r2_ema")
             found["held_out"].append({"step": int(match[1])} | {name: float(value) for name, value in zip(names, match.groups()[1:]) if value})
-        elif match := re.match(r"minimum loss (\S+) at step (\d+) of \d+", line):
-            found["minimum"] = {"loss": float(match[1]), "step": int(match[2]), "over": "every step"}
+        elif match := re.match(r"minimum loss (\S+) at step (\d+) of (\d+)", line):
+            found["minimum"], found["steps"] = {"loss": float(match[1]), "step": int(match[2]), "over": "every step"}, int(match[3])
         elif match := re.match(r"resumed (.+) at step (\d+)", line):
             found["resumed"] = {"from": match[1], "step": int(match[2])}
         elif match := re.match(r"\d+ clips, view .*; (\d+) steps of ", line):
@@ -162,7 +162,7 @@ def read_log(path):
         elif line.startswith(("status: ", "error: ")):
             found[line[:line.index(":")]] = line.partition(": ")[2].strip()
     if found["settings"] is not None and last != "Process exiting.":
-        found["status"] = "running" if alive(str(path)) else "killed"
+        found["status"] = "running" if alive(str(path), metrics and os.path.dirname(metrics)) else "killed"
     return found
 
 
@@ -214,7 +214,7 @@ def running_mean(steps, values, counts, window):
 
 def summarise(name, log, metrics, note):
     """({...} as it stands in the JSON, {...} of arrays to draw) of one run. Raises InputError where no step was logged."""
-    logged = read_log(log) if log else {}
+    logged = read_log(log, metrics) if log else {}
     training, held_out, damage = read_metrics(metrics) if metrics else ([], [], [])
     source = metrics if training else log
     if not training:
@@ -232,7 +232,7 @@ def summarise(name, log, metrics, note):
     skipped = np.maximum.accumulate(np.nan_to_num(columns["skipped"]))  # of the run so far
     counts = np.maximum(counts - np.diff(skipped, prepend=skipped[0] if resumed and not metrics else 0).astype(int), 0)  # less those skipped
 
-    minimum = logged.get("minimum")
+    minimum = logged.get("minimum") if logged.get("steps") == steps[-1] else None  # else of another stretch than the metrics
     if not minimum and np.isfinite(losses).any():
         at, k = np.nanargmin(losses), int(np.median(counts))
         over = "every step" if k == 1 else f"means of {k}" if metrics or settings is not None else f"one in {k}"  # what a foreign log's line is, nobody knows

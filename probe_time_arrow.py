@@ -66,7 +66,7 @@ from data import VideoError, load_split, patchify, prefetch, read_row  # noqa: E
 from views import View, random_half  # noqa: E402
 from weights import load_checkpoint  # noqa: E402
 
-if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+if os.environ.get("WORLD_SIZE", "1") != "1":
     raise InputError("probe_time_arrow.py runs in one process; start it without torchrun")
 if not data or not (checkpoint or after):
     raise InputError("give --data and either --checkpoint or --after; see --help")

@@ -13,24 +13,31 @@ import torch.distributed as dist
 
 from config import InputError
 
-try:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-except ValueError:
-    rank = world = -1
-if not 0 <= rank < world:
-    raise InputError(f"RANK is {os.environ.get('RANK', 'not set')} and WORLD_SIZE {os.environ.get('WORLD_SIZE', 'not set')} in the environment: one of them is "
-                     "missing or wrong; start with torchrun, which sets both, or unset them")
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+
+
+def read_environment():
+    """(rank, world). Raises InputError where what torchrun sets is there in part, or is no number."""
+    told = {name: os.environ[name] for name in (*NUMBERS, "MASTER_ADDR") if name in os.environ}
+    wrong = [name for name in NUMBERS if not told.get(name, "1").isdecimal()]
+    rank, world = (int(told.get(name, default)) if not wrong else 0 for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    absent = [name for name in (*NUMBERS[:5], "MASTER_ADDR") if name not in told] if world > 1 else []
+    if wrong or absent or not rank < world:
+        raise InputError(f"the environment says {' '.join(f'{name}={value!r}' for name, value in told.items())}, of which one is missing or wrong"
+                         f"{f' ({chr(44).join(wrong + absent)})' if wrong or absent else ''}; start with torchrun, which sets all of them, or unset them")
+    return rank, world
+
+
+rank, world = read_environment()
 
 
 def start(device, timeout=timedelta(minutes=30)):
     """Join the other processes. Returns the name of this one's device: `device` as it is given, or under torchrun its own GPU.
 
-    Raises InputError where WORLD_SIZE is set without the rest of torchrun's environment, or a machine has more ranks than GPUs.
+    Raises InputError where a machine has more ranks than GPUs.
     """
     if world == 1:
         return device
-    if "MASTER_ADDR" not in os.environ:
-        raise InputError(f"WORLD_SIZE is {world} in the environment, but nothing else of torchrun's: start it with torchrun, or unset WORLD_SIZE")
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device.startswith("cuda:"):
         raise InputError(f"--device {device}: under torchrun each rank takes the GPU of its number; give --device cuda, and CUDA_VISIBLE_DEVICES to choose among them")

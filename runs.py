@@ -60,7 +60,7 @@ def lines_of(path):
     """The lines of a text file. Raises InputError where it cannot be read, or is no text."""
     try:
         with open(path, "rb") as file:
-            if b"\0" in file.read(8192):
+            if b"\0" in file.read(8192) and not str(path).endswith((".log", ".jsonl")):  # a power cut leaves zeros at the end of these
                 raise InputError(f"{path} is not text; give a log, a metrics.jsonl or a run's folder")
         with open(path, encoding="utf-8", errors="replace") as file:  # a progress bar's carriage returns end lines too
             yield from file
@@ -77,9 +77,9 @@ def folder_of_log(log, checkpoints):
 
 
 def logs_of_folder(folder, run_logs):
-    """The logs of a run's starts, the latest last; those that are no longer there left out."""
+    """The logs of a run's starts, the latest last; those that are no longer there, or say that they are of another folder (whose copy this is), left out."""
     logs = []
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "starts.jsonl")) as lines:
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "starts.jsonl"), errors="replace") as lines:
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn last line
                 logs.append(os.path.join(folder, json.loads(line)["log"]))
@@ -88,7 +88,8 @@ def logs_of_folder(folder, run_logs):
     logs = logs or [f"{name}.log"]  # of a run that an older version made
     places = [[log, *(os.path.join(place, os.path.basename(log)) for place in (run_logs, beside))] for log in logs]
     found = [next((path for path in paths if os.path.isfile(path)), None) for paths in places]
-    return [os.path.relpath(path) for path in found if path]
+    said = {path: next((line.rstrip("\n") for line in lines_of(path) if line.startswith("folder ")), None) for path in found if path}
+    return [os.path.relpath(path) for path, line in said.items() if line is None or os.path.basename(line) == os.path.basename(os.path.realpath(folder))]
 
 
 def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda folder, log: True):
@@ -100,7 +101,9 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
     if os.path.isfile(path) and path.endswith((".pth", ".jsonl")):
         return with_log(os.path.dirname(path), run_logs)
     if os.path.isfile(path):
-        return folder_of_log(path, checkpoints), word, None
+        folder = folder_of_log(path, checkpoints)
+        latest = with_log(folder, run_logs)[1] if folder else None
+        return folder, latest or word, f"its latest log is {latest}" if latest and not os.path.samefile(latest, path) else None
     if os.path.isdir(path) and is_run(path):
         return with_log(os.path.expanduser(word), run_logs)
     folders = [name for name in files_in(checkpoints) if is_run(os.path.join(checkpoints, name))]
@@ -165,14 +168,29 @@ def ticks(pid):
         return None if fields[0] == "Z" else int(fields[19])
 
 
-def alive(log):
-    """Whether the process that writes a log is at work; of one on another machine it is taken for granted."""
+def held(folder):
+    """Whether a process has the run in `folder` locked: whatever its host is called and its pids are, on this machine, and on others where the file system
+    tells."""
+    with contextlib.suppress(OSError), open(os.path.join(folder, "starts.jsonl")) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def alive(log, folder=None):
+    """Whether the process that writes a log, of the run in `folder`, is at work; of one on another machine it is taken for granted."""
+    if folder and held(folder):
+        return True
     said = next((line.removeprefix("process ") for line in lines_of(log) if line.startswith("process {")), None)
     with contextlib.suppress(ValueError, KeyError, TypeError):
         process, here = json.loads(said), this_process()
-        if process["host"] != here["host"]:
-            return True
-        return process["boot"] == here["boot"] and process["ticks"] is not None and ticks(process["pid"]) == process["ticks"]
+        if process["boot"] != here["boot"]:
+            return process["host"] != here["host"]  # else the machine was started anew
+        if folder and os.path.isfile(os.path.join(folder, "starts.jsonl")):
+            return False  # its lock is free
+        return process["host"] != here["host"] or process["ticks"] is not None and ticks(process["pid"]) == process["ticks"]
     pid = re.search(r"_pid(\d+)(?:_\d+)?\.log$", log)  # of an older version, or torn
     with contextlib.suppress(OSError), open(f"/proc/{pid[1] if pid else None}/cmdline", "rb") as file:
         return b"train.py" in file.read()
@@ -190,13 +208,19 @@ def status_of(log):
 def wait_for_end(word, checkpoints, run_logs, seconds):
     """Wait until the run that `word` means has ended, looking every `seconds`; returns its folder. Raises InputError where it did not finish."""
     print(f"waiting for {word} to end", flush=True)
+    folder = None
     while True:
-        folder, log, _ = find(word, checkpoints, run_logs)
+        if folder is None:  # of starts without a folder, one that was refused is not the run
+            folder, log, _ = find(word, checkpoints, run_logs, lambda folder, log: folder or status_of(log) is None)
+        running = held(folder) if folder else alive(log)  # asked before the log is read: a run that ends in between has written its last line
+        if running:
+            time.sleep(seconds)
+            continue
         if folder:
-            folder, log, _ = with_log(folder, run_logs)  # it may have been started again
-        if log is None:
-            raise InputError(f"--after {word}: the run {folder} has no log in {run_logs}, so whether it has ended is unknown; give its --checkpoint")
-        running = alive(log)  # asked before the log is read: a run that ends in between has written its last line
+            log = with_log(folder, run_logs)[1]
+            if log is None:
+                raise InputError(f"--after {word}: {folder} has no log of its own in {run_logs}, so whether the run has ended is unknown; give its --checkpoint")
+            running = alive(log, folder)
         status = status_of(log)
         if status == "finished" and folder:
             return folder
@@ -223,7 +247,7 @@ def folder_locked(folder):
 
 def lock(folder, wait=0):
     """The open starts.jsonl of a run, locked. Raises InputError where after `wait` seconds another process still has it."""
-    file = open(os.path.join(folder, "starts.jsonl"), "a+")
+    file = open(os.path.join(folder, "starts.jsonl"), "a+", errors="replace")
     until = time.monotonic() + wait
     while True:
         try:
@@ -245,7 +269,7 @@ def furthest(folders, log):
     """
     import weights
     paths = [path for folder in folders for name in ("previous.pth", "last.pth") if os.path.isfile(path := os.path.join(folder, name))]
-    known = {path: (weights.step_of(path), os.path.getmtime(path), path.endswith("last.pth")) for path in paths}  # unreadable ones first: they are named
+    known = {path: (weights.step_and_run(path)[0], os.path.getmtime(path), path.endswith("last.pth")) for path in paths}  # unreadable ones first: they are named
     for path in sorted(paths, key=known.__getitem__, reverse=True):
         try:
             return path, weights.load_checkpoint(path)
@@ -256,10 +280,21 @@ def furthest(folders, log):
     return None, None
 
 
+def has_last(folder):
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("last.pth", "previous.pth"))
+
+
+def died_young(folder):
+    """Whether a run's folder holds nothing of worth: its process died before it had a checkpoint or a step."""
+    metrics = os.path.join(folder, "metrics.jsonl")
+    kept = [name for name in os.listdir(folder) if name not in ("starts.jsonl", "metrics.jsonl") and not name.endswith(".part")]
+    return not kept and not (os.path.isfile(metrics) and any('"loss"' in line for line in lines_of(metrics)))
+
+
 class Run:
     """This process's run: its .folder, locked, and where it goes on from: .path and .content of a checkpoint, or None.
 
-    checkpoints  folder of all runs
+    checkpoints, run_logs  folders of all runs and logs
     name         --run_name
     start        NAME_DATE_TIME_pidN of this start
     resume       None, 'auto' or what `find` takes
@@ -268,41 +303,54 @@ class Run:
     Raises InputError where the run is still going, or there is no checkpoint to go on from.
     """
 
-    def __init__(self, checkpoints, name, start, resume, log, wait=0):
+    def __init__(self, checkpoints, run_logs, name, start, resume, log, wait=0):
         self.path = self.content = self.folder = self.file = None
+        self.is_new = False
         atexit.register(self.leave)
         with folder_locked(checkpoints):  # of two first starts with --resume auto, the second finds the first's folder
             if resume == "auto":
                 self.go_on_by_name(checkpoints, name, log, wait)
             elif resume:
-                self.go_on_from(resume, checkpoints, log, wait)
+                self.go_on_from(resume, checkpoints, run_logs, log, wait)
             if not self.folder:
                 _, self.folder = exclusively(os.mkdir, os.path.join(checkpoints, start))
-                self.file = lock(self.folder)
+                self.file, self.is_new = lock(self.folder), True
         for left in glob.glob(os.path.join(glob.escape(self.folder), "*.part")):  # half-written when it was killed
             os.remove(left)
 
     def go_on_by_name(self, checkpoints, name, log, wait):
         folders = [os.path.join(checkpoints, each) for each in named(files_in(checkpoints), name) if is_run(os.path.join(checkpoints, each))]
-        held = {folder: lock(folder, wait) for folder in folders}
+        folders = [folder for folder in folders if not self.is_copy(folder, log)]
+        locks = {folder: lock(folder, wait) for folder in folders}
         self.path, self.content = furthest(folders, log)
         if self.path:
-            self.take(os.path.dirname(self.path), log)
+            self.folder = os.path.dirname(self.path)
         else:
-            self.folder = folders[-1] if folders else None  # one that died before its first checkpoint
-        self.file = held.get(self.folder)
-        for file in held.values():
+            self.folder = next((folder for folder in reversed(folders) if died_young(folder)), None)
+            self.is_new = self.folder is not None
+        self.file = locks.get(self.folder)
+        for file in locks.values():
             if file is not self.file:
                 file.close()
         log(f"resuming from {self.path}" if self.path else f"--resume auto: {checkpoints} has no last.pth of {name}, starting afresh")
 
-    def go_on_from(self, resume, checkpoints, log, wait):
+    def is_copy(self, folder, log):
+        """Whether a folder holds checkpoints of a run that has another one."""
+        import weights
+        paths = [os.path.join(folder, name) for name in ("last.pth", "previous.pth")]
+        run = next((found for path in paths if os.path.isfile(path) and (found := weights.step_and_run(path)[1])), None)
+        if run in (None, os.path.basename(folder)):
+            return False
+        log(f"{folder} is a copy of {run}: left alone")
+        return True
+
+    def go_on_from(self, resume, checkpoints, run_logs, log, wait):
         import weights
         if os.path.isfile(resume) and resume.endswith((".pth", ".pt")):
             self.path = resume
         else:
-            folder = find(resume, checkpoints)[0] if not resume.endswith((".pth", ".pt")) else None
-            if not folder or not any(os.path.isfile(os.path.join(folder, name)) for name in ("last.pth", "previous.pth")):
+            folder = find(resume, checkpoints, run_logs, lambda folder, log: folder and has_last(folder))[0] if not resume.endswith((".pth", ".pt")) else None
+            if not folder or not has_last(folder):
                 raise InputError(f"--resume {resume}: there is no such checkpoint" if not folder else f"--resume {resume} is a folder without a last.pth")
             self.path, self.content = furthest([folder], log)
         self.content = self.content or weights.load_checkpoint(self.path)
@@ -313,11 +361,15 @@ class Run:
 
     def take(self, folder, log):
         """Go on in a checkpoint's own folder; a copy of it in another one is left alone, and what comes of it has a folder of its own."""
-        run = self.content.get("run", os.path.basename(folder))
+        run, folder = self.content.get("run", os.path.basename(folder)), os.path.realpath(folder)
         if run == os.path.basename(folder):
             self.folder = folder
         else:
             log(f"{self.path} is a copy of a checkpoint of {run}: what comes of it has a folder of its own, and {folder} is left alone")
+
+    @property
+    def goes_on_in_place(self):
+        return self.path is not None and os.path.realpath(os.path.dirname(self.path) or ".") == os.path.realpath(self.folder)
 
     def take_content(self):
         """The content of the checkpoint, once: its memory is wanted."""
@@ -328,7 +380,7 @@ class Run:
         """List this start: the path of its log, the step it begins at and its process. What it goes on from becomes last.pth; a damaged or further one
         that was there stays beside it under another name."""
         last = os.path.join(self.folder, "last.pth")
-        if self.path and not (os.path.isfile(last) and os.path.samefile(self.path, last)):
+        if self.goes_on_in_place and not (os.path.isfile(last) and os.path.samefile(self.path, last)):
             if os.path.isfile(last):
                 os.replace(last, os.path.join(self.folder, f"left_behind_by_{os.path.basename(log).removesuffix('.log')}.pth"))
             if os.path.abspath(self.path) == os.path.abspath(os.path.join(self.folder, "previous.pth")):
@@ -343,8 +395,8 @@ class Run:
         self.file.flush()
 
     def leave(self):
-        """A start that failed before its first checkpoint leaves no folder behind."""
-        if self.folder and self.file and os.path.isdir(self.folder) and not any(name.endswith(".pth") for name in os.listdir(self.folder)):
+        """A start that failed before its first checkpoint leaves no folder of its own behind."""
+        if self.is_new and self.file and os.path.isdir(self.folder) and not any(name.endswith(".pth") for name in os.listdir(self.folder)):
             for name in ("starts.jsonl", "metrics.jsonl"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(self.folder, name))

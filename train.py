@@ -87,7 +87,7 @@ wandb: str | None = None       # project of Weights & Biases to log to as well (
 tensorboard = False            # log to checkpoints/<run>/tensorboard as well (pip install tensorboard)
 checkpoints = "checkpoints"    # folder of checkpoints
 run_logs = "run_logs"          # folder of logs
-threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # reading and decoding threads [all cores, shared by a machine's ranks]
+threads = max(1, (os.cpu_count() or 1) // config.local_ranks())  # reading and decoding threads [all cores, shared by a machine's ranks]
 compute_threads: int | None = None  # threads of the arithmetic on a CPU [torch's: all cores]; part of what the last bits depend on
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute; weights and optimiser are always fp32
 matrix_rate: float | None = None  # TFLOP/s of matrix products that MFU is a share of [measured at the start]
@@ -122,8 +122,8 @@ from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
 from weights import agree_on, load_checkpoint, save_checkpoint  # noqa: E402
 
 # ---- the log; its last line is always `Process exiting.`
-if run_name != os.path.basename(run_name) or not run_name:
-    raise InputError(f"--run_name {run_name!r} must be a plain name")
+if run_name != os.path.basename(run_name) or not run_name or not run_name.isprintable():
+    raise InputError(f"--run_name {run_name!a} must be a plain name, without slashes and control characters")
 if resume == "":
     raise InputError("--resume is empty; give auto, a last.pth, or leave it out to start afresh")
 if world > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and resume != "auto":
@@ -263,7 +263,9 @@ if fsdp and world == 1:
     raise InputError("--fsdp splits the model over ranks; start with torchrun --nproc_per_node N")
 if ema >= 1:
     raise InputError(f"--ema is {ema}; a decay is at least 0 (off) and below 1")
-identity = {"train": source.identity if source else {"list": hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()},
+list_digest = lambda lines: hashlib.sha256("\n".join(lines).encode()).hexdigest()
+files = None if source else list_digest(f"{row.id}\t{row.start}\t{row.end}\t{os.path.getsize(row.path)}" for row in rows)
+identity = {"train": source.identity if source else {"list": list_digest(row.id for row in rows), "files": files},
             "teacher": teacher_identity, "held_out": held_out.identity if held_out else None}  # what a resumed run must have in common with this one
 
 # ---- resume, under the same settings or not at all
@@ -277,18 +279,20 @@ changeable = {"resume", "data", "cache", "val_cache", "splits_dir", "teacher", "
 
 def open_run():
     """This process's Run: its folder, locked. Other ranks get its folder's and its checkpoint's path."""
-    opened.append(runs.Run(checkpoints, run_name, log.start, resume, log, wait=120 if restarts else 0))  # a rank that was cut off may take a while to be seen as dead
-    return opened[0].folder, opened[0].path
+    opened.append(runs.Run(checkpoints, run_logs, run_name, log.start, resume, log, wait=120 if restarts else 0))  # a rank that was cut off may take a while to be seen as dead
+    return opened[0].folder, opened[0].path, opened[0].goes_on_in_place
 
 
 opened = []
-directory, origin = ranks.first(open_run)
+directory, origin, in_place = ranks.first(open_run)
 run, saved = os.path.basename(directory), None
 if origin:
     saved = opened[0].take_content() if opened else load_checkpoint(origin)
 log(f"folder {directory}")
 if saved:
-    if missing := [name for name in ("optimizer", "rng", "losses", "history", "best", "stats", *(["ema"] if ema else [])) if name not in saved]:
+    if ema and "ema" not in saved:
+        raise InputError(f"--resume {origin} was trained without --ema; leave it out, or start a new run")
+    if missing := [name for name in ("optimizer", "rng", "losses", "history", "best", "stats") if name not in saved]:
         raise InputError(f"--resume {origin} holds no {', '.join(missing)}; give a last.pth")
     if difference := view.difference(View.from_dict(saved["view"])):
         raise InputError(f"--resume {origin} was trained under another view: {difference}")
@@ -371,7 +375,9 @@ if saved:
         log(f"it ran under {saved['where']} before, now under {here}: the same clips, masks and schedules, but the last bits may differ")
 
 
-if saved and resume == "auto" and step == total_steps:  # a script that asks again and again leaves nothing behind
+if saved and resume == "auto" and step == total_steps and os.path.isfile(os.path.join(directory, "best.pth")):  # a script that asks again and again leaves nothing behind
+    if rank == 0 and os.path.basename(origin) == "last.pth" and os.path.isfile(left := os.path.join(directory, "previous.pth")):
+        os.remove(left)  # of a kill at its very end
     log("that run has finished: nothing is left to do")
     log.status = "finished"
     ranks.leave()
@@ -541,7 +547,7 @@ def stop_with_diagnosis(last, its_loss, its_norm):
 cosine = lambda start, end, share: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
 if held_out and not history:
     held_out_r2()
-if not origin:
+if not in_place:
     save("last.pth")  # a run starts with what it takes to resume it, and its disk has been seen to have room
 config.started = True  # from here on every rank speaks for itself
 clock, waited, timed_step, saved_at = time.perf_counter(), 0.0, step, time.monotonic()

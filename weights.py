@@ -104,18 +104,20 @@ def load_checkpoint(path, ema=False):
 
 
 def agree_on(saved, now):
-    """Whether two identities say the same, as far as both say it: one that an older version wrote lacks what was added since."""
-    if isinstance(saved, dict) and isinstance(now, dict):
+    """Whether two identities say the same, as far as both say it: one that an older version wrote lacks what was added since. Of different kinds are two
+    that have nothing in common."""
+    if isinstance(saved, dict) and isinstance(now, dict) and saved.keys() & now.keys():
         return all(agree_on(saved[name], now[name]) for name in saved.keys() & now.keys())
     return saved == now
 
 
-def step_of(path):
-    """The step of a checkpoint, from its small parts alone, unchecked; infinity for a file that cannot be read."""
+def step_and_run(path):
+    """(step, name of its run or None) of a checkpoint, from its small parts alone, unchecked; infinity for a file that cannot be read."""
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(content["step"]), content.get("run")
     except DAMAGE:
-        return math.inf
+        return math.inf, None
 
 
 # -------------------------------------------------------------------------------------------------------------- VideoMAE

@@ -169,7 +169,7 @@ def test_wrong_inputs_under_torchrun_are_said_once(alone, world, tmp_path):
         lines = [line for line in text.splitlines() if "train.py, rank" in line and ": error: " in line]
         assert len(lines) == 1 + restarts and all(message in line and "rank 0" in line for line in lines), text
     assert "--fsdp splits the model over ranks" in run(tmp_path, "train", *flags, "--fsdp", code=1)
-    assert "nothing else of torchrun's" in run(tmp_path, "train", *flags, code=1, WORLD_SIZE="2")
+    assert "(RANK,LOCAL_RANK,LOCAL_WORLD_SIZE,MASTER_PORT,MASTER_ADDR)" in run(tmp_path, "train", *flags, code=1, WORLD_SIZE="2")
 
 
 def test_ranks_take_their_parts_of_the_same_batches():
@@ -182,8 +182,6 @@ def test_ranks_take_their_parts_of_the_same_batches():
 
 def test_a_rank_cannot_choose_its_gpu(monkeypatch):
     monkeypatch.setattr(ranks, "world", 2)
-    with pytest.raises(ranks.InputError, match="nothing else of torchrun's"):
-        ranks.start("cpu")
     for name, value in {"MASTER_ADDR": "localhost", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ranks.InputError, match="each rank takes the GPU of its number"):
@@ -193,6 +191,19 @@ def test_a_rank_cannot_choose_its_gpu(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", number)
         with pytest.raises(ranks.InputError, match="2 ranks were started on a machine with 1 GPUs"):
             ranks.start("cuda")
+
+
+@pytest.mark.parametrize("environ, wrong", [
+    ({"RANK": "1"}, None), ({"RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK"), ({"RANK": "x"}, "RANK"), ({"WORLD_SIZE": "-1"}, "WORLD_SIZE"), ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE"),
+    ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT"), ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT")])
+def test_an_environment_in_part_is_refused(monkeypatch, environ, wrong):
+    for name in (*ranks.NUMBERS, "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks.read_environment() == (0, 1)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ranks.InputError, match=f"is missing or wrong.*{wrong or ''}"):
+        ranks.read_environment()
 
 
 def test_alone_nothing_is_asked_of_others():

@@ -30,7 +30,7 @@ def checkpoint(folder, name, step, run=None, mtime=None):
 
 def opened(home, resume, name="salt", start="salt_20260909_090909_pid9"):
     (home / "checkpoints").mkdir(exist_ok=True)
-    return runs.Run(str(home / "checkpoints"), name, start, resume, lambda line: None)
+    return runs.Run(str(home / "checkpoints"), str(home / "run_logs"), name, start, resume, lambda line: None)
 
 
 def content_of(folder):
@@ -110,6 +110,98 @@ def test_what_a_run_goes_on_from_becomes_its_last_checkpoint(tmp_path):
     assert opened(tmp_path, "auto").content["step"] == 20
 
 
+def run_metrics(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_copy_under_a_name_of_its_kind_does_not_stand_for_the_run(tmp_path):
+    original, copy = (tmp_path / "checkpoints" / f"salt{STAMP}{end}" for end in ("", "_2"))
+    checkpoint(original, "last.pth", 30, mtime=1000)
+    checkpoint(copy, "last.pth", 30, run=original.name, mtime=9000)
+    found = opened(tmp_path, "auto")
+    assert found.folder.endswith(original.name) and found.goes_on_in_place
+
+
+def test_a_link_to_a_run_is_the_run(tmp_path):
+    folder = tmp_path / "checkpoints" / f"salt{STAMP}"
+    checkpoint(folder, "last.pth", 30)
+    (tmp_path / "latest").symlink_to(folder)
+    found = opened(tmp_path, str(tmp_path / "latest"))
+    assert os.path.samefile(found.folder, folder) and found.goes_on_in_place
+
+
+def test_a_failed_start_takes_nothing_from_a_run_without_checkpoints(tmp_path):
+    """Somebody moved the .pth files away; metrics and starts are of worth."""
+    folder = tmp_path / "checkpoints" / f"salt{STAMP}"
+    folder.mkdir(parents=True)
+    (folder / "starts.jsonl").write_text("{}\n")
+    (folder / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
+    before = content_of(folder)
+    found = opened(tmp_path, "auto")
+    assert not os.path.samefile(found.folder, folder)
+    found.leave()
+    assert content_of(folder) == before and not os.path.exists(found.folder)
+
+
+def test_damage_to_the_list_of_starts_does_not_stop_a_run(tmp_path):
+    folder = tmp_path / "checkpoints" / f"salt{STAMP}"
+    checkpoint(folder, "last.pth", 3)
+    (folder / "starts.jsonl").write_bytes(b'{"log": "x.log"}\n\xff\xfe{"x')
+    found = opened(tmp_path, "auto")
+    found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 3)
+    assert json.loads((folder / "starts.jsonl").read_bytes().decode(errors="replace").splitlines()[-1])["step"] == 3
+
+
+def test_a_run_is_gone_on_with_by_its_own_name(world, tmp_path):
+    flags = ["--cache", world / "latents", *SMALL, "--max_steps", "4", "--run_name", "r"]
+    run(tmp_path, "train", *flags)
+    said = run(tmp_path, "train", *flags, "--resume", "r")
+    assert "at step 4" in said and len(os.listdir(tmp_path / "checkpoints")) == 1
+
+
+def test_a_copy_that_is_gone_on_with_is_a_run_of_its_own_from_its_first_moment(world, tmp_path):
+    """Its last.pth says so, and is there before its first step: killed there, it goes on from there."""
+    flags = ["--cache", world / "latents", *SMALL, "--save_every", "4", "--run_name", "r", "--epochs", "500"]
+    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path)
+    for line in process.stdout:
+        if line.startswith("step 6/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    process.wait()
+    first, = (tmp_path / "checkpoints").iterdir()
+    first.rename(tmp_path / "kept")
+    process = start([sys.executable, ROOT / "train.py", *flags, "--resume", "kept/last.pth"], tmp_path)
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.kill()
+            break
+    process.stdout.read()
+    process.wait()
+    second, = (tmp_path / "checkpoints").iterdir()
+    saved = weights.load_checkpoint(second / "last.pth")
+    assert saved["run"] == second.name != first.name and saved["step"] >= 6
+    found = runs.Run(str(tmp_path / "checkpoints"), str(tmp_path / "run_logs"), "r", "r_x", "auto", lambda line: None)
+    assert found.folder == str(second) and found.content["step"] == saved["step"]
+
+
+def test_identities_of_different_kinds_do_not_agree():
+    agree = weights.agree_on
+    assert agree({"a": 1, "b": 2}, {"a": 1, "c": 3}) and not agree({"a": 1}, {"a": 2})
+    assert not agree({"list": "x"}, {"ids_sha256": "y"}) and not agree({"t": {"x": 1}}, {"t": {"y": 1}}) and agree(None, None) and agree({}, {})
+
+
+def test_resuming_with_other_files_of_the_same_list_is_refused(world, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "data")
+    flags = ["--target", "pixels", "--data", "data", "--frames", "4", "--resolution", "48", *SMALL, "--max_steps", "4", "--stats_clips", "4", "--run_name", "r"]
+    run(tmp_path, "train", *flags)
+    shutil.copy(tmp_path / "data" / "videos" / "20.webm", tmp_path / "data" / "videos" / "0.webm")
+    assert "trained with other training clips" in error_of(tmp_path, "train", *flags, "--resume", "auto")
+    run(tmp_path, "cache_latents", "--data", "data", "--teacher", "none", "--frames", "4", "--resolution", "48", "--out", "clips")
+    cached = ["--target", "pixels", "--cache", "clips", *flags[8:]]
+    assert "trained with other training clips" in error_of(tmp_path, "train", *cached, "--resume", "auto")
+
+
 def test_a_run_that_is_going_is_not_gone_on_with(tmp_path):
     first = opened(tmp_path, "auto")  # it has a folder and no checkpoint yet
     with pytest.raises(InputError, match="is still going"):
@@ -147,8 +239,9 @@ def test_a_run_of_an_odd_name_is_resumed_in_place_beside_its_copies(world, tmp_p
     shutil.copy(world / "latents" / "ids.txt", tmp_path / "checkpoints" / "notes.txt")
     before = {copy: content_of(tmp_path / "checkpoints" / copy) for copy in (f"{folder.name}.bak", "a[b]*_before_lr_change")}
     said = run(tmp_path, "train", *flags, "--resume", "auto")
-    assert "starting afresh" in said and "passed over" not in said
-    assert before == {copy: content_of(tmp_path / "checkpoints" / copy) for copy in before} and len(os.listdir(tmp_path / "checkpoints")) == 4
+    assert "starting afresh" in said and "passed over" not in said and (folder / "best.pth").is_file()
+    assert before == {copy: content_of(tmp_path / "checkpoints" / copy) for copy in before} and len(os.listdir(tmp_path / "checkpoints")) == 5
+    assert len(run_metrics(folder)) == 3  # what is there of a run without a last.pth is not written over
 
 
 def test_another_kernel_set_is_announced(world, tmp_path):
@@ -231,6 +324,31 @@ def test_after_does_not_wait_for_a_reused_pid(tmp_path, monkeypatch):
         runs.wait_for_end(path, "checkpoints", "run_logs", 0.01)
 
 
+def test_a_lock_tells_more_than_a_pid(tmp_path):
+    """Another pid namespace or host name on the same machine: as long as the lock is held the run lives, and no longer."""
+    found = opened(tmp_path, None)
+    assert runs.held(found.folder)
+    other = {**runs.this_process(), "host": "pod-2", "pid": 1, "ticks": 7}
+    log = log_of(tmp_path, other)
+    assert runs.alive(log, found.folder)
+    found.file.close()
+    assert not runs.alive(log, found.folder) and runs.alive(log)
+
+
+def test_the_log_of_another_folder_is_not_a_copys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "checkpoints" / f"salt{STAMP}"
+    checkpoint(folder, "best.pth", 3)
+    (tmp_path / "run_logs").mkdir()
+    (tmp_path / "run_logs" / f"salt{STAMP}.log").write_text(f"start x\nfolder checkpoints/salt{STAMP}\nstatus: finished\nProcess exiting.\n")
+    (folder / "starts.jsonl").write_text(json.dumps({"log": f"../../run_logs/salt{STAMP}.log"}) + "\n")
+    shutil.copytree(folder, tmp_path / "checkpoints" / "copy")
+    assert len(runs.logs_of_folder(str(folder), "run_logs")) == 1 and runs.logs_of_folder("checkpoints/copy", "run_logs") == []
+    with pytest.raises(InputError, match="has no log of its own"):
+        runs.wait_for_end("checkpoints/copy", "checkpoints", "run_logs", 0.01)
+    assert runs.wait_for_end(str(folder), "checkpoints", "run_logs", 0.01) == str(folder)
+
+
 def test_after_takes_a_runs_name_and_its_latest_start(world, monkeypatch):
     monkeypatch.chdir(world)
     folder = run_folder(world, "student")
@@ -243,7 +361,7 @@ def test_after_takes_a_runs_name_and_its_latest_start(world, monkeypatch):
 def test_rank_without_world_size_is_one_line(world, tmp_path):
     for environ in ({"RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "many"}):
         line = error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, "--max_steps", "2", **environ)
-        assert "one of them is missing or wrong" in line and ranks.world == 1
+        assert "one is missing or wrong" in line and ranks.world == 1
 
 
 def test_a_wrong_path_is_found_before_torch_is_imported(world, tmp_path):

@@ -173,7 +173,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, make):
             load()
         assert clean(caught.value) and not marker.exists()
         places += 1
-    assert weights.step_of(tmp_path / "run" / "last.pth") == float("inf") and not marker.exists()
+    assert weights.step_and_run(tmp_path / "run" / "last.pth") == (float("inf"), None) and not marker.exists()
     with contextlib.suppress(Exception):  # the harm is real: with code allowed it is done
         torch.load(path, weights_only=False)
     assert marker.exists()
