@@ -89,6 +89,7 @@ class Metrics:
 
     def __init__(self, folder, step=-1):
         self.path, self.followers = os.path.join(folder, "metrics.jsonl"), []  # followers: (function that takes an entry, function that ends it)
+        self.damaged = 0  # lines of earlier starts that could not be kept
         if rank == 0:
             write_whole(self.path, "".join(self.entries_to(step)).encode())
         self.file = open(self.path if rank == 0 else os.devnull, "a", buffering=1)
@@ -97,9 +98,11 @@ class Metrics:
         """Whole lines of earlier starts up to a step."""
         with contextlib.suppress(FileNotFoundError), open(self.path, errors="replace") as lines:
             for line in lines:
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave a torn last line, a disk a damaged one
-                    if line.endswith("}\n") and json.loads(line)["step"] <= step:
+                try:
+                    if json.loads(line)["step"] <= step:
                         yield line
+                except (ValueError, KeyError, TypeError):  # a killed run may leave a torn last line, a disk a damaged one
+                    self.damaged += bool(line.strip())
 
     def follow(self, run, settings, folder, wandb=None, tensorboard=False):
         """Pass entries on to the Weights & Biases project `wandb` and to TensorBoard, those at hand first."""

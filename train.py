@@ -459,6 +459,8 @@ if saved:
     best = ranks.first(best_so_far)
     saved = None  # its memory is wanted
 metrics = Metrics(directory, step if origin else -1)
+if metrics.damaged:
+    log(f"{metrics.path}: {metrics.damaged} torn or damaged lines are left out")
 ranks.first(lambda: (opened[0].begin(log.path, step), metrics.follow(run, settings, directory, wandb, tensorboard))[1])
 failures = set()
 
