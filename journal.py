@@ -100,7 +100,7 @@ class Metrics:
             for line in lines:
                 try:
                     if json.loads(line)["step"] <= step:
-                        yield line
+                        yield line.rstrip("\n") + "\n"
                 except (ValueError, KeyError, TypeError):  # a killed run may leave a torn last line, a disk a damaged one
                     self.damaged += bool(line.strip())
 
