@@ -392,7 +392,8 @@ def check_header(path, shape, dtype, size):
 
 
 def sha256(path):
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 16))  # small: larger ones between the clips that threads decode keep their memory apart
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
