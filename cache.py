@@ -393,7 +393,7 @@ def check_header(path, shape, dtype, size):
 
 def sha256(path):
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 16))  # small: larger ones between the clips that threads decode keep their memory apart
+    buffer = memoryview(bytearray(1 << 16))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
