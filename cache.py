@@ -204,20 +204,20 @@ class Cache:
         shape, dtype = self.formats[kind]
         check_header(path, (shard["rows"], *shape), dtype, shard[kind]["bytes"])
         start = shard[kind]["bytes"] - shard["rows"] * record_bytes(shape, dtype)
-        if kind == "patches" and shard["rows"]:
-            self.check_first_clip(path, number, start)
+        if "first" in shard[kind]:
+            self.check_first(path, shard[kind]["first"], start, record_bytes(shape, dtype))
         return ops.File(str(path)), start
 
-    def check_first_clip(self, path, number, start):
-        """A shard of another cache, put in this one's place, has its size and header; not the pixels of its first clip."""
+    def check_first(self, path, expected, start, size):
+        """A shard of another cache, put in this one's place, has its size and header; not its first record."""
         try:
             with open(path, "rb") as file:
                 file.seek(start)
-                clip = file.read(record_bytes(*self.formats["patches"]))
+                record = file.read(size)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
-        if fingerprint(clip) != self.fingerprints[self.first_rows[number]]:
-            raise InputError(f"{path}: its first clip does not have its fingerprint: the file is damaged or another cache's; mend it with the command that made it and --repair")
+        if fingerprint(record) != expected:
+            raise InputError(f"{path}: its first record does not have its fingerprint: the file is damaged or another cache's; mend it with the command that made it and --repair")
 
     def places(self, kind, records):
         """(ops.File a record, the byte where each begins, where each is: (shard, row))."""
@@ -326,9 +326,9 @@ def metadata_digest(metadata):
     return content_digest({name: value for name, value in metadata.items() if name != "checksum"})
 
 
-def fingerprint(patches):
-    """The first 8 bytes of SHA-256 over a clip's patches, contiguous uint8 [N, P], as a signed number: the same pixels, the same number."""
-    return int.from_bytes(hashlib.sha256(patches).digest()[:8], "little", signed=True)
+def fingerprint(record):
+    """The first 8 bytes of SHA-256 over a record, contiguous, as a signed number. A clip's is over its patches, uint8 [N, P]: the same pixels, the same number."""
+    return int.from_bytes(hashlib.sha256(record).digest()[:8], "little", signed=True)
 
 
 def same_clips(metadata, other):
@@ -461,7 +461,8 @@ class RowFile:
     """An .npy file written row by row under a temporary name; the number of rows goes into its header at the end."""
 
     def __init__(self, path, row_shape, dtype):
-        self.path, self.part, self.row_shape, self.dtype, self.rows = path, Path(f"{path}.part"), tuple(row_shape), np.dtype(dtype), 0
+        self.path, self.part, self.row_shape, self.dtype = path, Path(f"{path}.part"), tuple(row_shape), np.dtype(dtype)
+        self.rows, self.first = 0, {}
         with self.naming():
             self.file = open(self.part, "wb")
             self.header_bytes = self.file.write(npy_header((SHARD_ROWS, *self.row_shape), self.dtype))
@@ -477,12 +478,15 @@ class RowFile:
     def add(self, row):
         if row.shape != self.row_shape or row.dtype != self.dtype:
             raise ValueError(f"a row of {self.path.name} is {self.dtype} {self.row_shape}, not {row.dtype} {row.shape}")
+        row = np.ascontiguousarray(row)
+        if not self.rows:
+            self.first = {"first": fingerprint(row)}
         with self.naming():
-            self.file.write(np.ascontiguousarray(row).data)
+            self.file.write(row.data)
         self.rows += 1
 
     def finish(self):
-        """Flush, checksum, rename; returns {'bytes', 'sha256'}."""
+        """Flush, checksum, rename; returns {'bytes', 'sha256', and 'first', the fingerprint of the first record, where there is one}."""
         header = npy_header((self.rows, *self.row_shape), self.dtype)
         assert len(header) == self.header_bytes, "numpy pads .npy headers to a fixed length for any number of rows up to a shard's"
         with self.naming():
@@ -491,7 +495,7 @@ class RowFile:
             self.file.flush()
             os.fsync(self.file.fileno())
             self.file.close()
-            entry = {"bytes": self.part.stat().st_size, "sha256": sha256(self.part)}
+            entry = {"bytes": self.part.stat().st_size, "sha256": sha256(self.part), **self.first}
             os.replace(self.part, self.path)
         return entry
 

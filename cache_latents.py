@@ -36,10 +36,10 @@ views = 1                      # clips a video: the plain one, then others with 
 frames: int | None = None      # frames a clip (default: the teacher's, else 16)
 resolution: int | None = None  # pixels of the clip's side (default: the teacher's, else 224)
 patch: int | None = None       # pixels of a patch's side (default: the teacher's, else 16)
-sampling: Literal["uniform", "stride"] = "uniform"  # frames spread over the whole video, or every stride-th about the middle
-stride = 4                     # for --sampling stride
-crop: Literal["center", "squash"] = "center"  # the middle square, or the whole frame made square
-interpolation: Literal["bilinear", "bicubic", "area"] = "bilinear"  # how frames are resized
+sampling: Literal["uniform", "stride"] | None = None  # frames spread over the whole video, or every stride-th about the middle (default: the teacher's, else uniform)
+stride: int | None = None      # for --sampling stride (default: the teacher's, else 4)
+crop: Literal["center", "squash"] | None = None  # the middle square, or the whole frame made square (default: the teacher's, else center)
+interpolation: Literal["bilinear", "bicubic", "area"] | None = None  # how frames are resized (default: the teacher's, else bilinear)
 longest_seconds = 60.0         # warn of a clip that spans more seconds: its frames lie far apart
 batch_size = 8                 # clips a teacher batch; fixed row ranges of the list, so part of the cache's identity
 threads = max(1, (os.cpu_count() or 1) // config.local_ranks())  # decoding threads [all cores, shared by a machine's ranks]
@@ -63,7 +63,7 @@ import ops  # noqa: E402
 import ranks  # noqa: E402
 import upkeep  # noqa: E402
 from config import InputError  # noqa: E402
-from data import VideoError, load_split, long_clips, prefetch, read_row  # noqa: E402
+from data import VideoError, load_split, odd_videos, prefetch, read_row  # noqa: E402
 from ranks import rank, world  # noqa: E402
 from views import View, grid_of  # noqa: E402
 
@@ -96,13 +96,14 @@ if out is None or teacher == "" or (data is None and clips_from is None):
     raise InputError("give --out, --teacher (or --teacher none) and --data (or --clips_from); see --help")
 device = model.pick_device(ranks.start(device, timedelta(days=7)))  # ranks wait for the slowest one's last shard
 log(ops.extension_line(device), flush=True)
-long_clips.watch(longest_seconds, tqdm.write)
+odd_videos.watch(longest_seconds, tqdm.write)
 
 if clips == "off" and teacher.lower() == "none":
     raise InputError("--teacher none keeps nothing but clips; leave --clips off out")
 if latents == "i8" and teacher.lower() == "none":
     raise InputError("--teacher none keeps no latents; leave --latents out")
-shared = {"data", "split", "frames", "resolution", "patch", "sampling", "stride", "crop", "interpolation", "limit", "views"} & config.given
+of_clips = ("data", "frames", "resolution", "patch", "sampling", "stride", "crop", "interpolation", "limit")
+shared = {"split", "views"} & config.given | {name for name in of_clips if globals()[name] is not None}
 if clips_from and (shared or clips == "on"):
     names = ", ".join(f"--{name}" for name in sorted(shared)) or "--clips on"
     raise InputError(f"--clips_from takes clips, ids and view from {clips_from}; leave {names} out")
@@ -117,7 +118,11 @@ if source:
     view, patch, tubelet = source.view, source.patch, source.tubelet
 else:
     size = resolution or (shape.size if shape else 224)
-    view = View(frames or (shape.frames if shape else 16), size, size, sampling, stride, crop, interpolation)
+    view = View(frames or (shape.frames if shape else 16), size, size)
+    if encoder:  # a checkpoint of train.py says how its clips were cut
+        view = view.cut_as(encoder.view)
+    asked = {"sampling": sampling, "stride": stride, "crop": crop, "interpolation": interpolation}
+    view = dataclasses.replace(view, **{name: value for name, value in asked.items() if value is not None})
     patch, tubelet = patch or (shape.patch if shape else 16), shape.tubelet if shape else 2
 if shape:
     takes, have = {"frames": shape.frames, "resolution": shape.size, "patch": shape.patch}, {"frames": view.frames, "resolution": view.size, "patch": patch}
@@ -125,6 +130,8 @@ if shape:
         if takes[name] != have[name]:
             raise InputError(f"the teacher {teacher} takes {name} {takes[name]}, but the clips have {have[name]}; change "
                              f"{'--clips_from' if source else f'--{name}'}")
+    if line := encoder.other_view(view):
+        log(line)
 tokens, patch_dim = int(torch.tensor(grid_of(view, patch, tubelet)).prod()), 3 * tubelet * patch * patch
 
 if source:
@@ -292,5 +299,6 @@ if rank == 0:
         log(f"{out}: int8 lost {metadata['lost_variance']:.1e} of the latents' variance about their per-position mean: a perfect prediction of what is kept has R2 "
             f"{1 - metadata['lost_variance']:.6f} on the exact ones")
     log(f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape {json.dumps(metadata['latent_shape'])}"
-        + (f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else ""))
+        + (f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else "")
+        + (f"; {len(odd_videos.short)} videos end long before what they, or the list, say" if odd_videos.short else ""))
 ranks.leave()

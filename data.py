@@ -95,8 +95,7 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     elif not os.path.isdir(folder):
         raise InputError(f"there is no data folder {folder}; --data names the folder that holds the videos and their lists")
     elif path := find_list(folder, split, splits_dir):
-        is_csv = path.endswith(".csv")
-        rows = read_csv(path, folder, log) if is_csv else read_json(path, find_videos(folder, log))
+        rows = read_list(path, folder, log)
         log(f"{split}: {len(rows)} rows of {path}")
     elif any(find_list(folder, other, splits_dir) for other in SPLITS):
         raise InputError(f"no list for the split {split!r}: looked for {', '.join(list_names(split))} in {folder}, "
@@ -109,7 +108,7 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     if not any(row.path for row in rows):
         raise InputError(f"none of the {len(rows)} videos of the split {split!r} is in {folder}; looked in it, "
                          f"{' and '.join(f'{name}/' for name in VIDEO_FOLDERS[1:])} for {' '.join(VIDEO_SUFFIXES)}")
-    refuse_shared_frames(folder, split, splits_dir, rows)
+    refuse_shared_frames(folder, split, splits_dir, rows, log)
     seen = set()
     for row in rows:
         if row.id in seen:
@@ -119,27 +118,55 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     return rows
 
 
-def refuse_shared_frames(folder, split, splits_dir, rows):
-    """Raises InputError where frames of a held-out CSV split are those of the training split."""
-    if split == "train":
-        return
+def read_list(path, folder, log=lambda line: None):
+    if path.endswith(".csv"):
+        return read_csv(path, folder, log)
+    return read_json(path, find_videos(folder, log), log)
+
+
+def is_stretch(row):
+    return row.start is not None or row.end is not None
+
+
+def refuse_shared_frames(folder, split, splits_dir, rows, log):
+    """Raises InputError where frames of a held-out split are those of the training split, whatever
+    names lead to their file. What one list cannot tell is logged."""
+    others = []
     if os.path.isfile(folder):
-        others = hashed_split(read_csv(folder), "train")
-    else:
-        path = find_list(folder, "train", splits_dir)
-        others = read_csv(path, folder) if path and path.endswith(".csv") else []
+        if any(map(is_stretch, rows)):
+            log(
+                f"whether stretches of {folder} share frames with those of another list is not "
+                "looked at; put train.csv and validation.csv into one folder, and it is"
+            )
+        if split != "train":
+            others = hashed_split(read_csv(folder), "train")
+    elif split != "train" and (path := find_list(folder, "train", splits_dir)):
+        if path.endswith(".csv") or any(map(is_stretch, rows)):  # else equal frames are equal clips
+            others = read_list(path, folder)
     stretches = {}
     for row in others:
-        stretches.setdefault(row.path, []).append(row)
+        if row.path:
+            stretches.setdefault(file_of(row.path), []).append(row)
     for row in rows:
-        for other in stretches.get(row.path, ()) if row.path else ():
-            begins = max(row.start or 0, other.start or 0)
-            if begins < min(end for end in (row.end, other.end, math.inf) if end is not None):
+        for other in stretches.get(file_of(row.path), ()) if stretches and row.path else ():
+            if overlap(row, other):
                 raise InputError(
                     f"{row.path} is in the split {split!r} as {row.id!r} and in the training split "
-                    f"as {other.id!r}, from {begins:g} s on in both: held-out frames are none that "
-                    "were trained on"
+                    f"as {other.id!r}, from {max(row.start or 0, other.start or 0):g} s on in both: "
+                    "held-out frames are none that were trained on"
                 )
+
+
+def overlap(one, other):
+    """Whether two Rows of one file have frames in common."""
+    ends = [row.end for row in (one, other) if row.end is not None]
+    return max(one.start or 0, other.start or 0) < min(ends, default=math.inf)
+
+
+def file_of(path):
+    """What a file is, whatever its names are: (device, inode)."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def check_list_file(path):
@@ -197,6 +224,8 @@ def rows_without_list(folder, split, log):
         outside = [name for name in found if name.startswith(f"{parts['test']}/")]
         unused[f"in {parts['test']}/"] = outside
         found = {name: path for name, path in found.items() if name not in set(outside)}
+    if not in_parts:
+        refuse_hidden_splits(folder, found)
     place = os.path.join(folder, parts[split]) if in_parts else folder
     log(
         f"{split}: {len(found)} videos of {place} and its subfolders (no list)"
@@ -212,13 +241,31 @@ def rows_without_list(folder, split, log):
     return rows if in_parts else hashed_split(rows, split)
 
 
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_NAMES |= dict.fromkeys(("validation", "val", "valid"), "validation")
+
+
+def refuse_hidden_splits(folder, found):
+    """Raises InputError where a split by a hash would mix folders that look like splits of their
+    own: videos/train and videos/val, or train_256 and val_256."""
+    looks, pattern = {}, re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_NAMES)})(?:[-_.]?\d+\w*)?")
+    for place in {os.path.dirname(name) for name in found}:
+        for part in filter(None, place.split("/")):
+            if match := pattern.fullmatch(part.lower()):
+                looks.setdefault(SPLIT_NAMES[match[1]], part)
+    if len(looks) > 1:
+        raise InputError(
+            f"{folder} holds folders called {' and '.join(sorted(looks.values()))}, and no list: "
+            "splits are the subfolders train/, validation/ (or val/) and test/ of --data itself; "
+            "name the folder that they are in, or rename them, or write train.csv and validation.csv"
+        )
+
+
 def split_folders(folder):
     """{split: name of its subfolder} of those that a folder of videos has."""
-    known = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-    known |= dict.fromkeys(("validation", "val", "valid"), "validation")
     parts = {}
     for name in sorted(os.listdir(folder)):
-        split = known.get(name.lower())
+        split = SPLIT_NAMES.get(name.lower())
         if split and os.path.isdir(os.path.join(folder, name)):
             if split in parts:
                 raise InputError(
@@ -244,12 +291,11 @@ def search(folder):
         leave_out("that cannot be read", os.path.relpath(error.filename, folder))
 
     for place, subfolders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in visited:
+        if file_of(place) in visited:
             leave_out("folder that another name leads to", os.path.relpath(place, folder))
             subfolders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        visited.add(file_of(place))
         if os.path.isfile(os.path.join(place, "meta", "info.json")):
             refuse_lerobot(place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -275,8 +321,7 @@ def same_files(found):
     taken = {}
     for name, path in list(found.items()):
         if os.path.isfile(path):
-            status = os.stat(path)
-            first = taken.setdefault((status.st_dev, status.st_ino), name)
+            first = taken.setdefault(file_of(path), name)
             if first != name:
                 yield name, first
 
@@ -335,7 +380,7 @@ def check_id(name, where):
     return name
 
 
-def read_json(path, videos):
+def read_json(path, videos, log=lambda line: None):
     try:
         with open(path, encoding="utf-8") as file:
             entries = json.load(file)
@@ -344,11 +389,14 @@ def read_json(path, videos):
     if not isinstance(entries, list):
         raise InputError(f"{path} holds {'an object' if isinstance(entries, dict) else type(entries).__name__}, as a label table "
                          f"does; a split list is a JSON list of objects with an \"id\"")
-    rows = []
+    rows, keys = [], set()
     for number, entry in enumerate(entries):
         where = f"{path}, row {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), (str, int)) or isinstance(entry["id"], bool):
             raise InputError(f"{where}: {json.dumps(entry)[:80]} is not an object with an \"id\"")
+        if "start" in entry or "end" in entry:
+            raise InputError(f"{where} is a stretch of a video; a JSON list has none: use a CSV with the columns path,start,end,label")
+        keys |= entry.keys()
         name = check_id(str(entry["id"]), where)
         label = entry.get("template", entry.get("label"))
         if label is not None and not isinstance(label, str):
@@ -356,13 +404,18 @@ def read_json(path, videos):
         rows.append(Row(name, videos.get(name), label and label.replace("[", "").replace("]", "")))
     if not rows:
         raise InputError(f"{path} is empty; a split list has a row a video")
+    if ignored := sorted(keys - {"id", "template", "label", "placeholders"}):
+        log(f"{path}: keys not used: {', '.join(ignored)}; those that are: id, template, label")
     return rows
+
+
+PATH_COLUMNS = ("path", "video", "filename", "file", "file_name", "filepath", "video_path")
 
 
 def read_csv(path, folder=None, log=lambda line: None):
     """Rows of a CSV list. Relative paths start from the data folder and may not leave it.
 
-    A first line may name the columns, in any order: path (or video, filename), label, start and
+    A first line may name the columns, in any order: path (or one of PATH_COLUMNS), label, start and
     end in seconds, id. Without it a row is a path and an optional label. The separator is a comma,
     semicolon or tab, whichever comes first outside quotes; where there is none, a space may stand
     between path and label, as in V-JEPA's lists. The id is the path without suffix, with the
@@ -373,11 +426,13 @@ def read_csv(path, folder=None, log=lambda line: None):
     lines = csv_lines(path)
     columns, named = ["path", "label"], False
     if lines:
-        first = [
-            "path" if name.lower() in ("video", "filename") else name.lower()
-            for name in lines[0][1]
-        ]
+        first = ["path" if name.lower() in PATH_COLUMNS else name.lower() for name in lines[0][1]]
         named = "path" in first and not any(name.endswith(VIDEO_SUFFIXES) for name in first)
+        if not named and {"start", "end", "label", "id"} & set(first):
+            raise InputError(
+                f"{path} names the columns {','.join(first)} in its first line, but none that "
+                f"holds the videos; call it path ({', '.join(PATH_COLUMNS[1:])} do, too)"
+            )
     if named:
         columns, lines = first, lines[1:]
     if not lines:
@@ -488,19 +543,23 @@ def mark(time):
 
 # -------------------------------------------------------------------------------------------------------------- decoding
 
-class LongClips:
-    """Warns once a run of a clip that spans more seconds of video than `longest_seconds`."""
+class OddVideos:
+    """Says what is odd about videos that can be decoded, by `log`.
+
+    A clip that spans more seconds than `longest_seconds`: once a run. Videos that end long before
+    what they, or the list, say: the first three by name; `short` holds all of them.
+    """
 
     def __init__(self):
-        self.longest_seconds, self.log, self.lock = math.inf, print, threading.Lock()
+        self.longest_seconds, self.log, self.lock = math.inf, None, threading.Lock()
+        self.short = set()
 
     def watch(self, longest_seconds, log):
-        """From now on: `log` is called with one line about the first clip that is longer."""
         self.longest_seconds, self.log = longest_seconds, log
 
-    def note(self, path, seconds):
+    def note_span(self, path, seconds):
         with self.lock:
-            if seconds > self.longest_seconds:
+            if self.log and seconds > self.longest_seconds:
                 self.log(
                     f"warning: a clip spans {seconds:.4g} seconds of {path}, more than "
                     "longest_seconds = "
@@ -510,8 +569,18 @@ class LongClips:
                 )
                 self.longest_seconds = math.inf
 
+    def note_end(self, path, has, stated):
+        with self.lock:
+            known = path in self.short
+            self.short.add(path)
+            if self.log and not known and len(self.short) <= 3:
+                self.log(
+                    f"warning: {path} ends after {has} of {stated}: was it cut short? "
+                    f"Its clip is of what is there{'; more are not named' * (len(self.short) == 3)}"
+                )
 
-long_clips = LongClips()
+
+odd_videos = OddVideos()
 
 
 def read_row(row, views):
@@ -551,10 +620,13 @@ def read_clips(path, views, video_id=None, start=None, end=None):
         if start is not None or end is not None:
             stretch = find_stretch(path, start or 0, end)
         with open_video(stretch) as (stream, packets):
-            n, held, size = 0, [], 0
+            n, held, size, last, seen = 0, [], 0, None, 0
             for packet in packets:  # headers of webm files state no count, others lie
                 n += shows(packet) and stretch.holds(packet.pts)
                 size += packet.size
+                seen += packet.size > 0
+                if packet.pts is not None:
+                    last = packet.pts if last is None else max(last, packet.pts)
                 if size <= HELD_BYTES:
                     held.append(packet)
                 else:
@@ -563,6 +635,7 @@ def read_clips(path, views, video_id=None, start=None, end=None):
                 stop = "its end" if end is None else f"{end} s"
                 part = "" if stretch.first is None else f" from {start or 0} s to {stop}"
                 raise VideoError(f"{path} holds no frame{part}")
+            look_at_end(stretch, stream, seen, last)
             if size <= HELD_BYTES:
                 n = cut(held, stream, views, clips, name, n, stretch)
         for _ in range(3):
@@ -576,6 +649,32 @@ def read_clips(path, views, video_id=None, start=None, end=None):
     except av.error.FFmpegError as error:
         check_disk(path)
         raise VideoError(f"{path} cannot be decoded: {error.strerror or error}") from None
+
+
+def look_at_end(stretch, stream, seen, last):
+    """Note a video that ends a tenth before what its container or the list says, and half a second.
+
+    seen: packets read, with content; last: the latest of their times, in ticks, or None
+    """
+    if stretch.first is None and stream.frames:
+        if seen < 0.9 * stream.frames:
+            odd_videos.note_end(stretch.path, f"{seen} frames", stream.frames)
+        return
+    if last is None or not stream.time_base:
+        return
+    first = stretch.first if stretch.first is not None else stream.start_time or 0
+    stated = stretch.high - first  # ticks
+    if stated == math.inf:
+        streams = len(stream.container.streams)
+        if stream.duration:
+            stated = stream.duration
+        elif stream.container.duration and streams == 1:  # else sound may be what lasts
+            stated = stream.container.duration / 1e6 / stream.time_base
+        else:
+            return
+    has, stated = (float(ticks * stream.time_base) for ticks in (last - first, stated))
+    if has < 0.9 * stated - 0.5:
+        odd_videos.note_end(stretch.path, f"{has:.4g} s", f"{stated:.4g} s")
 
 
 class Stretch(NamedTuple):
@@ -741,7 +840,8 @@ def video_stream(container, path):
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         raise VideoError(f"{path} holds no video stream")
-    stream = streams[0]
+    best = container.streams.best("video")  # what is marked as the default comes before a still
+    stream = best if best in streams else streams[0]
     if stream.codec_context is None:
         raise VideoError(f"{path} is in a codec that this build of FFmpeg does not know")
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
@@ -795,7 +895,7 @@ def cut(packets, stream, views, clips, name, n, stretch):
     def finish(i):
         clips[i] = made[i].transpose(0, 2, 3, 1)
         if None not in times[i]:
-            long_clips.note(stretch.path, float((times[i][-1] - times[i][0]) * stream.time_base))
+            odd_videos.note_span(stretch.path, float((times[i][-1] - times[i][0]) * stream.time_base))
 
     for packet in packets:
         fed += shows(packet)

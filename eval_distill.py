@@ -10,6 +10,7 @@ one for the table, and 1 for perfect; its interval is over videos.
 """
 import itertools
 import json
+import math
 import os
 from typing import Literal
 
@@ -49,7 +50,7 @@ import ops  # noqa: E402
 import ranks  # noqa: E402
 from cache import fingerprint, open_cache, prepare_file, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
-from data import Records, Videos, batches, in_order, keyed_sample, load_split  # noqa: E402
+from data import Records, Videos, batches, in_order, keyed_sample, load_split, odd_videos  # noqa: E402
 from ranks import rank, world  # noqa: E402
 from views import View  # noqa: E402
 from weights import agree_on  # noqa: E402
@@ -62,6 +63,7 @@ device = model.pick_device(ranks.start(device))
 log = print if rank == 0 else lambda *line, **how: None
 log(ops.extension_line(device), flush=True)
 prepare_file(out)
+odd_videos.watch(math.inf, tqdm.write)
 loaded = {path: model.load_salt(path, device, ema) for path in paths}
 
 # ---- one view and one teacher for all

@@ -179,6 +179,7 @@ def init_weights(module):
 class Encoder(nn.Module):
     """ViT over gathered patches: only the tokens given are embedded. `view` cuts its clips."""
     recompute = False
+    view_is_known = False  # whether `view` is what its training clips were cut by
 
     def __init__(self, config):
         super().__init__()
@@ -230,6 +231,11 @@ class Encoder(nn.Module):
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             features = self(self.normalise(patches[None] if alone else patches))
         return features[0] if alone else features
+
+    def other_view(self, view):
+        """A line on a teacher whose training clips are known to be cut otherwise than by `view`; '' where they are not."""
+        difference = self.view.difference(view) if self.view_is_known else ""
+        return difference and f"warning: the teacher's own clips were cut otherwise ({difference}): its latents of these are of clips unlike any it has seen"
 
     def refusal(self, clips):
         """Why `encode` does not take these clips, in a line."""
@@ -592,7 +598,7 @@ def build_encoder(path, fields, state, view=None):
     config = from_file(path, EncoderConfig, **fields)
     encoder = restored(path, state, config.depth, functools.partial(Encoder, config))
     if view is not None:
-        encoder.view = from_file(path, views.View.from_dict, view)
+        encoder.view, encoder.view_is_known = from_file(path, views.View.from_dict, view), True
     return encoder
 
 

@@ -15,6 +15,9 @@ import torch.nn.functional as F
 
 from config import InputError, source_digest
 
+for _name, _allowed in (("SALT_OPS", ("", "reference")), ("SALT_SIMD", ("", "avx512", "avx2", "baseline"))):
+    if os.environ.get(_name, "") not in _allowed:
+        raise InputError(f"{_name} is {os.environ[_name]!r} in the environment; it takes {', '.join(_allowed[1:])}, or is left out")
 try:
     if os.environ.get("SALT_OPS") == "reference":
         raise ImportError("SALT_OPS=reference is set")
@@ -418,6 +421,17 @@ def keep_freed_memory():
         # M_TOP_PAD looks like a leak until all of it was touched: with 256 MB over 28,000 steps and on, with 4 MB it stood still.
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 24)):
             mallopt(option, value)
+
+
+def return_freed_memory():
+    """Have large blocks go back to the system when they are freed: for a process in which many threads free clips beside what stays.
+
+    By default glibc raises the size from which it does so to that of the largest block it saw freed, and its arenas, one a thread,
+    fall apart. Linux with glibc; elsewhere nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD of malloc.h, which is fixed by setting it
 
 
 def on_tiles(x):

@@ -9,6 +9,7 @@ give the answer away. Memory holds features only, one batch of clips at a time.
 import dataclasses
 import functools
 import json
+import math
 import os
 import resource
 import warnings
@@ -62,7 +63,7 @@ import model  # noqa: E402
 import ops  # noqa: E402
 from cache import prepare_file, sha256, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
-from data import VideoError, load_split, patchify, prefetch, read_row  # noqa: E402
+from data import VideoError, load_split, odd_videos, overlap, patchify, prefetch, read_row  # noqa: E402
 from views import View, random_half  # noqa: E402
 from weights import load_checkpoint  # noqa: E402
 
@@ -81,8 +82,11 @@ if both := {row.id for row in videos[train_split]} & {row.id for row in videos[v
 
 path = os.path.join(runs.wait_for_end(after, checkpoints, run_logs, poll_seconds), "best.pth") if after else checkpoint_path
 device = model.pick_device(device)
+ops.return_freed_memory()
+odd_videos.watch(math.inf, tqdm.write)
 print(ops.extension_line(device), flush=True)
 saved = load_checkpoint(path, ema)
+print(f"probing {path}, step {saved['step']}", flush=True)
 view, shape = View.from_dict(saved["view"]), model.EncoderConfig(**saved["encoder_config"])
 student = model.student_of(saved, path)
 del saved
@@ -98,18 +102,18 @@ for encoder in encoders.values():
     model.cast_matrices(encoder, dtype)
 
 
-marks = {}  # SHA-256 of a training video's file, and its stretch -> its id
+marks = {}  # SHA-256 of a training video's file -> its Rows
 
 
 def clip_of(row, split):
     """The row's clip, or the VideoError that it gives: also where a held-out video's file is that of a training video."""
     try:
         part = view if whole_videos else dataclasses.replace(view, window=random_half(row.id, seed))
-        clip, mark = read_row(row, [part])[0], (sha256(row.path), row.start, row.end)
+        clip, rows = read_row(row, [part])[0], marks.setdefault(sha256(row.path), [])
         if split == train_split:
-            marks[mark] = row.id
-        elif mark in marks:
-            return VideoError(f"{row.path} is the training video {marks[mark]!r} under another name")
+            rows.append(row)
+        elif same := next((other for other in rows if overlap(row, other)), None):
+            return VideoError(f"{row.id!r} is the training video {same.id!r} under another name, or shares frames with it")
         return clip
     except VideoError as error:
         return error

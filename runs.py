@@ -28,8 +28,8 @@ LAST_LINE = "Process exiting."
 # ---------------------------------------------------------------------------------------------------------------- naming
 
 def stamped(name):
-    """NAME_DATE_TIME_pidN of this process."""
-    return f"{name}_{time.strftime('%Y%m%d_%H%M%S')}_pid{os.getpid()}"
+    """NAME_DATE_TIME_pidN of this process; the time is UTC, so that names sort alike under any time zone."""
+    return f"{name}_{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}_pid{os.getpid()}"
 
 
 def exclusively(make, path, suffix=""):
@@ -76,8 +76,8 @@ def folder_of_log(log, checkpoints):
     return next((path for name in names for path in (name, os.path.join(beside, name)) if is_run(path)), None)
 
 
-def logs_of_folder(folder, run_logs):
-    """The logs of a run's starts, the latest last; those that are no longer there, or say that they are of another folder (whose copy this is), left out."""
+def listed_logs(folder, run_logs):
+    """{log: name of the folder it says it is of, or None} of a run's starts that are still there, the latest last."""
     logs = []
     with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "starts.jsonl"), errors="replace") as lines:
         for line in lines:
@@ -87,9 +87,26 @@ def logs_of_folder(folder, run_logs):
     beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(folder))), "run_logs")
     logs = logs or [f"{name}.log"]  # of a run that an older version made
     places = [[log, *(os.path.join(place, os.path.basename(log)) for place in (run_logs, beside))] for log in logs]
-    found = [next((path for path in paths if os.path.isfile(path)), None) for paths in places]
-    said = {path: next((line.rstrip("\n") for line in lines_of(path) if line.startswith("folder ")), None) for path in found if path}
-    return [os.path.relpath(path) for path, line in said.items() if line is None or os.path.basename(line) == os.path.basename(os.path.realpath(folder))]
+    found = [path for paths in places if (path := next(filter(os.path.isfile, paths), None))]
+    said = [next((line.rstrip("\n") for line in lines_of(path) if line.startswith("folder ")), None) for path in found]
+    return {path: line and os.path.basename(line) for path, line in zip(found, said)}
+
+
+def logs_of_folder(folder, run_logs):
+    """The logs of a run's starts, the latest last; those that say that they are of another folder, whose copy this is, left out."""
+    own = os.path.basename(os.path.realpath(folder))
+    return [os.path.relpath(path) for path, said in listed_logs(folder, run_logs).items() if said in (None, own)]
+
+
+def run_copied_to(folder, run_logs=None):
+    """The name of the run that a folder is a copy of, as the logs say, or without logs its checkpoints; None where it is that run's own."""
+    own = os.path.basename(os.path.realpath(folder))
+    said = list(listed_logs(folder, run_logs).values()) if run_logs else []
+    if not any(said):
+        import weights
+        paths = [os.path.join(folder, name) for name in ("last.pth", "previous.pth", "best.pth")]
+        said = [next((run for path in paths if os.path.isfile(path) and (run := weights.step_and_run(path)[1])), None)]
+    return None if own in said else next((run for run in said if run), None)
 
 
 def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda folder, log: True):
@@ -114,9 +131,15 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
         log = os.path.join(run_logs, f"{name}.log")
         folder = os.path.join(checkpoints, name) if name in folders else folder_of_log(log, checkpoints)
         candidates.append(with_log(folder, run_logs)[:2] if folder else (None, log))  # a start that was refused leaves a log, too
-    for folder, log in candidates:
+    candidates = list(dict.fromkeys(candidates))  # several starts of one run
+    if word not in starts and len(candidates) > 1:
+        originals = [(folder, log) for folder, log in candidates if not folder or not run_copied_to(folder, run_logs)]
+        candidates = originals or candidates
+    for i, (folder, log) in enumerate(candidates):
         if accept(folder, log):
-            return folder, log, f"the latest of {len(starts)} starts named {word}" if len(starts) > 1 else None
+            passed = [each or log for each, log in candidates[:i]]
+            note = f"the latest of {len(candidates)} runs named {word}" if len(candidates) > 1 else None
+            return folder, log, f"not {' or '.join(passed)}, which {'has' if i == 1 else 'have'} none yet" if passed else note
     if candidates:
         return *candidates[0], None
     if os.path.isdir(path):
@@ -142,10 +165,12 @@ def checkpoint_of(word, name="best.pth", checkpoints="checkpoints", run_logs="ru
     if word.endswith((".pth", ".pt")) and not os.path.exists(word):
         beside = [os.path.join(os.path.dirname(word), each) for each in files_in(os.path.dirname(word) or ".")]
         raise InputError(f"there is no checkpoint {word}{nearest(word, beside)}")
-    folder = find(word, checkpoints, run_logs, lambda folder, log: folder and os.path.isfile(os.path.join(folder, name)))[0]
+    folder, _, note = find(word, checkpoints, run_logs, lambda folder, log: folder and os.path.isfile(os.path.join(folder, name)))
     path = os.path.join(folder, name) if folder else None
     if not path or not os.path.isfile(path):
         raise InputError(f"the run {word} has no {name}{f' in {folder}' if folder else ''} yet")
+    if note:
+        print(f"{word}: {folder}, {note}", flush=True)
     return path
 
 
@@ -210,8 +235,12 @@ def wait_for_end(word, checkpoints, run_logs, seconds):
     print(f"waiting for {word} to end", flush=True)
     folder = None
     while True:
-        if folder is None:  # of starts without a folder, one that was refused is not the run
-            folder, log, _ = find(word, checkpoints, run_logs, lambda folder, log: folder or status_of(log) is None)
+        if folder is None:  # one at work, whatever the names say; of starts without a folder, one that was refused is not the run
+            folder, log, note = find(word, checkpoints, run_logs, lambda folder, log: folder and held(folder))
+            if not (folder and held(folder)):
+                folder, log, note = find(word, checkpoints, run_logs, lambda folder, log: folder or status_of(log) is None)
+            if folder:
+                print(f"that is {folder}{f', {note}' if note else ''}", flush=True)
         running = held(folder) if folder else alive(log)  # asked before the log is read: a run that ends in between has written its last line
         if running:
             time.sleep(seconds)
@@ -248,7 +277,7 @@ def folder_locked(folder):
 def lock(folder, wait=0):
     """The open starts.jsonl of a run, locked. Raises InputError where after `wait` seconds another process still has it."""
     file = open(os.path.join(folder, "starts.jsonl"), "a+", errors="replace")
-    until = time.monotonic() + wait
+    until = time.monotonic() + max(wait, 1)  # one who asks whether it is held has it for a moment
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -257,7 +286,7 @@ def lock(folder, wait=0):
             if time.monotonic() > until:
                 file.close()
                 raise InputError(f"--resume: the run {os.path.basename(folder)} is still going; end it first, or choose another --run_name") from None
-            time.sleep(1)
+            time.sleep(0.2)
         except OSError:  # a file system without locks
             return file
 
@@ -336,13 +365,10 @@ class Run:
 
     def is_copy(self, folder, log):
         """Whether a folder holds checkpoints of a run that has another one."""
-        import weights
-        paths = [os.path.join(folder, name) for name in ("last.pth", "previous.pth")]
-        run = next((found for path in paths if os.path.isfile(path) and (found := weights.step_and_run(path)[1])), None)
-        if run in (None, os.path.basename(folder)):
-            return False
-        log(f"{folder} is a copy of {run}: left alone")
-        return True
+        run = run_copied_to(folder)
+        if run:
+            log(f"{folder} is a copy of {run}: left alone")
+        return run is not None
 
     def go_on_from(self, resume, checkpoints, run_logs, log, wait):
         import weights
@@ -377,13 +403,20 @@ class Run:
         return content
 
     def begin(self, log, step):
-        """List this start: the path of its log, the step it begins at and its process. What it goes on from becomes last.pth; a damaged or further one
-        that was there stays beside it under another name."""
-        last = os.path.join(self.folder, "last.pth")
+        """List this start: the path of its log, the step it begins at and its process. What it goes on from becomes last.pth; what is damaged,
+        of a later step, on the branch that is left, stays beside it under another name. Returns that of best.pth where it is one."""
+        last, previous, best = (os.path.join(self.folder, f"{name}.pth") for name in ("last", "previous", "best"))
+        left_best = None
         if self.goes_on_in_place and not (os.path.isfile(last) and os.path.samefile(self.path, last)):
-            if os.path.isfile(last):
-                os.replace(last, os.path.join(self.folder, f"left_behind_by_{os.path.basename(log).removesuffix('.log')}.pth"))
-            if os.path.abspath(self.path) == os.path.abspath(os.path.join(self.folder, "previous.pth")):
+            import weights
+            from_previous = os.path.isfile(previous) and os.path.samefile(self.path, previous)
+            leaving = {last: ""} if from_previous else {last: "", previous: "_previous", best: "_best"}
+            for path, suffix in leaving.items():
+                if os.path.isfile(path) and (path != best or weights.step_and_run(path)[0] > step):
+                    name = f"left_behind_by_{os.path.basename(log).removesuffix('.log')}{suffix}.pth"
+                    os.replace(path, os.path.join(self.folder, name))
+                    left_best = name if path == best else left_best
+            if from_previous:
                 os.replace(self.path, last)
             else:
                 shutil.copyfile(self.path, f"{last}.part")
@@ -393,6 +426,7 @@ class Run:
         torn = not ("\n" + self.file.read()).endswith("\n")  # by a full disk
         self.file.write("\n" * torn + json.dumps(entry) + "\n")
         self.file.flush()
+        return left_best
 
     def leave(self):
         """A start that failed before its first checkpoint leaves no folder of its own behind."""

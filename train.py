@@ -115,7 +115,7 @@ import ops  # noqa: E402
 import ranks  # noqa: E402
 from cache import open_cache, prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
-from data import Records, Videos, batches, check_batch, in_order, keyed_sample, load_split, long_clips, shuffled  # noqa: E402
+from data import Records, Videos, batches, check_batch, in_order, keyed_sample, load_split, odd_videos, shuffled  # noqa: E402
 from journal import Log, Metrics, average, summary  # noqa: E402
 from ranks import rank, world  # noqa: E402
 from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
@@ -145,7 +145,7 @@ def at_end():
             report(*unlogged)
         except Exception as error:  # the GPU, the disk or a tracker may be what ended the run
             log(f"the last line is lost: {' '.join(str(error).split())[:200]}")
-    return summary([*losses, *(values[0].item() for values in pending[:len(pending) - len(queued)])], epoch_length)
+    return summary([*losses, *(values[0].item() if values.isfinite().all() else math.nan for values in pending[:len(pending) - len(queued)])], epoch_length)
 
 
 log.at_end = at_end
@@ -187,7 +187,7 @@ if deterministic:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over all memory, for what nobody reads
 
 # ---- data: the clips come under the view of the cache, and under no other
-long_clips.watch(longest_seconds, log)
+odd_videos.watch(longest_seconds, log)
 if "test" in split.split("+"):
     raise InputError("--split test: the test split has no labels and is not for training; use train")
 source, on_the_fly = open_cache(cache) if cache else None, None
@@ -196,7 +196,7 @@ if source and "test" in source.metadata["split"].split("+"):
 if source:
     view, patch_size, tubelet = source.view, source.patch, source.tubelet
     for name, theirs in (("frames", view.frames), ("resolution", view.size), ("patch", patch_size), ("split", source.metadata["split"])):
-        if name in config.given and settings[name] != theirs:
+        if (name in config.given or name != "split" and settings[name] is not None) and settings[name] != theirs:
             raise InputError(f"--{name} is {settings[name]}, but the clips of {cache} have {name} {theirs}; leave the flag out, or "
                              f"make another cache")
     clips = Records(source, load_split(data, source.metadata["split"], splits_dir, log) if data and not source.has_patches else None)
@@ -208,6 +208,7 @@ else:
     shape = on_the_fly.config if on_the_fly else model.config_of_size(size)
     pixels, patch_size, tubelet = resolution or shape.size, patch or shape.patch, shape.tubelet
     view = View(frames or shape.frames, pixels, pixels)
+    view = view.cut_as(on_the_fly.view) if on_the_fly else view
     rows = load_split(data, split, splits_dir, log)
     absent = sum(row.path is None for row in rows)
     if absent:
@@ -229,6 +230,8 @@ elif target == "latents":
     if (shape.frames, shape.size, shape.patch) != (view.frames, view.size, patch_size):
         raise InputError(f"the teacher {teacher} takes {shape.frames} frames of {shape.size} pixels in patches of {shape.patch}, "
                          f"the clips have {view.frames}, {view.size} and {patch_size}; set --frames, --resolution and --patch")
+    if line := on_the_fly.other_view(view):
+        log(line)
     mean, std, latent_dim, teacher_identity = shape.mean, shape.std, shape.dim, on_the_fly.identity
 held_out = open_cache(val_cache) if val_cache else None
 if held_out:
@@ -241,6 +244,8 @@ if held_out:
     held_out_clips = Records(held_out, load_split(data, held_out.metadata["split"], splits_dir, log) if data and not held_out.has_patches else None)
 if target == "pixels" and teacher:
     raise InputError("--target pixels needs no teacher; leave --teacher out")
+if lr_end > lr:
+    raise InputError(f"--lr_end {lr_end} is above --lr {lr}: the rate would rise to it over the run; lower it")
 if not all(0 <= beta < 1 for beta in betas):
     raise InputError(f"--betas are {betas}; each must be at least 0 and below 1")
 if target == "pixels" and (loss != "mse" or target_norm != "none"):
@@ -443,7 +448,7 @@ previous = os.path.join(directory, "previous.pth")
 
 
 def best_so_far():
-    """`best`; or what it is at the start, where the best.pth that it is the figure of is not there or damaged."""
+    """`best`; or nothing, where the best.pth that it is the figure of is not there or damaged."""
     path = os.path.join(directory, "best.pth")
     if step < min(eval_every if held_out else epoch_length, total_steps) and not os.path.isfile(path):
         return best
@@ -451,17 +456,21 @@ def best_so_far():
         load_checkpoint(path)
     except InputError as error:
         log(f"left behind: {error}; the next evaluation makes a new best.pth")
-        return -math.inf if held_out else math.inf
+        return nothing
     return best
 
 
+nothing = -math.inf if held_out else math.inf
 if saved:
     best = ranks.first(best_so_far)
     saved = None  # its memory is wanted
 metrics = Metrics(directory, step if origin else -1)
 if metrics.damaged:
     log(f"{metrics.path}: {metrics.damaged} torn or damaged lines are left out")
-ranks.first(lambda: (opened[0].begin(log.path, step), metrics.follow(run, settings, directory, wandb, tensorboard))[1])
+left_best = ranks.first(lambda: (opened[0].begin(log.path, step), metrics.follow(run, settings, directory, wandb, tensorboard))[0])
+if left_best:
+    best = nothing
+    log(f"best.pth was of a later step, on the branch that is left: it is {left_best} now, and the next evaluation makes a new one")
 failures = set()
 
 
@@ -657,6 +666,7 @@ stream.close()
 analyst.shutdown()
 for name in ("best.pth", "last.pth"):  # both exist whenever a run has ended
     if not ranks.first(lambda: os.path.isfile(os.path.join(directory, name))):
+        log(f"there is no {name}: the last step's weights take that name")
         save(name)
 if rank == 0 and os.path.isfile(previous):
     os.remove(previous)

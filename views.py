@@ -62,6 +62,12 @@ class View:
                 raise InputError(f"a view has no field {name!r}{nearest(name, names)}")
         return cls(**fields)
 
+    def cut_as(self, other):
+        """These frames and pixels, cut out of a video as `other` cuts its own."""
+        short_side = round(other.short_side * self.size / other.size)
+        return dataclasses.replace(self, short_side=short_side, sampling=other.sampling, stride=other.stride,
+                                   crop=other.crop, interpolation=other.interpolation)
+
     def hash(self):
         """16 hex digits of SHA-256 over the fields."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]

@@ -681,7 +681,8 @@ def test_an_io_error_names_shard_and_row(made, monkeypatch):
         opened.read_rows("latents", [0, 600], torch.empty(2, 8, 6, dtype=torch.float16))
 
 
-def test_a_shard_of_another_cache_in_its_place_is_noticed(made, copy, tmp_path):
+@pytest.mark.parametrize("kind", ["patches", "latents"])
+def test_a_shard_of_another_cache_in_its_place_is_noticed(made, copy, tmp_path, kind):
     other = Writer(tmp_path / "other", PLAN)
     for number in other.missing():
         with other.shard(number) as shard:
@@ -689,13 +690,13 @@ def test_a_shard_of_another_cache_in_its_place_is_noticed(made, copy, tmp_path):
                 if row in FAILING:
                     shard.fail(row, f"v{row}", 0, "broken")
                 else:
-                    shard.add(f"v{row}", 0, patches_of(row + 5000), half(latents_of(row)))
+                    shard.add(f"v{row}", 0, patches_of(row + 5000), half(latents_of(row + 5000)))
     other.finish()
-    shutil.copy(tmp_path / "other" / "patches-00001.npy", copy)
-    opened = open_cache(copy)
-    opened.patches(0)
-    with pytest.raises(InputError, match="patches-00001.npy: its first clip does not have its fingerprint"):
-        opened.patches(700)
+    shutil.copy(tmp_path / "other" / f"{kind}-00001.npy", copy)
+    read = getattr(open_cache(copy), kind)
+    read(0)
+    with pytest.raises(InputError, match=f"{kind}-00001.npy: its first record does not have its fingerprint"):
+        read(700)
 
 
 def test_clips_that_are_damaged_are_not_taken_over(copy):

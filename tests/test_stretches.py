@@ -170,11 +170,11 @@ def test_an_empty_stretch_is_one_clear_error(tmp_path):
 
 
 def test_long_clips_are_warned_of_once(tmp_path):
-    said, watch = [], data.LongClips()
+    said, watch = [], data.OddVideos()
     watch.watch(60.0, said.append)
-    watch.note("a.mp4", 60.0)
-    watch.note("b.mp4", 61.0)
-    watch.note("c.mp4", 99.0)
+    watch.note_span("a.mp4", 60.0)
+    watch.note_span("b.mp4", 61.0)
+    watch.note_span("c.mp4", 99.0)
     assert len(said) == 1 and "spans 61 seconds of b.mp4, more than longest_seconds = 60" in said[0]
 
 
@@ -182,7 +182,7 @@ def test_the_span_of_a_clip_is_that_of_its_frames(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mkv", numbered_frames(40), "ffv1", 10, "bgr0")
     noted = []
     monkeypatch.setattr(
-        data.long_clips, "note", lambda video, seconds: noted.append(round(seconds, 6))
+        data.odd_videos, "note_span", lambda video, seconds: noted.append(round(seconds, 6))
     )
     data.read_clips(
         path,
