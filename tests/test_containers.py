@@ -126,3 +126,44 @@ def test_cover_art_is_not_the_video(tmp_path, cover_first):
             == 1
         )
     expect_frames(path, list(range(30)))
+
+
+def test_the_default_track_is_the_video(tmp_path):
+    path = tmp_path / "v.mkv"
+    with av.open(str(path), "w") as container:
+        still, video = (container.add_stream("ffv1", rate=10) for _ in range(2))
+        for stream in (still, video):
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
+        still.disposition, video.disposition = av.stream.Disposition(0), av.stream.Disposition.default
+        for stream, frames in ((still, numbered_frames(1)), (video, numbered_frames(30))):
+            for i, frame in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                frame.pts = i
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    expect_frames(path, list(range(30)))
+
+
+@pytest.mark.parametrize("suffix, codec", [("mp4", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx")])
+@pytest.mark.parametrize("share, noted", [(0.5, True), (1.0, False)])
+def test_a_video_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, codec, share, noted):
+    """By the count of frames that an mp4 or AVI states, or by the duration of a webm."""
+    path = tmp_path / f"v.{suffix}"
+    frames = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), np.uint8)
+    options = {"movflags": "faststart"} if suffix == "mp4" else {}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    said, watch = [], data.OddVideos()
+    watch.watch(60.0, said.append)
+    monkeypatch.setattr(data, "odd_videos", watch)
+    for _ in range(2):
+        data.read_clip(str(path), VIEWS[0])
+    assert len(said) == len(watch.short) == noted
+    if noted:
+        assert f"{path} ends after " in said[0] and (" of 40" in said[0] or " of 4 s" in said[0])

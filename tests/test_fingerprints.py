@@ -5,8 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
+import weights
+from cache import open_cache
 from tests.stages import SMALL, VIEW, error_of, moving_square, run, run_folder
 from tests.test_data import write_video
+from views import View
 
 IDS = range(6)
 
@@ -134,3 +137,35 @@ def test_a_teacher_on_the_fly_decides_the_clips(world, tmp_path):
     said = run(tmp_path, "train", "--data", world / "data", "--teacher", teacher, *TRAIN, "--stats_clips", "4")
     assert "grid (2, 3, 3)" in said and '"frames": 4, "resolution": 48, "patch": 16' in said
     assert "takes 4 frames of 48 pixels" in error_of(tmp_path, "train", "--data", world / "data", "--teacher", teacher, *TRAIN, "--frames", "8")
+
+
+def test_a_teacher_brings_the_cut_of_its_clips(world, tmp_path):
+    """Forgotten flags: the second stage is cut as the first was; another cut is one that was asked for, and said."""
+    cut = ["--crop", "squash", "--sampling", "stride", "--stride", "2"]
+    run(tmp_path, "cache_latents", "--data", world / "data", "--teacher", "none", "--frames", "4", "--resolution", "48", *cut, "--out", "clips")
+    run(tmp_path, "train", "--target", "pixels", "--masks", "ratio", "--cache", "clips", *TRAIN, "--run_name", "t")
+    teacher = next(tmp_path.glob("checkpoints/t_*/best.pth"))
+    said = run(tmp_path, "cache_latents", "--data", world / "data", "--teacher", teacher, "--out", "latents")
+    assert open_cache(tmp_path / "latents").view == open_cache(tmp_path / "clips").view and "were cut otherwise" not in said
+    said = run(tmp_path, "cache_latents", "--data", world / "data", "--teacher", teacher, "--crop", "center", "--limit", "2", "--out", "other")
+    assert "warning: the teacher's own clips were cut otherwise (crop is squash here and center there)" in said
+    run(tmp_path, "train", "--data", world / "data", "--teacher", teacher, *TRAIN, "--stats_clips", "4", "--run_name", "fly")
+    saved = weights.load_checkpoint(next(tmp_path.glob("checkpoints/fly_*/best.pth")))
+    assert View.from_dict(saved["view"]) == open_cache(tmp_path / "clips").view
+    said = run(tmp_path, "cache_latents", "--clips_from", world / "clips", "--teacher", teacher, "--out", "third")
+    assert "were cut otherwise (sampling is stride here and uniform there, stride is 2 here and 4 there, crop" in said
+
+
+def test_the_probe_knows_a_training_video_under_another_name_and_stretch(world, tmp_path):
+    """t0 as a whole, its copy h0 as a stretch that holds all of it, and one that shares no frame with what was fitted on."""
+    for i in range(4):
+        shutil.copy(world / "data" / "videos" / f"{i}.webm", tmp_path / f"t{i}.mp4")
+        shutil.copy(world / "data" / "videos" / f"{i + 20}.webm", tmp_path / f"h{i}.mp4")
+    shutil.copy(tmp_path / "t0.mp4", tmp_path / "h0.mp4")
+    shutil.copy(tmp_path / "t3.mp4", tmp_path / "h3.mp4")
+    (tmp_path / "train.csv").write_text("path,start,end\nt0.mp4\nt1.mp4\nt2.mp4\nt3.mp4,0,0.5\n")
+    (tmp_path / "validation.csv").write_text("path,start,end\nh0.mp4,0,10\nh1.mp4\nh2.mp4\nh3.mp4,0.5,\n")
+    best = run_folder(world, "student") / "best.pth"
+    said = run(tmp_path, "probe_time_arrow", "--checkpoint", best, "--data", ".", "--folds", "2", "--untrained_seeds", "0", "--no_pixels", "--whole_videos")
+    assert "4 training and 3 held-out videos" in said and "'h0@0-10' is the training video 't0' under another name" in said
+    assert f"probing {best}, step " in said

@@ -1,6 +1,7 @@
 """What a run logs about itself, and what it does about numbers that are not finite."""
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -136,6 +137,23 @@ def test_many_of_them_in_a_row_end_the_run_with_a_diagnosis(world, tmp_path):
     assert log[-1] == "Process exiting." and log[-2] == "status: failed" and log[-3].endswith("was not finite: 10") and any(row.startswith("error: the loss or its gradient") for row in log)
     saved = weights.load_checkpoint(next(tmp_path.glob("checkpoints/lr_*/last.pth")))
     assert all(value.isfinite().all() for value in saved["student"].values())
+
+
+def test_the_summary_leaves_out_what_was_skipped_since_the_last_line(world, tmp_path):
+    """Steps that are not finite and a stop before their line is due."""
+    run(tmp_path, "train", "--cache", world / "latents", *SMALL, "--log_every", "100", "--epochs", "9", "--lr", "1e30", "--warmup", "0", "--grad_clip", "0", "--skip_limit", "3", "--run_name", "r", code=1)
+    log = next(tmp_path.glob("run_logs/r_*.log")).read_text()
+    losses = [float(value) for value in re.findall(r"average loss ([\d.e+]+)", log)]
+    assert "was not finite: 3" in log and losses and max(losses) < 1e3
+
+
+def test_a_rate_that_would_rise_is_refused(world, tmp_path):
+    assert "--lr_end 1e-05 is above --lr 2e-06" in error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, "--lr", "2e-6")
+
+
+def test_unknown_kernels_are_refused(world, tmp_path):
+    for name, value in (("SALT_OPS", "ref"), ("SALT_SIMD", "none")):
+        assert f"{name} is '{value}' in the environment; it takes" in error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, **{name: value})
 
 
 def test_trackers_get_what_metrics_get(world, tmp_path):

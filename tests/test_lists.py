@@ -302,3 +302,71 @@ def test_stretches_that_share_frames_are_not_held_out(tmp_path):
         with pytest.raises(InputError, match="in the split 'validation' as .* and in the training split as"):
             data.load_split(str(tmp_path), "validation")
     assert len(data.load_split(str(tmp_path), "train")) == 2
+
+
+@pytest.mark.parametrize("alias", ["link.mp4", "twin.mp4", "way/a.mp4"])
+def test_shared_frames_are_seen_under_every_name_of_a_file(tmp_path, alias):
+    make(tmp_path, "v/a.mp4")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "v" / "a.mp4")
+    os.link(tmp_path / "v" / "a.mp4", tmp_path / "twin.mp4")
+    (tmp_path / "way").symlink_to("v")
+    (tmp_path / "train.csv").write_text("path,start,end\nv/a.mp4,0,3\n")
+    (tmp_path / "validation.csv").write_text(f"path,start,end\n{alias},0.5,3.5\n")
+    with pytest.raises(InputError, match="in the training split as 'v/a@0-3', from 0.5 s on"):
+        data.load_split(str(tmp_path), "validation")
+    (tmp_path / "validation.csv").write_text(f"path,start,end\n{alias},3,3.5\n")
+    assert len(data.load_split(str(tmp_path), "validation")) == 1
+
+
+def test_shared_frames_are_seen_between_lists_of_both_kinds(tmp_path):
+    make(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "train.json").write_text('[{"id": "a"}]')
+    (tmp_path / "validation.csv").write_text("path,start,end\na.mp4,1,2\n")
+    with pytest.raises(InputError, match="in the training split as 'a', from 1 s on"):
+        data.load_split(str(tmp_path), "validation")
+    (tmp_path / "train.json").unlink()
+    (tmp_path / "train.csv").write_text("path,start,end\na.mp4,1,2\n")
+    (tmp_path / "validation.json").write_text('[{"id": "b"}, {"id": "a"}]')
+    (tmp_path / "validation.csv").unlink()
+    with pytest.raises(InputError, match="in the training split as 'a@1-2', from 1 s on"):
+        data.load_split(str(tmp_path), "validation")
+
+
+def test_what_a_list_by_itself_cannot_tell_is_said(tmp_path):
+    make(tmp_path, "a.mp4")
+    (tmp_path / "some.csv").write_text("path,start,end\na.mp4,1,2\n")
+    said = []
+    data.load_split(str(tmp_path / "some.csv"), "train", log=said.append)
+    assert any("share frames with those of another list is not looked at" in line for line in said)
+
+
+def test_keys_that_a_json_list_does_not_have(tmp_path):
+    make(tmp_path, "a.mp4")
+    (tmp_path / "train.json").write_text('[{"id": "a", "fps": 3, "template": "x", "start_time": 1}]')
+    said = []
+    data.load_split(str(tmp_path), "train", log=said.append)
+    assert any("keys not used: fps, start_time" in line for line in said)
+    (tmp_path / "train.json").write_text('[{"id": "a"}, {"id": "a", "start": 0, "end": 1}]')
+    with pytest.raises(InputError, match="row 1 is a stretch of a video; a JSON list has none"):
+        data.load_split(str(tmp_path), "train")
+
+
+def test_a_first_line_of_names_names_the_videos(tmp_path):
+    make(tmp_path, "a.mp4")
+    for name in ("file", "File_Name", "video_path"):
+        rows, _ = rows_of(tmp_path, f"{name},start\na.mp4,2\n")
+        assert [(row[0], row[3]) for row in rows] == [("a@2-end", 2.0)]
+    with pytest.raises(InputError, match="names the columns clip,start in its first line, but none"):
+        rows_of(tmp_path, "clip,start\na.mp4,2\n")
+
+
+@pytest.mark.parametrize("train, other", [("videos/train", "videos/val"), ("train_256", "val_256")])
+def test_splits_that_lie_elsewhere_are_not_mixed(tmp_path, train, other):
+    make(tmp_path, *(f"{part}/{i}.mp4" for part in (train, other) for i in range(20)))
+    with pytest.raises(InputError, match=r"holds folders called train\w* and val\w*, and no list"):
+        data.load_split(str(tmp_path), "train")
+
+
+def test_classes_that_sound_like_splits_are_classes(tmp_path):
+    make(tmp_path, *(f"{part}/{i}.mp4" for part in ("train_station", "test_tube") for i in range(40)))
+    assert len(load_both(tmp_path)[0]) == 80

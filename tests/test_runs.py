@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -108,6 +109,38 @@ def test_what_a_run_goes_on_from_becomes_its_last_checkpoint(tmp_path):
     assert (folder / "last.pth").read_bytes() == back and (folder / "left_behind_by_salt_9.pth").read_bytes() == further
     found.file.close()
     assert opened(tmp_path, "auto").content["step"] == 20
+
+
+def test_a_branch_that_is_left_is_left_with_all_its_checkpoints(tmp_path):
+    """A step back to a kept checkpoint: neither previous.pth nor a best.pth of later steps may lead back."""
+    folder = tmp_path / "checkpoints" / f"salt{STAMP}"
+    for name, step in (("last.pth", 60), ("previous.pth", 40), ("best.pth", 55), ("kept.pth", 20)):
+        checkpoint(folder, name, step)
+    found = opened(tmp_path, str(folder / "kept.pth"))
+    assert found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20) == "left_behind_by_salt_9_best.pth"
+    found.file.close()
+    assert {path.name: weights.step_and_run(path)[0] for path in folder.glob("*.pth")} == {
+        "last.pth": 20, "kept.pth": 20, "left_behind_by_salt_9.pth": 60, "left_behind_by_salt_9_previous.pth": 40, "left_behind_by_salt_9_best.pth": 55}
+    assert opened(tmp_path, "auto").content["step"] == 20
+
+
+def test_a_step_back_makes_a_best_of_its_own(world, tmp_path):
+    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--max_steps", "8", "--eval_every", "2", "--save_every", "2", "--run_name", "r"]
+    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    assert process.wait() == 128 + signal.SIGTERM
+    folder, = (tmp_path / "checkpoints").iterdir()
+    shutil.copy(folder / "last.pth", folder / "kept.pth")
+    run(tmp_path, "train", *flags, "--resume", "auto")
+    figures = weights.load_checkpoint(folder / "best.pth")
+    said = run(tmp_path, "train", *flags, "--resume", folder / "kept.pth")
+    assert "best.pth was of a later step, on the branch that is left" in said
+    again = weights.load_checkpoint(folder / "best.pth")
+    assert (again["step"], again["best"]) == (figures["step"], figures["best"]) and len(list(folder.glob("left_behind_by_*_best.pth"))) == 1
 
 
 def run_metrics(folder):
@@ -280,6 +313,64 @@ def test_every_way_to_name_a_checkpoint(world, tmp_path, monkeypatch):
             runs.checkpoint_of(word)
     said = run(world, "eval_distill", "--checkpoint", "student", str(folder / "last.pth"), "--cache", "held_out")
     assert f"{best} " in said and "last.pth " in said
+
+
+def run_with_log(home, name, step, told=None, best=True):
+    """A run of one start, or a copy of the run `told`, on disk."""
+    folder = home / "checkpoints" / name
+    checkpoint(folder, "last.pth", step, run=told)
+    if best:
+        checkpoint(folder, "best.pth", step, run=told)
+    (home / "run_logs").mkdir(exist_ok=True)
+    (folder / "starts.jsonl").write_text(json.dumps({"log": f"../../run_logs/{told or name}.log"}) + "\n")
+    if not told:
+        (home / "run_logs" / f"{name}.log").write_text(f"start {name}\nfolder checkpoints/{name}\nstatus: finished\nProcess exiting.\n")
+    return folder
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_a_name_does_not_lead_to_a_copy(tmp_path, monkeypatch, logs):
+    monkeypatch.chdir(tmp_path)
+    run_with_log(tmp_path, f"salt{STAMP}", 200)
+    copy = run_with_log(tmp_path, f"salt{STAMP}_2", 20, told=f"salt{STAMP}")
+    if not logs:
+        shutil.rmtree("run_logs")
+    assert runs.checkpoint_of("salt") == f"checkpoints/salt{STAMP}/best.pth"
+    assert os.path.samefile(runs.checkpoint_of(copy.name), copy / "best.pth")  # which is what was asked for
+    if logs:
+        assert runs.wait_for_end("salt", "checkpoints", "run_logs", 0.01) == f"checkpoints/salt{STAMP}"
+
+
+def test_a_younger_run_without_the_checkpoint_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_with_log(tmp_path, f"salt{STAMP}", 200)
+    run_with_log(tmp_path, "salt_20260203_030405_pid8", 5, best=False)
+    assert runs.checkpoint_of("salt") == f"checkpoints/salt{STAMP}/best.pth"
+    assert capsys.readouterr().out == f"salt: checkpoints/salt{STAMP}, not checkpoints/salt_20260203_030405_pid8, which has none yet\n"
+
+
+def test_after_waits_for_the_run_at_work_whatever_its_name_says(tmp_path, monkeypatch, capsys):
+    """Its stamp is older: a clock stepped back."""
+    monkeypatch.chdir(tmp_path)
+    run_with_log(tmp_path, "salt_20260203_030405_pid8", 200)
+    run_with_log(tmp_path, f"salt{STAMP}", 5)
+    at_work = runs.lock(f"checkpoints/salt{STAMP}")
+    monkeypatch.setattr(runs.time, "sleep", lambda seconds: at_work.close())
+    assert runs.wait_for_end("salt", "checkpoints", "run_logs", 0.01) == f"checkpoints/salt{STAMP}"
+    assert f"that is checkpoints/salt{STAMP}, not checkpoints/salt_20260203_030405_pid8" in capsys.readouterr().out
+
+
+def test_stamps_are_utc(monkeypatch):
+    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2026, 1, 2, 3, 4, 5, 0, 2, 0)))
+    assert runs.stamped("salt") == f"salt_20260102_030405_pid{os.getpid()}"
+
+
+def test_one_who_asks_for_a_moment_does_not_refuse_a_start(tmp_path, monkeypatch):
+    import fcntl
+    asked = open(tmp_path / "starts.jsonl", "w")
+    fcntl.flock(asked, fcntl.LOCK_SH)
+    monkeypatch.setattr(runs.time, "sleep", lambda seconds: asked.close())
+    assert not runs.lock(str(tmp_path)).closed
 
 
 def test_the_logs_of_a_moved_run_are_found_by_name(tmp_path, monkeypatch):

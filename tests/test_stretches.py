@@ -195,6 +195,16 @@ def test_the_span_of_a_clip_is_that_of_its_frames(tmp_path, monkeypatch):
     assert sorted(noted) == [0.7, 1.2, 3.0]
 
 
+@pytest.mark.parametrize("end, noted", [(None, False), (4.0, False), (4.3, False), (2500.0, True)])
+def test_an_end_in_other_units_is_noticed(tmp_path, monkeypatch, end, noted):
+    path = write_video(tmp_path / "v.mkv", numbered_frames(40), "ffv1", 10, "bgr0")
+    said, watch = [], data.OddVideos()
+    watch.watch(60.0, said.append)
+    monkeypatch.setattr(data, "odd_videos", watch)
+    data.read_clip(path, SMALL, None, 1.0, end)
+    assert [f"{path} ends after 3.9 s of 2500 s" in line for line in said] == [True] * noted
+
+
 def test_a_file_without_times_has_no_stretches(tmp_path):
     path = write_video(tmp_path / "v.h264", numbered_frames(20), "libx264", 10)
     assert data.read_clip(path, SMALL).shape == (4, 32, 32, 3)
