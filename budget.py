@@ -79,6 +79,13 @@ def matrix_rate(device, dtype="bf16", seconds=0.2):
     return fastest(2048, 4, 2 * seconds) if 2 * 2048 ** 3 / rate < 1 else rate  # a CPU that emulates bfloat16 would take minutes
 
 
+def slow_bf16(device, dtype, rate=None):
+    """A line where this CPU multiplies matrices slower in bfloat16, at `rate` if it is known, than in float32; else None."""
+    if device.type == "cpu" and dtype == "bf16" and matrix_rate(device, "fp32") > (rate or matrix_rate(device, "bf16")):
+        return "this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice"
+    return None
+
+
 def fewer_threads(device, dtype, rate):
     """A line where one thread of this CPU multiplies matrices about as fast as all of them, which do so at `rate`; else None."""
     threads = torch.get_num_threads()

@@ -110,8 +110,8 @@ if clips_from and (shared or clips == "on"):
 
 # ---- the teacher, the view, the rows
 encoder = None if teacher.lower() == "none" else model.load_teacher(teacher, device, dtype)
-if encoder and device.type == "cpu" and dtype == "bf16" and budget.matrix_rate(device, "fp32") > budget.matrix_rate(device, "bf16"):
-    log("this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice")
+if encoder and (faster := budget.slow_bf16(device, dtype)):
+    log(faster)
 source = cache.open_cache(clips_from) if clips_from else None
 shape = encoder.config if encoder else None
 if source:

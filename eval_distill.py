@@ -44,6 +44,7 @@ import numpy as np  # noqa: E402  after the settings: --help and a mistyped flag
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import budget  # noqa: E402
 import heldout  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
@@ -62,6 +63,8 @@ if cache and (unused := sorted(config.given & {"teacher", "split"})):
 device = model.pick_device(ranks.start(device))
 log = print if rank == 0 else lambda *line, **how: None
 log(ops.extension_line(device), flush=True)
+if faster := budget.slow_bf16(device, dtype):
+    log(faster)
 prepare_file(out)
 odd_videos.watch(math.inf, tqdm.write)
 loaded = {path: model.load_salt(path, device, ema) for path in paths}

@@ -59,6 +59,7 @@ from sklearn.preprocessing import StandardScaler  # noqa: E402
 from threadpoolctl import threadpool_limits  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import budget  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 from cache import prepare_file, sha256, write_whole  # noqa: E402
@@ -85,6 +86,8 @@ device = model.pick_device(device)
 ops.return_freed_memory()
 odd_videos.watch(math.inf, tqdm.write)
 print(ops.extension_line(device), flush=True)
+if faster := budget.slow_bf16(device, dtype):
+    print(faster)
 saved = load_checkpoint(path, ema)
 print(f"probing {path}, step {saved['step']}", flush=True)
 view, shape = View.from_dict(saved["view"]), model.EncoderConfig(**saved["encoder_config"])

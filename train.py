@@ -359,8 +359,8 @@ eval_every = eval_every or epoch_length
 log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
 clip_flops = budget.step_flops(encoder_config, predictor_config, [ops.mask_counts(family, grid) for family in masks])
 full_rate = 1e12 * matrix_rate if matrix_rate else budget.matrix_rate(device, dtype)
-if dtype == "bf16" and not on_gpu and not matrix_rate and budget.matrix_rate(device, "fp32") > full_rate:
-    log("this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice")
+if not matrix_rate and (faster := budget.slow_bf16(device, dtype, full_rate)):
+    log(faster)
 in_force = {"frames": view.frames, "resolution": view.size, "patch": patch_size, "warmup": warmup, "eval_every": eval_every}
 log(f"in force {json.dumps(in_force)}")
 if not on_gpu and not matrix_rate and (faster := budget.fewer_threads(device, dtype, full_rate)):
