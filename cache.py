@@ -3,6 +3,7 @@
     CACHE/metadata.json      format version, teacher, view and its hash, shapes, the shard table with sizes and SHA-256
     CACHE/ids.txt            `video id<TAB>view number` a record
     CACHE/fingerprints.npy   int64 [count]: 8 bytes of SHA-256 over each record's clip, by which its pixels are known again
+    CACHE/sources.npy        int64 [count]: likewise of what it was cut from, start, end and the size of the file; 0: not known
     CACHE/stats.npz          per-position mean and variance of the latents, float32 [N, D], and the count
     CACHE/latents-00000.npy  float16 [n, N, D]; or int8, with
     CACHE/scales-00000.npy   float32 [n, 1, D], and
@@ -169,11 +170,19 @@ class Cache:
     @functools.cached_property
     def fingerprints(self):
         """int64 [count]: `fingerprint` of each record's clip."""
-        content = self.read_checked("fingerprints.npy", "fingerprints_sha256")
-        marks = np.load(io.BytesIO(content), allow_pickle=False)
-        if marks.shape != (len(self),) or marks.dtype != np.int64:
-            raise InputError(f"{self.folder / 'fingerprints.npy'} is damaged: it holds {marks.dtype} {list(marks.shape)}; make the cache again")
-        return marks
+        return self.read_numbers("fingerprints")
+
+    @functools.cached_property
+    def sources(self):
+        """int64 [count]: `source_mark` of what each record was cut from; 0 where that is not known."""
+        return self.read_numbers("sources") if "sources_sha256" in self.metadata else np.zeros(len(self), np.int64)
+
+    def read_numbers(self, name):
+        content = self.read_checked(f"{name}.npy", f"{name}_sha256")
+        numbers = np.load(io.BytesIO(content), allow_pickle=False)
+        if numbers.shape != (len(self),) or numbers.dtype != np.int64:
+            raise InputError(f"{self.folder / name}.npy is damaged: it holds {numbers.dtype} {list(numbers.shape)}; make the cache again")
+        return numbers
 
     def read_checked(self, name, checksum):
         """The bytes of one of the cache's files, which must have the checksum that the metadata gives it."""
@@ -329,6 +338,14 @@ def metadata_digest(metadata):
 def fingerprint(record):
     """The first 8 bytes of SHA-256 over a record, contiguous, as a signed number. A clip's is over its patches, uint8 [N, P]: the same pixels, the same number."""
     return int.from_bytes(hashlib.sha256(record).digest()[:8], "little", signed=True)
+
+
+def source_mark(row):
+    """A number, never 0, of what a data.Row is cut from: its stretch and its file's size; 0 where the file is not there."""
+    try:
+        return fingerprint(f"{row.start} {row.end} {os.path.getsize(row.path)}".encode()) or 1
+    except (OSError, TypeError):
+        return 0
 
 
 def same_clips(metadata, other):
@@ -531,8 +548,9 @@ class Writer:
         if begun:
             for name, value in self.plan.items():
                 if begun.get(name) != value:
+                    grown = "; cache other videos apart, and --merge" if name.startswith("list_") else ""
                     raise InputError(f"{self.folder} was begun with another {name}: {brief(begun.get(name), value)} there, "
-                                     f"{brief(value, begun.get(name))} asked for; choose another --out")
+                                     f"{brief(value, begun.get(name))} asked for; choose another --out{grown}")
         elif self.folder.is_dir() and any(entry.name not in ("partial", "plan.json.part") for entry in self.folder.rglob("*")):
             raise InputError(f"{self.folder} is not empty and holds no cache; choose another --out")
         if not begun:
@@ -568,6 +586,22 @@ class Writer:
         """Numbers of the shards still to make."""
         return [] if self.finished else [k for k in range(self.shard_count) if not (self.partial / f"shard-{k:05d}.json").is_file()]
 
+    def made(self):
+        """[(row of the list, source_mark)] of the records that are made already; none of a finished cache that is damaged."""
+        if self.finished:
+            try:
+                sources, lost = Cache(self.folder).sources.tolist(), {json.loads(line)["row"] for line in (self.folder / "failures.jsonl").read_text().splitlines()}
+            except (InputError, OSError, ValueError, KeyError, TypeError):
+                return []
+            return list(zip((row for row in range(self.plan["list_count"]) if row not in lost), sources))
+        found = []
+        for number in set(range(self.shard_count)) - set(self.missing()):
+            shard = json.loads((self.partial / f"shard-{number:05d}.json").read_text())
+            lost = {failure["row"] for failure in shard["failures"]}
+            rows = range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, self.plan["list_count"]))
+            found += zip((row for row in rows if row not in lost), shard.get("sources", ()))
+        return found
+
     def shard(self, number):
         return ShardWriter(self, number)
 
@@ -583,19 +617,19 @@ class Writer:
                 if not path.is_file() or path.stat().st_size != entry["bytes"]:
                     raise InputError(f"{path} is gone or cut short since it was made; run the same command with --repair")
         ids = "".join(f"{name}\t{view}\n" for shard in done for name, view in shard["ids"]).encode()
-        marks = np.concatenate([np.array(shard["fingerprints"], np.int64) for shard in done])
+        marks, sources = (np.concatenate([np.array(shard.get(name) or [0] * len(shard["ids"]), np.int64) for shard in done]) for name in ("fingerprints", "sources"))
         failures = [failure for shard in done for failure in shard["failures"]]
         if not ids:
             for path in [self.partial, *(self.folder / name for number in range(self.shard_count) for name in shard_names(number))]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             raise InputError(f"no video of the list could be decoded; the first: {failures[0]['reason'] if failures else 'none'}")
         shards = [{"rows": len(shard["ids"]), **({"lost": shard["lost"]} if "lost" in shard else {}), **shard["files"]} for shard in done]
-        return self.complete(ids, marks, failures, shards, self.write_stats)
+        return self.complete(ids, marks, sources, failures, shards, self.write_stats)
 
-    def complete(self, ids, marks, failures, shards, write_stats):
+    def complete(self, ids, marks, sources, failures, shards, write_stats):
         """Write what goes beside the shards; metadata.json comes last.
 
-        ids: bytes of ids.txt; marks: int64 [count], fingerprints.npy; write_stats(shards) makes stats.npz.
+        ids: bytes of ids.txt; marks, sources: int64 [count], fingerprints.npy and sources.npy; write_stats(shards) makes stats.npz.
         """
         lost = "".join(json.dumps(failure) + "\n" for failure in failures).encode()
         write_whole(self.folder / "ids.txt", ids)
@@ -609,10 +643,11 @@ class Writer:
             with np.load(self.folder / "stats.npz") as stats:
                 variance = float(stats["variance"].sum(dtype=np.float64)) * metadata["count"]
             metadata["lost_variance"] = math.fsum(shard["lost"] for shard in shards) / max(variance, 1e-300)
-        content = io.BytesIO()
-        np.save(content, marks)
-        write_whole(self.folder / "fingerprints.npy", content.getvalue())
-        metadata["fingerprints_sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
+        for name, numbers in (("fingerprints", marks), ("sources", sources)):
+            content = io.BytesIO()
+            np.save(content, numbers)
+            write_whole(self.folder / f"{name}.npy", content.getvalue())
+            metadata[f"{name}_sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
         metadata["checksum"] = metadata_digest(metadata)
         write_whole(self.folder / "metadata.json", json.dumps(metadata, indent=1).encode())
         (self.partial / "before.json").unlink(missing_ok=True)
@@ -698,7 +733,7 @@ class ShardWriter:
     """One shard: add or fail each of its rows in list order, then finish() or discard(); as a context, an exception leaves nothing behind."""
 
     def __init__(self, writer, number):
-        self.writer, self.number, self.ids, self.marks, self.failures, self.lost = writer, number, [], [], [], 0.0
+        self.writer, self.number, self.ids, self.marks, self.sources, self.failures, self.lost = writer, number, [], [], [], [], 0.0
         self.formats, self.files = row_formats(writer.plan), {}
         self.moments = Moments(writer.plan["latent_shape"]) if "latents" in self.formats else None
         held = writer.partial / f"held-{number:05d}.json"  # of a repair: what this shard must hold again
@@ -710,8 +745,8 @@ class ShardWriter:
             self.discard()
             raise
 
-    def add(self, video_id, view, patches, stored=None, lost=0.0):
-        """patches uint8 [N, P]; stored: one clip's of to_stored; lost: its squared error, summed.
+    def add(self, video_id, view, patches, stored=None, lost=0.0, source=0):
+        """patches uint8 [N, P]; stored: one clip's of to_stored; lost: its squared error, summed; source: source_mark.
 
         Raises InputError where a repair brings another clip than the shard held.
         """
@@ -726,6 +761,7 @@ class ShardWriter:
                 self.files[kind].add(row)
         self.ids.append((video_id, view))
         self.marks.append(mark)
+        self.sources.append(source)
         self.lost += lost
 
     def fail(self, row, video_id, view, reason):
@@ -758,7 +794,7 @@ class ShardWriter:
             files = {name: file.finish() for name, file in self.files.items()}
         finally:
             self.discard()
-        entry = {"ids": self.ids, "fingerprints": self.marks, "failures": self.failures, "files": files}
+        entry = {"ids": self.ids, "fingerprints": self.marks, "sources": self.sources, "failures": self.failures, "files": files}
         if "scales" in self.formats:
             entry["lost"] = self.lost
         write_whole(partial / f"shard-{self.number:05d}.json", json.dumps(entry).encode())  # last: the shard counts from here on

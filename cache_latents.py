@@ -72,15 +72,17 @@ if verify:
     if unused := sorted(config.given - {"verify", "data", "splits_dir", "threads"}):
         raise InputError(f"--verify only looks; leave {', '.join(f'--{name}' for name in unused)} out")
     problems, bad = upkeep.verify(verify, files_bar)
+    remedy = problems and upkeep.remedy(verify, problems)
     if data and not problems:
         rows = load_split(data, cache.open_cache(verify).metadata["split"], splits_dir, print)
         clips_bar = lambda records: tqdm(records, unit="clip", dynamic_ncols=True)
         problems = upkeep.verify_clips(verify, rows, threads, clips_bar)
+        remedy = f"put back the videos that it was made from, or delete {verify} and make it again"
     for problem in problems:
         print(f"{verify}: {problem}")
     if bad:
         print(f"{verify}: to rebuild: shards {', '.join(map(str, bad))} ({cache.SHARD_ROWS} rows of the list each)")
-    print(f"{verify}: {f'problems: {len(problems)}; {upkeep.remedy(verify, problems)}' if problems else 'every checksum, count and id fits'}")
+    print(f"{verify}: {f'problems: {len(problems)}; {remedy}' if problems else 'every checksum, count and id fits'}")
     sys.exit(1 if problems else 0)
 if merge:
     if out is None or len(merge) < 2:
@@ -181,6 +183,15 @@ def plan_with(keep_clips):
         "patch_shape": [tokens, patch_dim], "clips": bool(keep_clips), "clips_from": os.path.relpath(os.path.realpath(clips_from), os.path.realpath(out)) if source else None}
 
 
+def check_sources(made):
+    """Raises InputError where a video was replaced, or its stretch changed, since its record was made. Files that are gone now tell nothing."""
+    now = [cache.source_mark(video) for video in videos]
+    changed = [row for row, mark in made if mark and now[row // views] not in (0, mark)]
+    if changed:
+        raise InputError(f"{out} holds {len(changed)} records of videos whose file has another size now, or whose start and end were changed, {ids[changed[0]][0]!r} among them: "
+                         "bring back what they were made from, or delete the cache and make it again")
+
+
 def decide():
     """(whether clips are kept, numbers of the shards to make or None where the cache is whole)."""
     begun, at = cache.begun_plan(out), os.path.abspath(out)
@@ -199,6 +210,8 @@ def decide():
     writer = cache.Writer(out, plan_with(keep_clips), files_bar)
     if repair or writer.partial.is_dir():
         writer.lock()
+    if begun and not source:
+        check_sources(writer.made())
     if repair:
         problems = upkeep.reopen(writer, ids, lambda row: not isinstance(clips_of([row])[0], VideoError))
         for problem in problems:
@@ -242,7 +255,7 @@ def keep(shard, rows, clips, stored, lost):
         if isinstance(clip, VideoError):
             shard.fail(row, *ids[row], str(clip))
         else:
-            shard.add(*ids[row], clip, stored and {kind: array[done] for kind, array in stored.items()}, lost[done])
+            shard.add(*ids[row], clip, stored and {kind: array[done] for kind, array in stored.items()}, lost[done], 0 if source else cache.source_mark(videos[row // views]))
             done += 1
 
 

@@ -167,6 +167,22 @@ def parse(text, kind, name):
         raise InputError(f"{name} is {text!r}; it takes {'a whole number' if kind is int else 'a number'}") from None
 
 
+def fits(value, kind):
+    """Whether a value that stands in the file is of `kind`."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in options)
+    if origin is typing.Literal:
+        return value in options
+    if origin is list:
+        return isinstance(value, list) and all(fits(part, options[0]) for part in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(options) and all(map(fits, value, options))
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
+
+
 def kind_of(default, annotation):
     """The type a setting is checked against: its annotation, or what its default is."""
     if annotation is not None:
@@ -206,6 +222,11 @@ def apply(scope, argv=None, environ=None, least=None, positional=None):
     found = read_settings(path)
     comments = {name: comment for name, (_, comment) in found.items()}
     kinds = {name: kind_of(scope[name], annotation and eval(annotation, scope)) for name, (annotation, _) in found.items()}
+
+    for name, kind in kinds.items():
+        if kind is type(None) or not fits(scope[name], kind):
+            takes = "a value" if kind is type(None) else describe(kind)
+            raise InputError(f"{os.path.basename(path)} has {name} = {scope[name]!r}; it takes {takes}")
 
     doc = (scope.get("__doc__") or "").strip()
     parser = Parser(prog=f"python {os.path.basename(path)}", description=doc, allow_abbrev=False,

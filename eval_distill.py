@@ -186,7 +186,7 @@ for batch in tqdm(stream, total=-(-len(kept) // (batch_size * world)), unit="bat
     twins.append(known.tolist())
     for path, (salt, own, _) in loaded.items():
         converted = own if predicts_latents and not own.agrees_with(reference) else None
-        errors[path].append(model.clip_errors(salt, reference, batch, families, converted))
+        errors[path].append(heldout.checked(model.clip_errors(salt, reference, batch, families, converted), batch, clips))
 
 # ---- results: those of all ranks, in the order of the batches
 gathered = ranks.gather((errors, videos, twins, failures))

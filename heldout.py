@@ -92,3 +92,14 @@ def records_to_measure(source, seen, what, allowed):
     if twins.all():
         raise InputError(f"{what}: every clip is a training clip under another id ({names}, ...); give held-out videos")
     return everything[~twins], "held-out", [f"{what}: {int(twins.sum())} clips are training clips under other ids ({names}): left out"]
+
+
+def checked(errors, batch, source):
+    """errors, of model.clip_errors. Raises InputError, naming a clip, where its targets are not finite: no R2 can be had with it."""
+    for rows in errors.values():
+        broken = np.flatnonzero(~np.isfinite(rows["spread"]))
+        if len(broken):
+            name = source.name(int(batch.records[int(broken[0])]))[0]
+            raise InputError(f"the targets of {len(broken)} held-out clips in a batch, of {name!r} among them, are not finite: their latents are damaged, or the "
+                             "teacher's are; check the cache with cache_latents.py --verify, or the teacher")
+    return errors

@@ -84,6 +84,22 @@ def summary(losses, epoch_length):
         yield f"skipped steps, whose loss or gradient was not finite: {len(losses) - len(finite)}"
 
 
+def trackers(wandb, tensorboard):
+    """(the module of Weights & Biases, TensorBoard's SummaryWriter), None for what is not asked for. Raises InputError where it is not installed."""
+    service = writer = None
+    if wandb:
+        try:
+            import wandb as service
+        except ImportError:
+            raise InputError("--wandb needs Weights & Biases: pip install wandb, or leave the flag out") from None
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter as writer
+        except ImportError:
+            raise InputError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out") from None
+    return service, writer
+
+
 class Metrics:
     """metrics.jsonl of a run's folder, an entry a line; entries of earlier starts are kept up to the step that this one goes on from, or -1."""
 
@@ -106,19 +122,12 @@ class Metrics:
 
     def follow(self, run, settings, folder, wandb=None, tensorboard=False):
         """Pass entries on to the Weights & Biases project `wandb` and to TensorBoard, those at hand first."""
-        if wandb:
-            try:
-                import wandb as service
-            except ImportError:
-                raise InputError("--wandb needs Weights & Biases: pip install wandb, or leave the flag out") from None
+        service, writer = trackers(wandb, tensorboard)
+        if service:
             session = service.init(project=wandb, id=re.sub(r"[^\w.-]", "_", run), resume="allow", name=run, config=settings)
             self.followers.append((lambda entry: session.log(entry, step=entry["step"]), session.finish))
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out") from None
-            writer = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=0)  # what earlier starts wrote is written again below
+        if writer:
+            writer = writer(os.path.join(folder, "tensorboard"), purge_step=0)  # what earlier starts wrote is written again below
             self.followers.append((lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()], writer.close))
         for line in open(self.path) if self.followers else ():
             self.tell(json.loads(line))

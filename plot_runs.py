@@ -112,7 +112,7 @@ def read_metrics(path):
             continue
         if "val_r2" in row:
             held_out.append(row)
-        elif "loss" in row:
+        if "loss" in row:
             training.append(row)
     return training, held_out, [f"{damaged} torn or damaged line{'s' * (damaged > 1)} left out"] if damaged else []
 

@@ -65,7 +65,7 @@ import ops  # noqa: E402
 from cache import prepare_file, sha256, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import VideoError, load_split, odd_videos, overlap, patchify, prefetch, read_row  # noqa: E402
-from views import View, random_half  # noqa: E402
+from views import MirroredView, View, random_half  # noqa: E402
 from weights import load_checkpoint  # noqa: E402
 
 if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -108,16 +108,18 @@ for encoder in encoders.values():
 marks = {}  # SHA-256 of a training video's file -> its Rows
 
 
-def clip_of(row, split):
-    """The row's clip, or the VideoError that it gives: also where a held-out video's file is that of a training video."""
+def pair_of(row, split):
+    """[the row's clip, that of the video played backwards], or the VideoError that it gives: also where a held-out video's file is that of
+    a training video. The second is not the first reversed: a rule that rounds frame numbers down spaces them unevenly, which would tell.
+    """
     try:
         part = view if whole_videos else dataclasses.replace(view, window=random_half(row.id, seed))
-        clip, rows = read_row(row, [part])[0], marks.setdefault(sha256(row.path), [])
+        (forwards, mirrored), rows = read_row(row, [part, MirroredView(**part.to_dict())]), marks.setdefault(sha256(row.path), [])
         if split == train_split:
             rows.append(row)
         elif same := next((other for other in rows if overlap(row, other)), None):
             return VideoError(f"{row.id!r} is the training video {same.id!r} under another name, or shares frames with it")
-        return clip
+        return [forwards, mirrored[::-1]]
     except VideoError as error:
         return error
 
@@ -141,15 +143,15 @@ def features_of(clips):
 
 
 def collect(split, count):
-    """(features {probe: [2 V, F]}, failures) of up to `count` videos: row 2 v is video v forwards, row 2 v + 1 the same frames reversed."""
+    """(features {probe: [2 V, F]}, failures) of up to `count` videos: row 2 v is video v forwards, row 2 v + 1 backwards."""
     rows = videos[split]
     rows = [rows[i] for i in ops.permute(np.arange(min(count, len(rows))), len(rows), seed, 0)]
     parts, failures, clips = [], [], []
-    for i, clip in enumerate(tqdm(prefetch(functools.partial(clip_of, split=split), rows, threads, 2 * batch_size), total=len(rows), desc=split, unit="video", dynamic_ncols=True)):
-        if isinstance(clip, VideoError):
-            failures.append(str(clip))
+    for i, pair in enumerate(tqdm(prefetch(functools.partial(pair_of, split=split), rows, threads, 2 * batch_size), total=len(rows), desc=split, unit="video", dynamic_ncols=True)):
+        if isinstance(pair, VideoError):
+            failures.append(str(pair))
         else:
-            clips += [clip, clip[::-1]]
+            clips += pair
         if clips and (len(clips) == 2 * batch_size or i == len(rows) - 1):
             parts.append(features_of(np.stack(clips)))
             clips = []

@@ -309,6 +309,18 @@ def furthest(folders, log):
     return None, None
 
 
+def copy_whole(source, path):
+    """Copy a file and flush it to the disk. Raises InputError, with nothing left of it, where that cannot be."""
+    try:
+        shutil.copyfile(source, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        raise InputError(f"{path} cannot be written: {error.strerror}; make room, and run the same command again") from None
+
+
 def has_last(folder):
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("last.pth", "previous.pth"))
 
@@ -406,21 +418,24 @@ class Run:
         """List this start: the path of its log, the step it begins at and its process. What it goes on from becomes last.pth; what is damaged,
         of a later step, on the branch that is left, stays beside it under another name. Returns that of best.pth where it is one."""
         last, previous, best = (os.path.join(self.folder, f"{name}.pth") for name in ("last", "previous", "best"))
-        left_best = None
+        left, left_best = os.path.join(self.folder, f"left_behind_by_{os.path.basename(log).removesuffix('.log')}"), None
         if self.goes_on_in_place and not (os.path.isfile(last) and os.path.samefile(self.path, last)):
             import weights
-            from_previous = os.path.isfile(previous) and os.path.samefile(self.path, previous)
-            leaving = {last: ""} if from_previous else {last: "", previous: "_previous", best: "_best"}
-            for path, suffix in leaving.items():
-                if os.path.isfile(path) and (path != best or weights.step_and_run(path)[0] > step):
-                    name = f"left_behind_by_{os.path.basename(log).removesuffix('.log')}{suffix}.pth"
-                    os.replace(path, os.path.join(self.folder, name))
-                    left_best = name if path == best else left_best
-            if from_previous:
-                os.replace(self.path, last)
-            else:
-                shutil.copyfile(self.path, f"{last}.part")
-                os.replace(f"{last}.part", last)
+            source = self.path
+            if not (os.path.isfile(previous) and os.path.samefile(source, previous)):
+                source = f"{last}.part"
+                copy_whole(self.path, source)  # before anything is moved: the disk may be full
+                if os.path.isfile(previous):
+                    os.replace(previous, f"{left}_previous.pth")
+                if os.path.isfile(best) and weights.step_and_run(best)[0] > step:
+                    os.replace(best, f"{left}_best.pth")
+                    left_best = f"{os.path.basename(left)}_best.pth"
+            if os.path.isfile(last):
+                try:
+                    os.link(last, f"{left}.pth")  # and last.pth is there all the time
+                except OSError:
+                    os.replace(last, f"{left}.pth")
+            os.replace(source, last)
         entry = {"log": os.path.relpath(log, self.folder), "step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **this_process()}
         self.file.seek(0)
         torn = not ("\n" + self.file.read()).endswith("\n")  # by a full disk

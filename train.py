@@ -116,7 +116,7 @@ import ranks  # noqa: E402
 from cache import open_cache, prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import Records, Videos, batches, check_batch, in_order, keyed_sample, load_split, odd_videos, shuffled  # noqa: E402
-from journal import Log, Metrics, average, summary  # noqa: E402
+from journal import Log, Metrics, average, summary, trackers  # noqa: E402
 from ranks import rank, world  # noqa: E402
 from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
 from weights import agree_on, load_checkpoint, save_checkpoint  # noqa: E402
@@ -124,6 +124,12 @@ from weights import agree_on, load_checkpoint, save_checkpoint  # noqa: E402
 # ---- the log; its last line is always `Process exiting.`
 if run_name != os.path.basename(run_name) or not run_name or not run_name.isprintable():
     raise InputError(f"--run_name {run_name!a} must be a plain name, without slashes and control characters")
+if run_name != run_name.strip() or "," in run_name:
+    raise InputError(f"--run_name {run_name!r} must have no comma and no spaces around it: lists of runs are separated by commas")
+if len(set(masks)) < len(masks):
+    raise InputError(f"--masks {','.join(masks)} names a family twice")
+if rank == 0:
+    trackers(wandb, tensorboard)
 if resume == "":
     raise InputError("--resume is empty; give auto, a last.pth, or leave it out to start afresh")
 if world > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and resume != "auto":
@@ -464,10 +470,11 @@ nothing = -math.inf if held_out else math.inf
 if saved:
     best = ranks.first(best_so_far)
     saved = None  # its memory is wanted
+left_best = ranks.first(lambda: opened[0].begin(log.path, step))
 metrics = Metrics(directory, step if origin else -1)
 if metrics.damaged:
     log(f"{metrics.path}: {metrics.damaged} torn or damaged lines are left out")
-left_best = ranks.first(lambda: (opened[0].begin(log.path, step), metrics.follow(run, settings, directory, wandb, tensorboard))[0])
+ranks.first(lambda: metrics.follow(run, settings, directory, wandb, tensorboard))
 if left_best:
     best = nothing
     log(f"best.pth was of a later step, on the branch that is left: it is {left_best} now, and the next evaluation makes a new one")
@@ -497,7 +504,7 @@ def held_out_r2():
         for network in networks:
             model.cast_matrices(network, dtype)
     bar = tqdm(stream, f"{measured_on} R2", -(-len(kept) // (part * (1 if fsdp else world))), unit="batch", dynamic_ncols=True, leave=False, delay=2, disable=rank > 0)
-    parts = [[model.clip_errors(network, space, batch, masks) for network in networks] for batch in bar]
+    parts = [[heldout.checked(model.clip_errors(network, space, batch, masks), batch, held_out_clips) for network in networks] for batch in bar]
     if not fsdp:  # back in their order
         parts = [part for turn in itertools.zip_longest(*ranks.gather(parts)) for part in turn if part]
     entry = {"step": step, **({} if measured_on == "held-out" else {"val_videos": measured_on})}

@@ -58,7 +58,7 @@ def verify(folder, progress=lambda files: files):
         jobs = [("ids", folder / "ids.txt", metadata["ids_sha256"]), ("failures", folder / "failures.jsonl", metadata["failures_sha256"])]
         if metadata["latent_shape"]:
             jobs.append(("stats", folder / "stats.npz", metadata["stats_sha256"]))
-        jobs.append(("fingerprints", folder / "fingerprints.npy", metadata["fingerprints_sha256"]))
+        jobs += [(name, folder / f"{name}.npy", metadata[f"{name}_sha256"]) for name in ("fingerprints", "sources") if name == "fingerprints" or f"{name}_sha256" in metadata]
         jobs += [(number, folder / shard_name(kind, number), shard[kind]["sha256"]) for number, shard in enumerate(metadata["shards"]) for kind in row_formats(metadata)]
         found = [(key, problem) for key, problem in checksums(jobs, progress) if problem]
         problems, broken = [problem for _, problem in found], {key for key, _ in found}
@@ -82,7 +82,7 @@ def verify(folder, progress=lambda files: files):
             problems += [f"{metadata['clips_from']}: {problem}" for problem in verify(folder / metadata["clips_from"], progress)[0]]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'metadata.json'} is damaged ({error!r}); make the cache again") from None
-    return problems, sorted(broken - {"ids", "failures", "stats", "fingerprints"})
+    return problems, sorted(broken - {"ids", "failures", "stats", "fingerprints", "sources"})
 
 
 def verify_clips(folder, rows, threads, progress=lambda records: records):
@@ -160,18 +160,23 @@ def reopen(writer, ids, readable=lambda row: False):
         if path.name != "lock":
             path.unlink()
     write_whole(partial / "plan.json", json.dumps(writer.plan, indent=1).encode())
+    try:
+        sources = open_cache(folder).sources.tolist()
+    except InputError:
+        sources = [0] * metadata["count"]
     done = 0
     for number, shard in enumerate(metadata["shards"]):
         rows = range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, len(ids)))
         held = [kept[row] for row in rows if row in kept]
         known = None if marks is None else marks[done:done + len(held)]
+        cut_from = sources[done:done + len(held)]
         done += len(held)
         if number in bad:
             entries = [[*entry, mark] for entry, mark in zip(held, known or [None] * len(held))]
             write_whole(partial / f"held-{number:05d}.json", json.dumps(entries).encode())
         else:
             entry = {"ids": held, "failures": [failures[row] for row in rows if row in failures], "files": {kind: shard[kind] for kind in row_formats(metadata)}}
-            entry |= {"fingerprints": known, **({"lost": shard["lost"]} if "lost" in shard else {})}
+            entry |= {"fingerprints": known, "sources": cut_from, **({"lost": shard["lost"]} if "lost" in shard else {})}
             write_whole(partial / f"shard-{number:05d}.json", json.dumps(entry).encode())
     write_whole(partial / "before.json", json.dumps(metadata).encode())  # last: from here on a repair is under way
     return problems
@@ -262,8 +267,8 @@ def merge(folders, out, progress=lambda files: files):
         np.savez(content, **join_statistics((count, mean, variance * count) for count, mean, variance in wide))
         write_whole(out / "stats.npz", content.getvalue())
 
-    marks = np.concatenate([cache.fingerprints for cache in caches])
-    return writer.complete(ids, marks, failures, shards, write_stats)
+    marks, sources = (np.concatenate([getattr(cache, name) for cache in caches]) for name in ("fingerprints", "sources"))
+    return writer.complete(ids, marks, sources, failures, shards, write_stats)
 
 
 def place(source, path, digest):

@@ -78,6 +78,11 @@ class View:
         return ", ".join(f"{name} is {mine[name]} here and {theirs[name]} there" for name in mine if mine[name] != theirs[name])
 
 
+class MirroredView(View):
+    """Takes the frames that the same view takes of the video played backwards, in the video's own order: whatever the rounding
+    of frame numbers is, played backwards they are spaced as the others are played forwards."""
+
+
 def sample_id(video_id, view=0):
     """The 63-bit number that masks and jitter are drawn from: the first 63 bits of SHA-256 of "video id,view number"."""
     return int.from_bytes(hashlib.sha256(f"{video_id},{view}".encode()).digest()[:8], "big") >> 1
@@ -101,7 +106,8 @@ def frame_numbers(n, view, random=None):
         slack = max(0, count - 1 - (view.frames - 1) * view.stride)
         start = random.below(slack + 1) if random else (count - 1 - (view.frames - 1) * view.stride) // 2
         picked = start + i * view.stride
-    return first + np.clip(picked, 0, count - 1)
+    picked = np.clip(picked, 0, count - 1)
+    return first + (count - 1 - picked[::-1] if isinstance(view, MirroredView) else picked)
 
 
 def grid_of(view, patch, tubelet=2):

@@ -215,7 +215,7 @@ def test_a_file_truncated_while_open_is_an_error_with_shard_and_row(copy):
         opened.latents(400)
 
 
-@pytest.mark.parametrize("name, bad", [("latents-00001.npy", [1]), ("patches-00000.npy", [0]), ("stats.npz", []), ("ids.txt", []), ("failures.jsonl", []), ("fingerprints.npy", [])])
+@pytest.mark.parametrize("name, bad", [("latents-00001.npy", [1]), ("patches-00000.npy", [0]), ("stats.npz", []), ("ids.txt", []), ("failures.jsonl", []), ("fingerprints.npy", []), ("sources.npy", [])])
 def test_verify_finds_a_flipped_bit_and_repair_puts_it_right(made, copy, name, bad):
     damage(copy, name, lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     problems, found = upkeep.verify(copy)
@@ -295,7 +295,7 @@ def test_what_was_held_is_kept_through_interrupted_repairs_and_in_unfinished_cac
             shard.fail(600, "v600", 0, "gone")
 
 
-@pytest.mark.parametrize("name", ["failures.jsonl", "ids.txt", "stats.npz", "fingerprints.npy"])
+@pytest.mark.parametrize("name", ["failures.jsonl", "ids.txt", "stats.npz", "fingerprints.npy", "sources.npy"])
 def test_a_file_that_is_gone_is_made_again(made, copy, name):
     (copy / name).unlink()
     writer = Writer(copy, PLAN)
@@ -720,3 +720,34 @@ def test_broken_fingerprints_beside_a_broken_shard_are_mended(made, copy, harm):
     writer.finish()
     for path in made.iterdir():
         assert path.read_bytes() == (copy / path.name).read_bytes(), path.name
+
+
+def test_what_records_were_cut_from_is_known_while_a_cache_is_made_and_afterwards(tmp_path):
+    """Of the shards that are there; of all when it is whole, after a repair, and merged; not of failures."""
+    plan = {**PLAN, "list_count": 600, "list_sha256": list_digest(LIST[:600])}
+    writer = Writer(tmp_path / "c", plan)
+    fails = {3, 520}
+
+    def make(number):
+        with writer.shard(number) as shard:
+            for row in range(512 * number, min(512 * number + 512, 600)):
+                if row in fails:
+                    shard.fail(row, *LIST[row], "broken")
+                else:
+                    shard.add(*LIST[row], patches_of(row), half(latents_of(row)), source=row + 7)
+
+    expected = lambda rows: [(row, row + 7) for row in rows if row not in fails]
+    assert writer.made() == []
+    make(1)
+    assert writer.made() == expected(range(512, 600))
+    make(0)
+    writer.finish()
+    assert writer.made() == expected(range(600)) and open_cache(tmp_path / "c").sources.tolist() == [mark for _, mark in expected(range(600))]
+    damage(tmp_path / "c", "patches-00001.npy", lambda content: content[:-1] + b"x")
+    writer = Writer(tmp_path / "c", plan)
+    writer.lock()
+    upkeep.reopen(writer, LIST[:600])
+    assert writer.missing() == [1] and writer.made() == expected(range(512))
+    make(1)
+    writer.finish()
+    assert writer.made() == expected(range(600))

@@ -1,5 +1,6 @@
 """Settings from file, environment and command line."""
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,15 @@ def test_help_of_every_stage_has_a_comment_a_setting(stage):
     assert comments and all(comments.values()), [name for name, comment in comments.items() if not comment]
     shown = run(path, "--help")
     assert shown.returncode == 0 and all(f"--{name} " in shown.stdout for name in comments)
+
+
+@pytest.mark.parametrize("edit, message", [
+    ('dtype: Literal["bf16", "fp32"] = "bfloat16"', "has dtype = 'bfloat16'; it takes bf16|fp32"), ("rate = None", "has rate = None; it takes a value"),
+    ('masks: list[Literal["short", "long"]] = "short"', "has masks = 'short'; it takes short|long,..."), ('masks: list[Literal["short", "long"]] = ["shrt"]', "has masks = "),
+    ("steps: int | None = 2.5", "has steps = 2.5; it takes int|none"), ('rate = float("inf")', "has rate = inf; it takes float"), ("rate: float = True", "has rate = True")])
+def test_what_is_edited_in_place_is_checked(tmp_path, edit, message):
+    script = tmp_path / "stage.py"
+    script.write_text(f"from typing import Literal\nimport config\n{edit}\nconfig.apply(globals(), argv=[], environ={{}})\n")
+    with pytest.raises(InputError) as caught:
+        runpy.run_path(str(script))
+    assert f"stage.py {message}" in str(caught.value)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import cache
 import data
 import ops
+import views
 from config import InputError
 from data import View
 
@@ -576,3 +577,17 @@ def test_a_failing_disk_is_not_the_videos_fault(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input/output error") as caught:
         data.read_clip(str(path), SMALL)
     assert not isinstance(caught.value, InputError)
+
+
+@pytest.mark.parametrize("how, count", [({"sampling": "stride", "frames": 16}, 22), ({"sampling": "stride", "frames": 4}, 24), ({"frames": 12}, 16), ({"frames": 16}, 32), ({"frames": 8, "window": (0.2, 0.7)}, 30)])
+def test_a_video_played_backwards_is_cut_as_its_mirror_image(tmp_path, how, count):
+    """By which the probe's two directions differ in direction alone. Reversing a clip is not enough: frame numbers are rounded down."""
+    view = View(size=32, short_side=32, **how)
+    mirrored = views.MirroredView(**view.to_dict())
+    frames = numbered_frames(count)
+    forwards, backwards = (write_video(tmp_path / f"{name}.mkv", part, "ffv1", 10, "bgr0") for name, part in (("f", frames), ("b", frames[::-1])))
+    clip, mirror = data.read_clips(forwards, [view, mirrored])
+    if "window" not in how:
+        assert np.array_equal(mirror[::-1], data.read_clip(backwards, view)) and not np.array_equal(mirror, clip)
+    steps, mirrored_steps = np.diff(numbers_in(clip)), np.diff(numbers_in(mirror))
+    assert np.array_equal(mirrored_steps, steps[::-1]) and min(numbers_in(mirror)) >= int(view.window[0] * count)

@@ -169,3 +169,25 @@ def test_the_probe_knows_a_training_video_under_another_name_and_stretch(world, 
     said = run(tmp_path, "probe_time_arrow", "--checkpoint", best, "--data", ".", "--folds", "2", "--untrained_seeds", "0", "--no_pixels", "--whole_videos")
     assert "4 training and 3 held-out videos" in said and "'h0@0-10' is the training video 't0' under another name" in said
     assert f"probing {best}, step " in said
+
+
+def test_a_cache_is_not_gone_on_with_from_other_stretches_or_files(world, tmp_path):
+    """Under the ids it had: a list whose times were corrected, a file that was put in another's place. A file that is gone tells nothing."""
+    for i in range(4):
+        shutil.copy(world / "data" / "videos" / f"{i}.webm", tmp_path / f"{i}.webm")
+    rows = lambda end: "path,start,end,id\n" + "".join(f"{i}.webm,0,{end},ep{i}\n" for i in range(4))
+    (tmp_path / "train.csv").write_text(rows(0.5))
+    flags = ["--data", ".", "--teacher", "none", *VIEW, "--out", "c"]
+    run(tmp_path, "cache_latents", *flags)
+    assert "already whole" in run(tmp_path, "cache_latents", *flags)
+    (tmp_path / "train.csv").write_text(rows(0.6))
+    line = error_of(tmp_path, "cache_latents", *flags)
+    assert "c holds 4 records of videos whose file has another size now, or whose start and end were changed, 'ep0' among them" in line
+    assert "holds 4 records" in error_of(tmp_path, "cache_latents", *flags, "--repair")
+    said = run(tmp_path, "cache_latents", "--verify", "c", "--data", ".", code=1)
+    assert "put back the videos that it was made from, or delete c" in said and "--repair" not in said
+    (tmp_path / "train.csv").write_text(rows(0.5))
+    shutil.copy(world / "data" / "videos" / "9.webm", tmp_path / "2.webm")
+    assert "c holds 1 records" in error_of(tmp_path, "cache_latents", *flags) and "'ep2' among them" in error_of(tmp_path, "cache_latents", *flags)
+    (tmp_path / "2.webm").unlink()
+    assert "already whole" in run(tmp_path, "cache_latents", *flags)

@@ -100,10 +100,13 @@ def test_a_diagnosis_names_what_is_not_finite(salt_and_batch):
     assert not found["weights"] and found["clips"] == ["a", "b", "c"] and "the loss of a, b, c; the gradient of" in health.in_words(found)
 
 
-def poisoned(world, folder, records):
-    """A copy of the latents whose records `records` are infinite."""
-    shutil.copytree(world / "latents", folder / "poisoned")
-    opened = cache.open_cache(world / "latents")
+def poisoned(world, folder, records, name="latents"):
+    """A copy of a cache whose records `records` are infinite, by a teacher, so to say."""
+    shutil.copytree(world / name, folder / "poisoned")
+    opened = cache.open_cache(world / name)
+    metadata = json.loads((folder / "poisoned" / "metadata.json").read_text())
+    del metadata["shards"][0]["latents"]["first"]
+    (folder / "poisoned" / "metadata.json").write_text(json.dumps({**metadata, "checksum": cache.metadata_digest(metadata)}))
     latents = np.lib.format.open_memmap(folder / "poisoned" / "latents-00000.npy", mode="r+")
     for record in records:
         latents[record] = np.inf
@@ -177,3 +180,18 @@ def test_trackers_get_what_metrics_get(world, tmp_path):
 def test_a_tracker_that_is_not_installed_is_one_line(world, tmp_path):
     (tmp_path / "wandb.py").write_text("raise ImportError")
     assert "--wandb needs Weights & Biases: pip install wandb" in error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, "--wandb", "p", PYTHONPATH=str(tmp_path))
+
+
+def test_a_held_out_clip_that_is_not_finite_is_named(world, tmp_path):
+    poisoned(world, tmp_path, [3], "held_out")
+    name = cache.open_cache(tmp_path / "poisoned").ids[3]
+    line = error_of(tmp_path, "train", "--cache", world / "latents", "--val_cache", "poisoned", *SMALL, "--max_steps", "2")
+    assert "the targets of 1 held-out clips in a batch, of" in line and repr(name) in line and "--verify" in line
+    best = next(world.glob("checkpoints/student_*/best.pth"))
+    assert repr(name) in error_of(tmp_path, "eval_distill", "--checkpoint", best, "--cache", "poisoned")
+
+
+def test_a_family_named_twice_and_names_that_a_list_cannot_hold(world, tmp_path):
+    assert "--masks short,short names a family twice" in error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, "--masks", "short,short")
+    for name in (" a", "a,b"):
+        assert "must have no comma and no spaces around it" in error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, f"--run_name={name}")

@@ -125,7 +125,7 @@ def test_every_way_to_name_a_run(tmp_path, plot, given):
             }[given.split()[0]]
     run = plot(word)[0]["runs"][0]
     assert run["run"] == RUN and run["minimum"]["loss"] == round(losses.min(), 6) and run["source"].endswith("metrics.jsonl") and run["settings"] == SETTINGS
-    assert run["notes"] == (["the latest of 2 starts named wide"] if given == "run_name" else [])
+    assert run["notes"] == (["the latest of 2 runs named wide"] if given == "run_name" else [])
 
 
 def test_log_alone_and_metrics_alone(tmp_path, plot):
@@ -382,3 +382,10 @@ def test_a_start_that_was_refused_does_not_hide_the_run(tmp_path, plot):
     later.write_text(f"start x\nsettings {{}}\nfolder checkpoints/{RUN}\nerror: no\nstatus: failed\nProcess exiting.\n")
     run = plot("wide")[0]["runs"][0]
     assert run["status"] == "finished" and run["run"] == RUN
+
+
+def test_a_row_may_hold_a_training_loss_and_a_held_out_figure(tmp_path, plot):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 10 - step / 100, **({"val_r2": 0.5} if step % 100 == 0 else {})}) + "\n" for step in range(10, 501, 10)))
+    run = plot("metrics.jsonl")[0]["runs"][0]
+    assert run["minimum"]["step"] == 500 and run["minimum"]["loss"] == 5.0

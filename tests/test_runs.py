@@ -486,3 +486,60 @@ def test_a_signal_before_training_begins_leaves_at_once(world, tmp_path):
 def test_a_summary_of_many_short_epochs_is_short():
     lines = list(journal.summary([1.0] * 100000, 1))
     assert len(lines) < 60 and lines[1] == "epochs: 100000; the last 40:" and lines[-2].startswith("epoch 100000: average loss 1.0")
+
+
+# ------------------------------------------------------------------------------------------------- stepping back, and failing at it
+
+def test_a_step_back_without_room_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints" / f"salt{STAMP}"
+    for name, step in (("last.pth", 60), ("previous.pth", 40), ("best.pth", 55), ("kept.pth", 20)):
+        checkpoint(folder, name, step)
+    before = content_of(folder)
+
+    def full(source, path):
+        open(path, "wb").write(b"half")
+        raise OSError(28, "No space left on device")
+
+    found = opened(tmp_path, str(folder / "kept.pth"))
+    monkeypatch.setattr(runs.shutil, "copyfile", full)
+    with pytest.raises(InputError, match="last.pth.part cannot be written: No space left on device; make room"):
+        found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20)
+    found.file.close()
+    (folder / "starts.jsonl").unlink()
+    assert content_of(folder) == before and opened(tmp_path, "auto").content["step"] == 60
+
+
+@pytest.mark.parametrize("calls", range(5))
+def test_a_step_back_that_is_killed_at_any_moment_loses_nothing(tmp_path, monkeypatch, calls):
+    """Killed before its nth change of the folder: --resume auto goes on from where the run was, or from where it was told to go."""
+    folder = tmp_path / "checkpoints" / f"salt{STAMP}"
+    for name, step in (("last.pth", 60), ("previous.pth", 40), ("best.pth", 55), ("kept.pth", 20)):
+        checkpoint(folder, name, step)
+    found, left = opened(tmp_path, str(folder / "kept.pth")), [calls]
+
+    def killed(change):
+        def changed(*arguments):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return change(*arguments)
+        return changed
+
+    for module, name in ((runs.os, "replace"), (runs.os, "link"), (runs.shutil, "copyfile")):
+        monkeypatch.setattr(module, name, killed(getattr(module, name)))
+    with pytest.raises(KeyboardInterrupt):
+        found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20)
+    monkeypatch.undo()
+    found.file.close()
+    assert opened(tmp_path, "auto").content["step"] == 60
+
+
+def test_a_tracker_that_is_missing_changes_nothing(world, tmp_path):
+    flags = ["--cache", world / "latents", *SMALL, "--max_steps", "4", "--save_every", "2", "--run_name", "r"]
+    run(tmp_path, "train", *flags)
+    folder, = (tmp_path / "checkpoints").iterdir()
+    shutil.copy(folder / "last.pth", folder / "kept.pth")
+    before = content_of(folder)
+    (tmp_path / "wandb.py").write_text("raise ImportError")
+    assert "pip install wandb" in error_of(tmp_path, "train", *flags, "--resume", folder / "kept.pth", "--wandb", "p", PYTHONPATH=str(tmp_path))
+    assert content_of(folder) == before
