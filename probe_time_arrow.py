@@ -2,7 +2,7 @@
 
     python probe_time_arrow.py --checkpoint checkpoints/RUN/best.pth --data DIR --train_videos 2000 --val_videos 1000 --out X.json
 
-A linear probe on features of each clip and of its time reversal, beside the same probe on untrained encoders of the same shape
+A linear probe on features of each clip and of its video played backwards, beside the same probe on untrained encoders of the same shape
 and on raw pixels. Clips are cut from a random half of each video: where every video starts from the same pose, whole videos
 give the answer away. Memory holds features only, one batch of clips at a time.
 """
