@@ -302,7 +302,7 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
             shard.discard()
 bar.close()
 taken = time.perf_counter() - begin
-ranks.gather(None)  # every shard is there
+short = set().union(*ranks.gather(odd_videos.short))  # every shard is there
 if to_make:
     log(f"{to_make / (time.perf_counter() - begin):.1f} clips/s; rank 0 waited for video {waited / taken:.0%} of its time")
 if rank == 0:
@@ -313,5 +313,5 @@ if rank == 0:
             f"{1 - metadata['lost_variance']:.6f} on the exact ones")
     log(f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape {json.dumps(metadata['latent_shape'])}"
         + (f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else "")
-        + (f"; {len(odd_videos.short)} videos end long before what they, or the list, say" if odd_videos.short else ""))
+        + (f"; {len(short)} videos end long before what they, or the list, say" if short else ""))
 ranks.leave()

@@ -227,6 +227,8 @@ def apply(scope, argv=None, environ=None, least=None, positional=None):
         if kind is type(None) or not fits(scope[name], kind):
             takes = "a value" if kind is type(None) else describe(kind)
             raise InputError(f"{os.path.basename(path)} has {name} = {scope[name]!r}; it takes {takes}")
+        if kind is float:
+            scope[name] = float(scope[name])  # an edited 0 is the 0.0 of a flag
 
     doc = (scope.get("__doc__") or "").strip()
     parser = Parser(prog=f"python {os.path.basename(path)}", description=doc, allow_abbrev=False,

@@ -25,7 +25,7 @@ import torch
 from einops import rearrange
 
 import ops
-from cache import fingerprint
+from cache import fingerprint, source_mark
 from config import InputError
 from views import View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  data.View and the others are public names here
 
@@ -60,13 +60,19 @@ def list_names(split):
     return [*(f"{place}{name}{split}.json" for place in ("", "labels/") for name in ("", "something-something-v2-")), f"{split}.csv"]
 
 
+BESIDE_CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ssv2")  # where SSv2's own lists may lie
+
+
 def find_list(folder, split, splits_dir=None):
-    """The list file of `split`: in the data folder, then in splits_dir, then in ssv2/ beside this file; or None."""
-    for place in (folder, splits_dir, os.path.join(os.path.dirname(os.path.abspath(__file__)), "ssv2")):
-        for name in list_names(split) if place else ():
-            if os.path.isfile(os.path.join(place, name)):
-                return os.path.join(place, name)
-    return None
+    """The list file of `split`: in the data folder, then in splits_dir, then, where the folder has neither lists nor subfolders of splits, in BESIDE_CODE; or None."""
+    def first_of(place, split):
+        paths = [os.path.join(place, name) for name in list_names(split)] if place else ()
+        return next(filter(os.path.isfile, paths), None)
+
+    found = first_of(folder, split) or first_of(splits_dir, split)
+    if found or any(first_of(folder, other) for other in SPLITS) or split_folders(folder):
+        return found
+    return first_of(BESIDE_CODE, split)
 
 
 def load_split(folder, split, splits_dir=None, log=lambda line: None):
@@ -90,12 +96,23 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     folder = os.path.expanduser(folder)
     if os.path.isfile(folder):
         check_list_file(folder)
-        rows = hashed_split(read_csv(folder, log=log), split)
-        log(f"{split}: {len(rows)} rows of {folder}, split by a hash of the id")
+        rows, own = read_csv(folder, log=log), split_of_name(folder)
+        if own and own != split:
+            raise InputError(f"--data {folder} is, by its name, the list of the split {own!r}, and {split!r} is asked for; "
+                             f"give the folder, with a list a split, or another name")
+        count = len(rows)
+        rows = rows if own else hashed_split(rows, split)
+        left = "" if own else f", split by a hash of the id; the other {count - len(rows)} are held out, or trained on"
+        log(f"{split}: {len(rows)} rows of {folder}{left}")
     elif not os.path.isdir(folder):
         raise InputError(f"there is no data folder {folder}; --data names the folder that holds the videos and their lists")
     elif path := find_list(folder, split, splits_dir):
         rows = read_list(path, folder, log)
+        here = sum(row.path is not None for row in rows)
+        asked_for = splits_dir and os.path.realpath(path).startswith(os.path.realpath(splits_dir) + os.sep)
+        if path.startswith(BESIDE_CODE + os.sep) and not asked_for and here < len(rows) / 2:
+            raise InputError(f"{path}, beside the code, lists {len(rows)} videos, of which {folder} holds {here}: say --splits_dir {BESIDE_CODE} if it is meant, "
+                             f"else move it away")
         log(f"{split}: {len(rows)} rows of {path}")
     elif any(find_list(folder, other, splits_dir) for other in SPLITS):
         raise InputError(f"no list for the split {split!r}: looked for {', '.join(list_names(split))} in {folder}, "
@@ -118,6 +135,11 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     return rows
 
 
+def split_of_name(path):
+    """The split that a list is called after, val.csv or train.csv; None of any other name."""
+    return SPLIT_NAMES.get(os.path.splitext(os.path.basename(path))[0].lower())
+
+
 def read_list(path, folder, log=lambda line: None):
     if path.endswith(".csv"):
         return read_csv(path, folder, log)
@@ -129,38 +151,43 @@ def is_stretch(row):
 
 
 def refuse_shared_frames(folder, split, splits_dir, rows, log):
-    """Raises InputError where frames of a held-out split are those of the training split, whatever
-    names lead to their file. What one list cannot tell is logged."""
-    others = []
+    """Raises InputError where frames of a split are in another split's list, whatever names lead to
+    their file. What one list cannot tell is logged."""
+    others = []  # (split, its rows)
     if os.path.isfile(folder):
         if any(map(is_stretch, rows)):
             log(
                 f"whether stretches of {folder} share frames with those of another list is not "
                 "looked at; put train.csv and validation.csv into one folder, and it is"
             )
-        if split != "train":
-            others = hashed_split(read_csv(folder), "train")
-    elif split != "train" and (path := find_list(folder, "train", splits_dir)):
-        if path.endswith(".csv") or any(map(is_stretch, rows)):  # else equal frames are equal clips
-            others = read_list(path, folder)
+        if not split_of_name(folder):
+            other = "train" if split == "validation" else "validation"
+            others.append((other, hashed_split(read_csv(folder), other)))
+    else:
+        for other in SPLITS:
+            path = find_list(folder, other, splits_dir) if other != split else None
+            # Where neither has stretches, equal frames are equal clips, which fingerprints tell.
+            if path and (path.endswith(".csv") or any(map(is_stretch, rows))):
+                others.append((other, read_list(path, folder)))
     stretches = {}
-    for row in others:
-        if row.path:
-            stretches.setdefault(file_of(row.path), []).append(row)
+    for other, found in others:
+        for row in found:
+            if row.path:
+                stretches.setdefault(file_of(row.path), []).append((other, row))
     for row in rows:
-        for other in stretches.get(file_of(row.path), ()) if stretches and row.path else ():
-            if overlap(row, other):
+        for other, twin in stretches.get(file_of(row.path), ()) if stretches and row.path else ():
+            if overlap(row, twin):
                 raise InputError(
-                    f"{row.path} is in the split {split!r} as {row.id!r} and in the training split "
-                    f"as {other.id!r}, from {max(row.start or 0, other.start or 0):g} s on in both: "
+                    f"{row.path} is in the split {split!r} as {row.id!r} and in the split {other!r} "
+                    f"as {twin.id!r}, from {max(row.start or 0, twin.start or 0):g} s on in both: "
                     "held-out frames are none that were trained on"
                 )
 
 
 def overlap(one, other):
-    """Whether two Rows of one file have frames in common."""
+    """Whether two Rows of one file have frames in common: a millisecond, to which lists round, is none."""
     ends = [row.end for row in (one, other) if row.end is not None]
-    return max(one.start or 0, other.start or 0) < min(ends, default=math.inf)
+    return max(one.start or 0, other.start or 0) + 1e-3 < min(ends, default=math.inf)
 
 
 def file_of(path):
@@ -243,21 +270,35 @@ def rows_without_list(folder, split, log):
 
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_NAMES |= dict.fromkeys(("validation", "val", "valid"), "validation")
+SPLIT_WORDS = SPLIT_NAMES | dict.fromkeys(("dev", "eval", "heldout"), "validation")
+SPLIT_WORD = re.compile(rf"({'|'.join(SPLIT_WORDS)})(?:set|list)?\d*")
+
+
+def splits_in(names):
+    """{split: the first of `names` that has a word for it}: of videos/train, val_256, k400_train.csv, testlist01.txt."""
+    found = {}
+    for name in sorted(names):
+        for word in re.split(r"[-_. /]", name.lower()):
+            if match := SPLIT_WORD.fullmatch(word):
+                found.setdefault(SPLIT_WORDS[match[1]], name)
+    return found
 
 
 def refuse_hidden_splits(folder, found):
-    """Raises InputError where a split by a hash would mix folders that look like splits of their
-    own: videos/train and videos/val, or train_256 and val_256."""
-    looks, pattern = {}, re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_NAMES)})(?:[-_.]?\d+\w*)?")
-    for place in {os.path.dirname(name) for name in found}:
-        for part in filter(None, place.split("/")):
-            if match := pattern.fullmatch(part.lower()):
-                looks.setdefault(SPLIT_NAMES[match[1]], part)
-    if len(looks) > 1:
+    """Raises InputError where a split by a hash would mix what looks like splits of its own: folders as
+    videos/train and videos/val, or lists by other names than those that are looked for."""
+    folders = splits_in({os.path.dirname(name) for name in found})
+    lists = splits_in(name for name in os.listdir(folder) if name.endswith((".csv", ".json", ".jsonl", ".txt", ".tsv")))
+    if len(folders) > 1:
         raise InputError(
-            f"{folder} holds folders called {' and '.join(sorted(looks.values()))}, and no list: "
+            f"{folder} holds folders called {' and '.join(sorted(folders.values()))}, and no list: "
             "splits are the subfolders train/, validation/ (or val/) and test/ of --data itself; "
             "name the folder that they are in, or rename them, or write train.csv and validation.csv"
+        )
+    if len(lists) > 1:
+        raise InputError(
+            f"{folder} holds {' and '.join(sorted(lists.values()))}, which are not read under these names; "
+            f"lists are {', '.join(list_names('train')[:2])} or train.csv, and likewise for validation and test"
         )
 
 
@@ -445,6 +486,13 @@ def read_csv(path, folder=None, log=lambda line: None):
             f"{path}: columns not used: {', '.join(ignored)}; "
             "those that are: path, label, start, end, id"
         )
+    for column in {"split", "subset", "partition"} & set(ignored):
+        place = columns.index(column)
+        if len(parts := {fields[place] for _, fields in lines if len(fields) > place}) > 1:
+            raise InputError(
+                f"{path} has a column {column} of {', '.join(sorted(parts)[:3])}, which is not read: "
+                "write train.csv and validation.csv"
+            )
     rows, bad = [], []
     for number, fields in lines:
         try:
@@ -663,16 +711,18 @@ def look_at_end(stretch, stream, seen, last):
     if last is None or not stream.time_base:
         return
     first = stretch.first if stretch.first is not None else stream.start_time or 0
-    stated = stretch.high - first  # ticks
-    if stated == math.inf:
-        streams = len(stream.container.streams)
-        if stream.duration:
-            stated = stream.duration
-        elif stream.container.duration and streams == 1:  # else sound may be what lasts
-            stated = stream.container.duration / 1e6 / stream.time_base
-        else:
-            return
-    has, stated = (float(ticks * stream.time_base) for ticks in (last - first, stated))
+    begin = max(first, stretch.low)
+    if stretch.high < math.inf:
+        due = stretch.high
+    elif stream.duration:
+        due = first + stream.duration
+    elif tag := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):
+        due = first + (3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])) / stream.time_base
+    elif stream.container.duration and len(stream.container.streams) == 1:  # else sound may be what lasts
+        due = first + stream.container.duration / 1e6 / stream.time_base
+    else:
+        return
+    has, stated = (float((time - begin) * stream.time_base) for time in (last, due))
     if has < 0.9 * stated - 0.5:
         odd_videos.note_end(stretch.path, f"{has:.4g} s", f"{stated:.4g} s")
 
@@ -1074,13 +1124,25 @@ class Records:
     """Clips and latents of a cache; where it holds no clips they are decoded, from the paths of `rows`."""
     CHECKED, CHECK_EVERY = 256, 16
 
-    def __init__(self, cache, rows=None):
+    def __init__(self, cache, rows=None, changed_too=False):
+        """changed_too: take rows whose file or stretch is another now, to look at their pixels."""
         self.cache, self.view, self.patch, self.tubelet, self.decodes = cache, cache.view, cache.patch, cache.tubelet, not cache.has_patches
         self.rows = {row.id: row for row in rows or ()}
         if self.decodes and not self.rows:
             raise InputError(f"the cache {cache.folder} holds no clips (--clips off), so the videos are needed: give --data")
         self.grid, self.patch_shape, self.latent_shape = grid_of(cache.view, cache.patch, cache.tubelet), tuple(cache.patch_shape), cache.latent_shape
         self.decoded = itertools.count()
+        if self.decodes and not changed_too:
+            self.refuse_changed()
+
+    def refuse_changed(self):
+        """Raises InputError where a video has another size, or a row another stretch, than the cache was made from."""
+        marks = {name: source_mark(row) for name, row in self.rows.items()}
+        for i, mark in enumerate(self.cache.sources.tolist()):
+            if mark and marks.get(name := self.name(i)[0], 0) not in (0, mark):
+                raise InputError(f"the video {name!r} has another size now, or its start and end were changed, since the cache {self.cache.folder} was made from it: "
+                                 f"it was replaced or encoded again. `python cache_latents.py --verify {self.cache.folder} --data ...` names all such videos; put them "
+                                 "back, or make the cache again")
 
     def __len__(self):
         return len(self.cache)

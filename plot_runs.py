@@ -121,6 +121,7 @@ VALUE = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?nan|[-+]?inf(?:inity)?)(?
 LOSS_LINE = re.compile(r"(?<![a-z])step\s*[:=,#]?\s*(\d{1,3}(?:,\d{3}){1,4}(?!\d)|\d{1,15})(?!,?\d)(?:\s*/\s*(\d+))?"
                        r".{0,200}?(?<![a-z])(?<!val.)(?<!test.)(?<!validation.)(?<!held.out.)loss\s*[:=,]?\s*" + VALUE, re.IGNORECASE)
 HELD_OUT_LINE = re.compile(r"step (\d+) (?:held-out|training) R2 " + VALUE + r".*?(?:own context: R2 " + VALUE + r")?(?:; moving average of the weights: R2 " + VALUE + r")?\)")
+VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation|eval|evaluation|dev|test|best|held[-_ ]?out)[^a-z0-9]*$", re.IGNORECASE)  # right before "step" or "loss", in a log of others
 EPOCH, RATE = re.compile(r"epoch\s*[:=,#]?\s*(\d+\.?\d*)", re.IGNORECASE), re.compile(r"(\d+\.?\d*) clips/s")
 WAIT, SKIPPED = re.compile(r"waiting (\d+)%"), re.compile(r"skipped (\d+)")
 
@@ -141,6 +142,8 @@ def read_log(path, metrics=None):
             with contextlib.suppress(ValueError):
                 found["settings"] |= loads(line.removeprefix("in force "))
         elif "loss" in line.lower() and (match := LOSS_LINE.search(line)) and (not ours or match.start() == 0 and match[2]):  # ours: no message about a loss
+            if not ours and (VALIDATION.search(line[:match.start()]) or VALIDATION.search(line[match.start():match.start(3)].lower().rpartition("loss")[0])):
+                continue
             row = {"step": int(match[1].replace(",", "")), "loss": float(match[3])}
             for name, pattern, unit in (("epoch", EPOCH, 1), ("clips_per_s", RATE, 1), ("data_wait", WAIT, 100), ("skipped", SKIPPED, 1)):
                 if value := pattern.search(line):

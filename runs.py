@@ -138,7 +138,7 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
     for i, (folder, log) in enumerate(candidates):
         if accept(folder, log):
             passed = [each or log for each, log in candidates[:i]]
-            note = f"the latest of {len(candidates)} runs named {word}" if len(candidates) > 1 else None
+            note = f"of {len(candidates)} runs named {word} that with the latest date" if len(candidates) > 1 else None
             return folder, log, f"not {' or '.join(passed)}, which {'has' if i == 1 else 'have'} none yet" if passed else note
     if candidates:
         return *candidates[0], None
@@ -325,6 +325,18 @@ def has_last(folder):
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("last.pth", "previous.pth"))
 
 
+def to_resume(resume, checkpoints, run_logs):
+    """The checkpoint, or the run's folder, that --resume means. Raises InputError where there is nothing to go on from."""
+    if os.path.isfile(resume) and resume.endswith((".pth", ".pt")):
+        return resume
+    if resume.endswith((".pth", ".pt")):
+        return checkpoint_of(resume)  # which says what is beside it
+    folder = find(resume, checkpoints, run_logs, lambda folder, log: folder and has_last(folder))[0]
+    if not folder or not has_last(folder):
+        raise InputError(f"the run {resume} has no last.pth{f' in {folder}' if folder else ''} yet")
+    return folder
+
+
 def died_young(folder):
     """Whether a run's folder holds nothing of worth: its process died before it had a checkpoint or a step."""
     metrics = os.path.join(folder, "metrics.jsonl")
@@ -387,10 +399,7 @@ class Run:
         if os.path.isfile(resume) and resume.endswith((".pth", ".pt")):
             self.path = resume
         else:
-            folder = find(resume, checkpoints, run_logs, lambda folder, log: folder and has_last(folder))[0] if not resume.endswith((".pth", ".pt")) else None
-            if not folder or not has_last(folder):
-                raise InputError(f"--resume {resume}: there is no such checkpoint" if not folder else f"--resume {resume} is a folder without a last.pth")
-            self.path, self.content = furthest([folder], log)
+            self.path, self.content = furthest([to_resume(resume, checkpoints, run_logs)], log)
         self.content = self.content or weights.load_checkpoint(self.path)
         self.take(os.path.dirname(os.path.abspath(self.path)), log)
         if self.folder:
@@ -425,6 +434,8 @@ class Run:
             if not (os.path.isfile(previous) and os.path.samefile(source, previous)):
                 source = f"{last}.part"
                 copy_whole(self.path, source)  # before anything is moved: the disk may be full
+                if os.path.isfile(metrics := os.path.join(self.folder, "metrics.jsonl")):
+                    copy_whole(metrics, f"{left}_metrics.jsonl")
                 if os.path.isfile(previous):
                     os.replace(previous, f"{left}_previous.pth")
                 if os.path.isfile(best) and weights.step_and_run(best)[0] > step:

@@ -45,43 +45,43 @@ patch: int | None = None       # pixels of a patch's side, likewise [the teacher
 # model
 size = "large"                 # student: tiny, small, base, large, huge or giant
 depth: int | None = None       # student blocks, where not those of its size
-predictor_depth = 12           # predictor blocks
-predictor_dim = 512            # predictor width
-predictor_heads = 8            # predictor attention heads
+predictor_depth: int = 12      # predictor blocks
+predictor_dim: int = 512       # predictor width
+predictor_heads: int = 8       # predictor attention heads
 masks: list[Literal["short", "long", "ratio"]] = ["short", "long"]  # mask families, all predicted in each step
 loss: Literal["mse", "l1", "smooth_l1"] = "mse"  # error of a prediction (pixels: mse)
 target_norm: Literal["none", "layer_norm", "standardise"] = "none"  # of latents; standardise is by position and channel
-vicreg_variance = 0.0          # weight of VICReg's variance penalty on the predictions; 0 is off
-vicreg_covariance = 0.0        # weight of its covariance penalty
+vicreg_variance: float = 0.0   # weight of VICReg's variance penalty on the predictions; 0 is off
+vicreg_covariance: float = 0.0 # weight of its covariance penalty
 # optimisation
-batch_size = 24                # clips a step
-epochs = 10                    # passes over the training clips
+batch_size: int = 24           # clips a step
+epochs: int = 10               # passes over the training clips
 max_steps: int | None = None   # steps instead of epochs; sets the length of the schedules too
-lr = 2e-4                      # peak learning rate
-lr_end = 1e-5                  # at the end of the cosine
+lr: float = 2e-4               # peak learning rate
+lr_end: float = 1e-5           # at the end of the cosine
 warmup: int | None = None      # steps of linear warm-up [min(2000, 10 % of the steps)]
 betas = (0.9, 0.95)            # AdamW
-eps = 1e-8                     # AdamW
-weight_decay = 0.04            # at the start, on matrices only
-weight_decay_end = 0.4         # at the end of its cosine
-grad_clip = 0.02               # global norm; the log says in how many steps it bites. 0 is off
-accumulate = 1                 # N: a batch goes through in N parts; activations take 1/N of their memory, batch and schedules stay
+eps: float = 1e-8              # AdamW
+weight_decay: float = 0.04     # at the start, on matrices only
+weight_decay_end: float = 0.4  # at the end of its cosine
+grad_clip: float = 0.02        # global norm; the log says in how many steps it bites. 0 is off
+accumulate: int = 1            # N: a batch goes through in N parts; activations take 1/N of their memory, batch and schedules stay
 recompute = False              # keep only the blocks' inputs for the backward pass: fewer activations in memory, up to a third more time
 fsdp = False                   # under torchrun: split weights, gradients and moments over the ranks (FSDP2), for students that do not fit one GPU; implies --recompute
 compile: Literal["auto", "on", "off"] = "auto"  # torch.compile over the blocks; auto: on a GPU alone (on a CPU it gains 0 - 5 %)
-ema = 0.0                      # decay of a moving average of all weights, 0.999 say, kept beside them; 0 is off
+ema: float = 0.0               # decay of a moving average of all weights, 0.999 say, kept beside them; 0 is off
 # the run
 run_name = "salt"              # first part of <run>
-seed = 0                       # of weights, masks and order
-eval_seed = 1                  # of the masks in held-out evaluation
+seed: int = 0                  # of weights, masks and order
+eval_seed: int = 1             # of the masks in held-out evaluation
 eval_every: int | None = None  # steps between held-out evaluations [once an epoch]
-val_batches = 20               # batches an evaluation
-longest_seconds = 60.0         # a clip that spans more of a video is warned of, once
-stats_clips = 256              # training clips that give R2's per-position mean where the cache has none
-save_every = 500               # steps between last.pth
-save_minutes = 15.0            # minutes after which it is saved at the latest; 0: by steps alone
-log_every = 20                 # steps between log lines
-skip_limit = 10                # steps in a row whose loss or gradient is not finite, after which the run stops with a diagnosis; fewer are skipped
+val_batches: int = 20          # batches an evaluation
+longest_seconds: float = 60.0  # a clip that spans more of a video is warned of, once
+stats_clips: int = 256         # training clips that give R2's per-position mean where the cache has none
+save_every: int = 500          # steps between last.pth
+save_minutes: float = 15.0     # minutes after which it is saved at the latest; 0: by steps alone
+log_every: int = 20            # steps between log lines
+skip_limit: int = 10           # steps in a row whose loss or gradient is not finite, after which the run stops with a diagnosis; fewer are skipped
 resume: str | None = None      # auto (the furthest whole checkpoint of this run_name; afresh where there is none), or a run's name, folder, log or last.pth
 wandb: str | None = None       # project of Weights & Biases to log to as well (pip install wandb)
 tensorboard = False            # log to checkpoints/<run>/tensorboard as well (pip install tensorboard)
@@ -101,7 +101,7 @@ settings = config.apply(globals(), least=dict.fromkeys((
     "accumulate", "eval_every", "val_batches", "stats_clips", "save_every", "log_every", "skip_limit", "threads", "compute_threads"), 1))
 config.check_paths(cache=cache, val_cache=val_cache, data=data, teacher=teacher)
 if resume not in (None, "auto", ""):
-    runs.checkpoint_of(resume, "last.pth", checkpoints, run_logs)
+    runs.to_resume(resume, checkpoints, run_logs)
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages on a CPU
 import torch  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
@@ -164,6 +164,7 @@ def on_signal(number, frame):
         log.status = "stopped"
         sys.exit(128 + number)
     if received and time.monotonic() > received[1] + 2:
+        log.status = "stopped"
         sys.exit(128 + number)
     if not received:
         received[:] = number, time.monotonic()
@@ -459,11 +460,14 @@ def best_so_far():
     if step < min(eval_every if held_out else epoch_length, total_steps) and not os.path.isfile(path):
         return best
     try:
-        load_checkpoint(path)
+        found = load_checkpoint(path)
     except InputError as error:
         log(f"left behind: {error}; the next evaluation makes a new best.pth")
         return nothing
-    return best
+    its = found.get("best", best)
+    if its != best:  # of a later step than what is gone on from, or of another branch: it is the file that must be beaten
+        log(f"best.pth is of step {found['step']}, its figure is {its:.6g}: the next better evaluation takes its place")
+    return its
 
 
 nothing = -math.inf if held_out else math.inf

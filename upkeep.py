@@ -90,7 +90,7 @@ def verify_clips(folder, rows, threads, progress=lambda records: records):
 
     rows: of the list, data.Row; progress wraps the records. Returns problems, a line each.
     """
-    source = Records(open_cache(folder), rows)
+    source = Records(open_cache(folder), rows, changed_too=True)
 
     def problem_of(record):
         patches = np.empty(source.patch_shape, np.uint8)

@@ -4,7 +4,7 @@ The textbook step: a Conv3d embeds every patch and the context is gathered after
 compared by mse_loss; clip_grad_norm_ and AdamW go tensor by tensor; autocast to bfloat16, scaled_dot_product_attention, no compilation. Ours is the
 loop of train.py. Both start from the same weights and see the same clips and masks; their losses must agree. They take turns in one process, and so do
 our variants: torch.compile over the blocks (with and without CUDA graphs), recomputation, families one after another, and clips from a cache while the loader runs.
-Peak memory is that of a process of its own. MFU is the share of the bf16 matrix rate measured in this run (budget.py counts the operations).
+Peak memory is that of a process of its own. MFU is the share of the matrix rate measured in this run (budget.py counts the operations).
 """
 import json as json_format
 import math
@@ -24,6 +24,7 @@ import config
 sizes = ["base", "large"]        # students
 batch_sizes = [2]                # clips a step
 device: Literal["cpu", "cuda"] = "cpu"  # cpu or cuda
+dtype: Literal["bf16", "fp32"] = "bf16"  # compute of both; attention is always measured in bf16
 rounds = 6                       # turns of each, the first of which is a warm-up
 variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "loader"]] = ["textbook", "ours", "compiled", "recompute", "apart", "loader"]  # who takes turns; with compiled on a GPU CUDA graphs and --deterministic, too, alone
 attention = True                 # also the ways to give two families one pass of attention, forward and backward
@@ -146,7 +147,7 @@ class Textbook:
         wait()
         start, total = time.perf_counter(), 0
         video = (video.float() / 255 - self.mean) / self.std
-        with torch.autocast(device, torch.bfloat16, enabled=half):
+        with torch.autocast(device, torch.bfloat16, enabled=half and dtype == "bf16"):
             for number, masks in enumerate(batch.masks.values()):
                 prediction = self.predictor(self.encoder(video, masks.context), masks, number)
                 target = batch.latents.gather(1, masks.target[..., None].expand(-1, -1, D)).float()
@@ -185,7 +186,7 @@ class Ours:
         if phases is None:
             wait()
         start = self.last = time.perf_counter()
-        model.cast_matrices(self.salt, "bf16")
+        model.cast_matrices(self.salt, dtype)
         mark("cast")
         if apart:
             error = sum(self.forward_backward(batch, {family: masks}, 1 / len(FAMILIES), mark) for family, masks in batch.masks.items()) / len(FAMILIES)
@@ -386,8 +387,8 @@ if curves:
     sys.exit(0)
 print("to reach: 1.5x the textbook on a CPU, with less memory; on one H200 50 % MFU and 240 clips/s of ViT-L with the loader running", flush=True)
 found, results = bench.machine(device), {"attention": [], "steps": [], "memory": []}
-rate = results["matrix_rate"] = budget.matrix_rate(torch.device(device), "bf16", 1.0)
-print(f"bf16 matrix rate {rate / 1e12:.2f} TFLOP/s", flush=True)
+rate = results["matrix_rate"] = budget.matrix_rate(torch.device(device), dtype, 1.0)
+print(f"{dtype} matrix rate {rate / 1e12:.2f} TFLOP/s", flush=True)
 for batch_size in batch_sizes:
     if attention:
         results["attention"] += bench_attention(batch_size, {"student (large)": (tuple(c for c, _ in COUNTS), 16, 64), "predictor": (tuple(c + t for c, t in COUNTS), 8, 64)})

@@ -120,6 +120,14 @@ def test_help_of_every_stage_has_a_comment_a_setting(stage):
     assert shown.returncode == 0 and all(f"--{name} " in shown.stdout for name in comments)
 
 
+def test_a_whole_number_edited_in_place_leaves_a_setting_what_it_is(tmp_path):
+    script = tmp_path / "stage.py"
+    script.write_text("import config\nrate: float = 1\nsettings = config.apply(globals(), argv=[], environ={'RATE': '0.5'})\n")
+    assert runpy.run_path(str(script))["settings"] == {"rate": 0.5}
+    script.write_text("import config\nrate: float = 1\nsettings = config.apply(globals(), argv=[], environ={})\n")
+    assert repr(runpy.run_path(str(script))["settings"]) == "{'rate': 1.0}"
+
+
 @pytest.mark.parametrize("edit, message", [
     ('dtype: Literal["bf16", "fp32"] = "bfloat16"', "has dtype = 'bfloat16'; it takes bf16|fp32"), ("rate = None", "has rate = None; it takes a value"),
     ('masks: list[Literal["short", "long"]] = "short"', "has masks = 'short'; it takes short|long,..."), ('masks: list[Literal["short", "long"]] = ["shrt"]', "has masks = "),

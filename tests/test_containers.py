@@ -167,3 +167,28 @@ def test_a_video_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, code
     assert len(said) == len(watch.short) == noted
     if noted:
         assert f"{path} ends after " in said[0] and (" of 40" in said[0] or " of 4 s" in said[0])
+
+
+@pytest.mark.parametrize("suffix, sound", [("webm", "libopus"), ("mkv", "aac")])
+def test_a_video_with_sound_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, sound):
+    """The container's duration may be that of its sound; the track's own says it."""
+    path = tmp_path / f"v.{suffix}"
+    frames = np.random.default_rng(0).integers(0, 255, (80, 48, 64, 3), np.uint8)
+    with av.open(str(path), "w") as container:
+        video, audio = container.add_stream("libvpx", rate=10), container.add_stream(sound, rate=48000)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for i, frame in enumerate(frames):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 4800), np.float32), "fltp", "mono")
+            samples.sample_rate, samples.pts = 48000, 4800 * i
+            container.mux(audio.encode(samples))
+        container.mux(video.encode(None))
+        container.mux(audio.encode(None))
+    said, watch = [], data.OddVideos()
+    watch.watch(60.0, said.append)
+    monkeypatch.setattr(data, "odd_videos", watch)
+    data.read_clip(str(path), VIEWS[0])
+    assert said == []
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    data.read_clip(str(path), VIEWS[0])
+    assert len(said) == 1 and " of 8 s: was it cut short?" in said[0]

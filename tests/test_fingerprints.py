@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import weights
-from cache import open_cache
+from cache import metadata_digest, open_cache
+from config import InputError
+from data import Records, load_split
 from tests.stages import SMALL, VIEW, error_of, moving_square, run, run_folder
 from tests.test_data import write_video
 from views import View
@@ -25,6 +27,9 @@ def thin(world, tmp_path_factory):
     teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
     shutil.copy(teacher, home / "teacher.pth")
     run(home, "cache_latents", "--data", "data", "--teacher", "teacher.pth", "--clips", "off", "--out", "thin")
+    metadata = json.loads((home / "thin" / "metadata.json").read_text())
+    del metadata["sources_sha256"]  # sizes of files would give most of it away: here pixels must
+    (home / "thin" / "metadata.json").write_text(json.dumps({**metadata, "checksum": metadata_digest(metadata)}))
     run(home, "cache_latents", "--data", "data", "--teacher", "none", *VIEW, "--out", "clips")
     run(home, "cache_latents", "--clips_from", "clips", "--teacher", "teacher.pth", "--out", "over")
     return home
@@ -137,6 +142,18 @@ def test_a_teacher_on_the_fly_decides_the_clips(world, tmp_path):
     said = run(tmp_path, "train", "--data", world / "data", "--teacher", teacher, *TRAIN, "--stats_clips", "4")
     assert "grid (2, 3, 3)" in said and '"frames": 4, "resolution": 48, "patch": 16' in said
     assert "takes 4 frames of 48 pixels" in error_of(tmp_path, "train", "--data", world / "data", "--teacher", teacher, *TRAIN, "--frames", "8")
+
+
+def test_training_that_decodes_looks_at_every_stretch_and_size(world, tmp_path):
+    """Beside the pixels of the first clips and of some: what changed is known before the first step."""
+    for i in range(6):
+        shutil.copy(world / "data" / "videos" / f"{i}.webm", tmp_path / f"{i}.webm")
+    rows = lambda end: "path,start,end,id\n" + "".join(f"{i}.webm,0,{end if i == 4 else 0.5},ep{i}\n" for i in range(6))
+    (tmp_path / "train.csv").write_text(rows(0.5))
+    run(tmp_path, "cache_latents", "--data", ".", "--teacher", next(world.glob("checkpoints/teacher_*/best.pth")), "--clips", "off", "--out", "c")
+    (tmp_path / "train.csv").write_text(rows(0.6))
+    with pytest.raises(InputError, match="the video 'ep4' has another size now, or its start and end were changed"):
+        Records(open_cache(tmp_path / "c"), load_split(str(tmp_path), "train"))
 
 
 def test_a_teacher_brings_the_cut_of_its_clips(world, tmp_path):

@@ -125,7 +125,7 @@ def test_every_way_to_name_a_run(tmp_path, plot, given):
             }[given.split()[0]]
     run = plot(word)[0]["runs"][0]
     assert run["run"] == RUN and run["minimum"]["loss"] == round(losses.min(), 6) and run["source"].endswith("metrics.jsonl") and run["settings"] == SETTINGS
-    assert run["notes"] == (["the latest of 2 runs named wide"] if given == "run_name" else [])
+    assert run["notes"] == (["of 2 runs named wide that with the latest date"] if given == "run_name" else [])
 
 
 def test_log_alone_and_metrics_alone(tmp_path, plot):
@@ -389,3 +389,15 @@ def test_a_row_may_hold_a_training_loss_and_a_held_out_figure(tmp_path, plot):
     path.write_text("".join(json.dumps({"step": step, "loss": 10 - step / 100, **({"val_r2": 0.5} if step % 100 == 0 else {})}) + "\n" for step in range(10, 501, 10)))
     run = plot("metrics.jsonl")[0]["runs"][0]
     assert run["minimum"]["step"] == 500 and run["minimum"]["loss"] == 5.0
+
+
+@pytest.mark.parametrize("line", ["[val] step {} loss 9.0", "Validation: step {}, loss 9.0", "step {} valid_loss 9.0", "eval step {}: loss 9.0", "step {} val: loss 9.0", "step {} dev loss 9.0", "step {} best loss 9.0",
+                                  "step {} eval_loss 9.0"])
+def test_a_validation_line_of_other_code_is_no_training_loss(tmp_path, plot, line):
+    rows = []
+    for step in range(100, 2001, 100):
+        rows.append(f"test.py:33 step {step} loss {5 - step / 1000}")
+        rows += [line.format(step)] * (step % 500 == 0)
+    (tmp_path / "x.log").write_text("\n".join(rows))
+    run = plot("x.log")[0]["runs"][0]
+    assert run["minimum"]["step"] == 2000 and run["minimum"]["loss"] == 3.0 and run["last"]["mean"] == pytest.approx(3.95)

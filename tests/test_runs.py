@@ -543,3 +543,38 @@ def test_a_tracker_that_is_missing_changes_nothing(world, tmp_path):
     (tmp_path / "wandb.py").write_text("raise ImportError")
     assert "pip install wandb" in error_of(tmp_path, "train", *flags, "--resume", folder / "kept.pth", "--wandb", "p", PYTHONPATH=str(tmp_path))
     assert content_of(folder) == before
+
+
+def test_only_previous_is_gone_on_with_by_every_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = run_with_log(tmp_path, f"salt{STAMP}", 5)
+    (folder / "last.pth").rename(folder / "previous.pth")
+    for word in ("salt", str(folder), "auto"):
+        found = opened(tmp_path, word)
+        assert found.content["step"] == 5 and found.path.endswith("previous.pth")
+        found.file.close()
+    assert runs.to_resume("salt", "checkpoints", "run_logs") == f"checkpoints/salt{STAMP}"
+    (folder / "previous.pth").unlink()
+    with pytest.raises(InputError, match="has no last.pth"):
+        runs.to_resume("salt", "checkpoints", "run_logs")
+
+
+def test_the_best_is_the_one_in_the_file(world, tmp_path):
+    """A last.pth of before it was put back: the threshold is the file's own figure, which a worse one does not replace."""
+    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--eval_every", "1", "--save_every", "2", "--max_steps", "12", "--run_name", "r"]
+    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    process.wait()
+    folder, = (tmp_path / "checkpoints").iterdir()
+    shutil.copy(folder / "last.pth", tmp_path / "backup.pth")
+    run(tmp_path, "train", *flags, "--resume", "auto")
+    best = weights.load_checkpoint(folder / "best.pth")
+    weights.save_checkpoint(str(folder / "best.pth"), {**best, "best": 0.9, "step": 11})  # better than all that comes
+    shutil.copy(tmp_path / "backup.pth", folder / "last.pth")
+    said = run(tmp_path, "train", *flags, "--resume", "auto")
+    assert "best.pth is of step 11, its figure is 0.9: the next better evaluation takes its place" in said
+    assert weights.load_checkpoint(folder / "best.pth")["best"] == 0.9 and weights.load_checkpoint(folder / "last.pth")["best"] == 0.9

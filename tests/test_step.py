@@ -443,7 +443,7 @@ def test_compiled_blocks_are_compiled_once_and_agree():
 
 def test_bench_compares_and_counts(tmp_path):
     done = subprocess.run([sys.executable, "bench.py", "step", "--sizes", "tiny", "--batch_sizes", "1", "--rounds", "3", "--variants", "textbook,ours,apart,loader", "--no_memory", "--no_attention",
-                           "--clips", "4", "--folder", str(tmp_path), "--json", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+                           "--clips", "4", "--dtype", "fp32", "--folder", str(tmp_path), "--json", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     step, = json.loads(next(tmp_path.glob("step-cpu-*.json")).read_text())["results"]["steps"]
     assert set(step["seconds"]) == {"textbook", "ours", "apart", "loader"} and len(step["losses"]) == 3 and "x the textbook's speed" in done.stdout
