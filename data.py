@@ -102,7 +102,7 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
                              f"give the folder, with a list a split, or another name")
         count = len(rows)
         rows = rows if own else hashed_split(rows, split)
-        left = "" if own else f", split by a hash of the id; the other {count - len(rows)} are held out, or trained on"
+        left = "" if own else f", split by a hash of the id; {count - len(rows)} rows are the other split's"
         log(f"{split}: {len(rows)} rows of {folder}{left}")
     elif not os.path.isdir(folder):
         raise InputError(f"there is no data folder {folder}; --data names the folder that holds the videos and their lists")
