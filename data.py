@@ -169,13 +169,16 @@ def refuse_shared_frames(folder, split, splits_dir, rows, log):
             # Where neither has stretches, equal frames are equal clips, which fingerprints tell.
             if path and (path.endswith(".csv") or any(map(is_stretch, rows))):
                 others.append((other, read_list(path, folder)))
+    # A look at every file, which takes a minute over a network, only where there are stretches.
+    stretched = any(map(is_stretch, itertools.chain(rows, *(found for _, found in others))))
+    key = file_of if stretched else str
     stretches = {}
     for other, found in others:
         for row in found:
             if row.path:
-                stretches.setdefault(file_of(row.path), []).append((other, row))
+                stretches.setdefault(key(row.path), []).append((other, row))
     for row in rows:
-        for other, twin in stretches.get(file_of(row.path), ()) if stretches and row.path else ():
+        for other, twin in stretches.get(key(row.path), ()) if stretches and row.path else ():
             if overlap(row, twin):
                 raise InputError(
                     f"{row.path} is in the split {split!r} as {row.id!r} and in the split {other!r} "
@@ -297,7 +300,7 @@ def refuse_hidden_splits(folder, found):
         )
     if len(lists) > 1:
         raise InputError(
-            f"{folder} holds {' and '.join(sorted(lists.values()))}, which are not read under these names; "
+            f"{folder} holds {' and '.join(sorted(lists.values()))}, which are not read under these names (move them away, if they are no lists); "
             f"lists are {', '.join(list_names('train')[:2])} or train.csv, and likewise for validation and test"
         )
 

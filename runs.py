@@ -425,9 +425,9 @@ class Run:
 
     def begin(self, log, step):
         """List this start: the path of its log, the step it begins at and its process. What it goes on from becomes last.pth; what is damaged,
-        of a later step, on the branch that is left, stays beside it under another name. Returns that of best.pth where it is one."""
+        of a later step, on the branch that is left, stays beside it under another name."""
         last, previous, best = (os.path.join(self.folder, f"{name}.pth") for name in ("last", "previous", "best"))
-        left, left_best = os.path.join(self.folder, f"left_behind_by_{os.path.basename(log).removesuffix('.log')}"), None
+        left = os.path.join(self.folder, f"left_behind_by_{os.path.basename(log).removesuffix('.log')}")
         if self.goes_on_in_place and not (os.path.isfile(last) and os.path.samefile(self.path, last)):
             import weights
             source = self.path
@@ -440,7 +440,6 @@ class Run:
                     os.replace(previous, f"{left}_previous.pth")
                 if os.path.isfile(best) and weights.step_and_run(best)[0] > step:
                     os.replace(best, f"{left}_best.pth")
-                    left_best = f"{os.path.basename(left)}_best.pth"
             if os.path.isfile(last):
                 try:
                     os.link(last, f"{left}.pth")  # and last.pth is there all the time
@@ -452,7 +451,6 @@ class Run:
         torn = not ("\n" + self.file.read()).endswith("\n")  # by a full disk
         self.file.write("\n" * torn + json.dumps(entry) + "\n")
         self.file.flush()
-        return left_best
 
     def leave(self):
         """A start that failed before its first checkpoint leaves no folder of its own behind."""

@@ -52,7 +52,7 @@ masks: list[Literal["short", "long", "ratio"]] = ["short", "long"]  # mask famil
 loss: Literal["mse", "l1", "smooth_l1"] = "mse"  # error of a prediction (pixels: mse)
 target_norm: Literal["none", "layer_norm", "standardise"] = "none"  # of latents; standardise is by position and channel
 vicreg_variance: float = 0.0   # weight of VICReg's variance penalty on the predictions; 0 is off
-vicreg_covariance: float = 0.0 # weight of its covariance penalty
+vicreg_covariance: float = 0.0  # weight of its covariance penalty
 # optimisation
 batch_size: int = 24           # clips a step
 epochs: int = 10               # passes over the training clips
@@ -202,8 +202,9 @@ if source and "test" in source.metadata["split"].split("+"):
     raise InputError(f"{cache} was made from the test split, which is not for training; use one of the train split")
 if source:
     view, patch_size, tubelet = source.view, source.patch, source.tubelet
+    asked = {"frames": frames, "resolution": resolution, "patch": patch, "split": split if "split" in config.given else None}
     for name, theirs in (("frames", view.frames), ("resolution", view.size), ("patch", patch_size), ("split", source.metadata["split"])):
-        if (name in config.given or name != "split" and settings[name] is not None) and settings[name] != theirs:
+        if asked[name] not in (None, theirs):
             raise InputError(f"--{name} is {settings[name]}, but the clips of {cache} have {name} {theirs}; leave the flag out, or "
                              f"make another cache")
     clips = Records(source, load_split(data, source.metadata["split"], splits_dir, log) if data and not source.has_patches else None)
@@ -455,7 +456,7 @@ previous = os.path.join(directory, "previous.pth")
 
 
 def best_so_far():
-    """`best`; or nothing, where the best.pth that it is the figure of is not there or damaged."""
+    """The figure of best.pth; or what it is at the start, where that file is damaged, or of a branch that was left."""
     path = os.path.join(directory, "best.pth")
     if step < min(eval_every if held_out else epoch_length, total_steps) and not os.path.isfile(path):
         return best
@@ -463,25 +464,21 @@ def best_so_far():
         found = load_checkpoint(path)
     except InputError as error:
         log(f"left behind: {error}; the next evaluation makes a new best.pth")
-        return nothing
+        return -math.inf if held_out else math.inf
     its = found.get("best", best)
     if its != best:  # of a later step than what is gone on from, or of another branch: it is the file that must be beaten
         log(f"best.pth is of step {found['step']}, its figure is {its:.6g}: the next better evaluation takes its place")
     return its
 
 
-nothing = -math.inf if held_out else math.inf
+ranks.first(lambda: opened[0].begin(log.path, step))
 if saved:
     best = ranks.first(best_so_far)
     saved = None  # its memory is wanted
-left_best = ranks.first(lambda: opened[0].begin(log.path, step))
 metrics = Metrics(directory, step if origin else -1)
 if metrics.damaged:
     log(f"{metrics.path}: {metrics.damaged} torn or damaged lines are left out")
 ranks.first(lambda: metrics.follow(run, settings, directory, wandb, tensorboard))
-if left_best:
-    best = nothing
-    log(f"best.pth was of a later step, on the branch that is left: it is {left_best} now, and the next evaluation makes a new one")
 failures = set()
 
 

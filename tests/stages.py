@@ -41,6 +41,19 @@ def start(words, folder, limit=300, before=None, **environ):
     return process
 
 
+def stopped_at(beginning, words, folder, number=signal.SIGTERM, **environ):
+    """Start a process and, at the first line with that beginning, signal it; returns what it printed, when it has ended."""
+    process, said = start(words, folder, **environ), ""
+    for line in process.stdout:
+        said += line
+        if line.startswith(beginning):
+            process.send_signal(number)
+            break
+    said += process.stdout.read()
+    process.wait()
+    return said
+
+
 def error_of(folder, script, *flags, **environ):
     """The one line that a failing stage ends in."""
     text = run(folder, script, *flags, code=1, **environ)

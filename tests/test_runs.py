@@ -15,7 +15,7 @@ import ranks
 import runs
 import weights
 from config import InputError
-from tests.stages import ROOT, SMALL, error_of, run, run_folder, start
+from tests.stages import ROOT, SMALL, error_of, run, run_folder, start, stopped_at
 from tests.test_config import apply
 
 STAMP = "_20260102_030405_pid7"
@@ -117,7 +117,7 @@ def test_a_branch_that_is_left_is_left_with_all_its_checkpoints(tmp_path):
     for name, step in (("last.pth", 60), ("previous.pth", 40), ("best.pth", 55), ("kept.pth", 20)):
         checkpoint(folder, name, step)
     found = opened(tmp_path, str(folder / "kept.pth"))
-    assert found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20) == "left_behind_by_salt_9_best.pth"
+    found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20)
     found.file.close()
     assert {path.name: weights.step_and_run(path)[0] for path in folder.glob("*.pth")} == {
         "last.pth": 20, "kept.pth": 20, "left_behind_by_salt_9.pth": 60, "left_behind_by_salt_9_previous.pth": 40, "left_behind_by_salt_9_best.pth": 55}
@@ -126,19 +126,13 @@ def test_a_branch_that_is_left_is_left_with_all_its_checkpoints(tmp_path):
 
 def test_a_step_back_makes_a_best_of_its_own(world, tmp_path):
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--max_steps", "8", "--eval_every", "2", "--save_every", "2", "--run_name", "r"]
-    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path)
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stdout.read()
-    assert process.wait() == 128 + signal.SIGTERM
+    stopped_at("step 2/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
     folder, = (tmp_path / "checkpoints").iterdir()
     shutil.copy(folder / "last.pth", folder / "kept.pth")
     run(tmp_path, "train", *flags, "--resume", "auto")
     figures = weights.load_checkpoint(folder / "best.pth")
     said = run(tmp_path, "train", *flags, "--resume", folder / "kept.pth")
-    assert "best.pth was of a later step, on the branch that is left" in said
+    assert "left behind: " in said and "best.pth; the next evaluation makes a new best.pth" in said
     again = weights.load_checkpoint(folder / "best.pth")
     assert (again["step"], again["best"]) == (figures["step"], figures["best"]) and len(list(folder.glob("left_behind_by_*_best.pth"))) == 1
 
@@ -195,22 +189,10 @@ def test_a_run_is_gone_on_with_by_its_own_name(world, tmp_path):
 def test_a_copy_that_is_gone_on_with_is_a_run_of_its_own_from_its_first_moment(world, tmp_path):
     """Its last.pth says so, and is there before its first step: killed there, it goes on from there."""
     flags = ["--cache", world / "latents", *SMALL, "--save_every", "4", "--run_name", "r", "--epochs", "500"]
-    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path)
-    for line in process.stdout:
-        if line.startswith("step 6/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stdout.read()
-    process.wait()
+    stopped_at("step 6/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
     first, = (tmp_path / "checkpoints").iterdir()
     first.rename(tmp_path / "kept")
-    process = start([sys.executable, ROOT / "train.py", *flags, "--resume", "kept/last.pth"], tmp_path)
-    for line in process.stdout:
-        if line.startswith("step "):
-            process.kill()
-            break
-    process.stdout.read()
-    process.wait()
+    stopped_at("step ", [sys.executable, ROOT / "train.py", *flags, "--resume", "kept/last.pth"], tmp_path, signal.SIGKILL)
     second, = (tmp_path / "checkpoints").iterdir()
     saved = weights.load_checkpoint(second / "last.pth")
     assert saved["run"] == second.name != first.name and saved["step"] >= 6
@@ -279,23 +261,9 @@ def test_a_run_of_an_odd_name_is_resumed_in_place_beside_its_copies(world, tmp_p
 
 def test_another_kernel_set_is_announced(world, tmp_path):
     flags = ["--cache", world / "latents", *SMALL, "--save_every", "2", "--run_name", "k"]
-    process = start([sys.executable, ROOT / "train.py", *flags, "--epochs", "500"], tmp_path)
-    for line in process.stdout:
-        if line.startswith("step 4/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stdout.read()
-    process.wait()
+    stopped_at("step 4/", [sys.executable, ROOT / "train.py", *flags, "--epochs", "500"], tmp_path)
     quick = [sys.executable, ROOT / "train.py", *flags, "--epochs", "500", "--resume", "auto"]
-    process = start(quick, tmp_path, SALT_OPS="reference")
-    said = ""
-    for line in process.stdout:
-        said += line
-        if line.startswith("step "):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stdout.read()
-    process.wait()
+    said = stopped_at("step ", quick, tmp_path, SALT_OPS="reference")
     assert re.search(r"it ran under .*'simd': 'avx.*now under .*'simd': 'none'", said) or "salt_ops is not in use" in said and "it ran under" in said
 
 
@@ -562,13 +530,7 @@ def test_only_previous_is_gone_on_with_by_every_name(tmp_path, monkeypatch):
 def test_the_best_is_the_one_in_the_file(world, tmp_path):
     """A last.pth of before it was put back: the threshold is the file's own figure, which a worse one does not replace."""
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--eval_every", "1", "--save_every", "2", "--max_steps", "12", "--run_name", "r"]
-    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path)
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stdout.read()
-    process.wait()
+    stopped_at("step 2/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
     folder, = (tmp_path / "checkpoints").iterdir()
     shutil.copy(folder / "last.pth", tmp_path / "backup.pth")
     run(tmp_path, "train", *flags, "--resume", "auto")
