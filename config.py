@@ -15,7 +15,9 @@ import hashlib
 import math
 import os
 import re
+import signal
 import sys
+import time
 import tokenize
 import types
 import typing
@@ -56,7 +58,8 @@ def report_in_one_line(kind, error, traceback):
     script = os.path.basename(sys.argv[0])
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if issubclass(kind, InputError) and not started and os.environ.get("LOCAL_RANK", "0") != "0":
-            return
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(20)  # the machine's first rank meets the same and says so, and torchrun ends this one then; only where it does not, this one speaks
         script = f"{script}, rank {os.environ.get('RANK')}"
         if issubclass(kind, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "connection")):
             kind, error = InputError, InputError(f"another rank is gone, or cannot be reached ({' '.join(str(error).split())[:200]}); its own line says why. In training torchrun "

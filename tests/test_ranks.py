@@ -162,10 +162,24 @@ def test_what_happens_to_one_rank_alone_is_said(world, tmp_path):
     assert "train.py, rank 1: error: the GPU is out of memory; in training give --accumulate 2" in text, text
 
 
+SLOW_TO_SPEAK = """
+import builtins, os, time
+said = print
+def late(*words, **how):
+    if os.environ.get("LOCAL_RANK") == "0" and ": error: " in str(words):
+        time.sleep(3)
+    said(*words, **how)
+builtins.print = late
+"""
+
+
 def test_wrong_inputs_under_torchrun_are_said_once(alone, world, tmp_path):
+    """However late rank 0 comes to speak: torchrun ends it when another rank has ended."""
     _, flags = alone
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "sitecustomize.py").write_text(SLOW_TO_SPEAK)
     for more, restarts, message in ((["--batch_size", "5"], 0, "2 ranks do not divide --batch_size 5"), (["--run_name", "x"], 1, "give --resume auto"), (["--cache", "nowhere"], 0, "nowhere is no cache")):
-        text = finish(launch(2, tmp_path, *flags, *more, restarts=restarts), 1)
+        text = finish(launch(2, tmp_path, *flags, *more, restarts=restarts, path=tmp_path / "late"), 1)
         lines = [line for line in text.splitlines() if "train.py, rank" in line and ": error: " in line]
         assert len(lines) == 1 + restarts and all(message in line and "rank 0" in line for line in lines), text
     assert "--fsdp splits the model over ranks" in run(tmp_path, "train", *flags, "--fsdp", code=1)

@@ -287,7 +287,8 @@ def test_failures_of_training_and_held_out_videos_are_told_apart(world, tmp_path
     for split in ("train", "validation"):
         said = run(tmp_path, "cache_latents", "--data", ".", "--split", split, "--teacher", teacher, "--clips", "off", "--out", split)
         assert "clips: left out" in said
-        (tmp_path / "videos" / ("0.webm" if split == "train" else "18.webm")).write_bytes(b"junk")
+        broken = tmp_path / "videos" / ("0.webm" if split == "train" else "18.webm")
+        broken.write_bytes(b"junk".ljust(broken.stat().st_size, b"\0"))  # of another size it would be refused before the first step
     run(tmp_path, "train", "--cache", "train", "--val_cache", "validation", "--data", ".", "--epochs", "3", *SMALL)
     listed = [json.loads(line) for line in next(tmp_path.glob("checkpoints/*/failures.jsonl")).read_text().splitlines()]
     assert sorted((entry["part"], entry["record"]) for entry in listed) == [("held-out", 0), ("training", 0)]
