@@ -348,6 +348,12 @@ def source_mark(row):
         return 0
 
 
+def sources_of(folder, metadata):
+    """Cache.sources, a list, of a cache that may be broken elsewhere; 0 of each record where the file itself is."""
+    path = folder / "sources.npy"
+    return np.load(path).tolist() if path.is_file() and sha256(path) == metadata.get("sources_sha256") else [0] * metadata["count"]
+
+
 def same_clips(metadata, other):
     """Whether two caches hold the same clips of the same ids, record for record."""
     return all(metadata[name] == other[name] for name in ("ids_sha256", "fingerprints_sha256"))
@@ -590,7 +596,7 @@ class Writer:
         """[(row of the list, source_mark)] of the records that are made already; none of a finished cache that is damaged."""
         if self.finished:
             try:
-                sources, lost = Cache(self.folder).sources.tolist(), {json.loads(line)["row"] for line in (self.folder / "failures.jsonl").read_text().splitlines()}
+                sources, lost = sources_of(self.folder, read_metadata(self.folder)), {json.loads(line)["row"] for line in (self.folder / "failures.jsonl").read_text().splitlines()}
             except (InputError, OSError, ValueError, KeyError, TypeError):
                 return []
             return list(zip((row for row in range(self.plan["list_count"]) if row not in lost), sources))

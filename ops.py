@@ -47,10 +47,16 @@ def covers(architectures, capability):
     return False
 
 
+def constant(function):
+    """torch.compiler.assume_constant_result: a compiled caller keeps what it returned. That one imports the whole compiler, half of the time that a stage takes to start."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 _runs_on = {}
 
 
-@torch.compiler.assume_constant_result
+@constant
 def runs_on(gpu):
     """Whether the extension was built for the GPU of this number. Asked when a tensor is on one, so that a CPU run never wakes CUDA."""
     if gpu not in _runs_on:
@@ -150,7 +156,7 @@ def mask_counts(family, grid):
 _size_tables = {}
 
 
-@torch.compiler.assume_constant_result  # a compiled caller holds the table; it does not trace into numpy
+@constant  # a compiled caller holds the table; it does not trace into numpy
 def size_table(area, h, w, device):
     """Block sizes (h, w) of `area` of the frame, one for each of ASPECT_RATIOS aspect ratios: int32 [S, 2] on `device`.
 

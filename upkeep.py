@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cache import (SHARD_ROWS, Ids, Writer, brief, check_header, fingerprint, join_statistics, list_digest, open_cache, read_metadata, row_formats, same_clips, sha256,
-                   shard_name, write_whole)
+                   shard_name, sources_of, write_whole)
 from config import InputError
 from data import Records, prefetch
 
@@ -160,11 +160,7 @@ def reopen(writer, ids, readable=lambda row: False):
         if path.name != "lock":
             path.unlink()
     write_whole(partial / "plan.json", json.dumps(writer.plan, indent=1).encode())
-    try:
-        sources = open_cache(folder).sources.tolist()
-    except InputError:
-        sources = [0] * metadata["count"]
-    done = 0
+    sources, done = sources_of(folder, metadata), 0
     for number, shard in enumerate(metadata["shards"]):
         rows = range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, len(ids)))
         held = [kept[row] for row in rows if row in kept]

@@ -404,6 +404,13 @@ def test_a_compiled_step_is_one_graph_with_the_same_results():
     torch.testing.assert_close(found, expected)
 
 
+def test_what_a_compiled_caller_keeps_is_marked_without_the_compiler():
+    assert vars(ops.constant(lambda: None)) == vars(torch.compiler.assume_constant_result(lambda: None))
+    code = "import sys; import ops, cache, model; print('torch._dynamo' in sys.modules)"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_an_extension_of_other_sources_is_not_used(tmp_path):
     """A stand-in that says it was built from others; and the digest follows names and contents of csrc/."""
     (tmp_path / "salt_ops.py").write_text("def build_info():\n    return {'devices': ['cpu'], 'sources': 'ab', 'simd': 'avx2', 'amx': True, 'architectures': ''}\n")
