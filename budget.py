@@ -55,33 +55,34 @@ def step_flops(encoder, predictor, counts):
     return 3 * sum(part.forward for part in forward_parts(encoder, predictor, counts))
 
 
+def product_rate(device, dtype, side, least, seconds):
+    """Operations a second of products of two matrices of `side`: the fastest of at least `least`, and of as many as `seconds` hold."""
+    kind, wait = torch.bfloat16 if dtype == "bf16" else torch.float32, torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+    times, begin = [], time.perf_counter()
+    while len(times) < least or time.perf_counter() - begin < seconds:
+        wait()
+        start = time.perf_counter()
+        a @ b
+        wait()
+        times.append(time.perf_counter() - start)
+    return 2 * side ** 3 / min(times)
+
+
 def matrix_rate(device, dtype="bf16", seconds=0.2):
     """Operations a second of large matrix products on `device`, the best of repeated runs over about `seconds`: what MFU is a share of.
 
     A GPU that draws its full power for minutes clocks lower than this.
     """
-    kind, wait = torch.bfloat16 if dtype == "bf16" else torch.float32, torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def fastest(side, least, seconds):
-        a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
-        times, begin = [], time.perf_counter()
-        while len(times) < least or time.perf_counter() - begin < seconds:
-            wait()
-            start = time.perf_counter()
-            a @ b
-            wait()
-            times.append(time.perf_counter() - start)
-        return 2 * side ** 3 / min(times)
-
     if device.type == "cuda":
-        return fastest(8192, 4, seconds)
-    rate = fastest(512, 8, seconds)  # beside another job single products are slowed down tenfold; the best of many is not
-    return fastest(2048, 4, 2 * seconds) if 2 * 2048 ** 3 / rate < 1 else rate  # a CPU that emulates bfloat16 would take minutes
+        return product_rate(device, dtype, 8192, 4, seconds)
+    rate = product_rate(device, dtype, 512, 8, seconds)  # beside another job single products are slowed down tenfold; the best of many is not
+    return product_rate(device, dtype, 2048, 4, 2 * seconds) if 2 * 2048 ** 3 / rate < 1 else rate  # a CPU that emulates bfloat16 would take minutes
 
 
-def slow_bf16(device, dtype, rate=None):
-    """A line where this CPU multiplies matrices slower in bfloat16, at `rate` if it is known, than in float32; else None."""
-    if device.type == "cpu" and dtype == "bf16" and matrix_rate(device, "fp32") > (rate or matrix_rate(device, "bf16")):
+def slow_bf16(device, dtype):
+    """A line where this CPU multiplies matrices slower in bfloat16 than in float32; else None."""
+    if device.type == "cpu" and dtype == "bf16" and product_rate(device, "fp32", 512, 4, 0.05) > product_rate(device, "bf16", 512, 4, 0.05):
         return "this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice"
     return None
 

@@ -367,7 +367,7 @@ eval_every = eval_every or epoch_length
 log(f"{n} clips, view {view.hash()}, grid {grid}; {total_steps} steps of {batch_size}, {epoch_length} an epoch")
 clip_flops = budget.step_flops(encoder_config, predictor_config, [ops.mask_counts(family, grid) for family in masks])
 full_rate = 1e12 * matrix_rate if matrix_rate else budget.matrix_rate(device, dtype)
-if not matrix_rate and (faster := budget.slow_bf16(device, dtype, full_rate)):
+if not matrix_rate and (faster := budget.slow_bf16(device, dtype)):
     log(faster)
 in_force = {"frames": view.frames, "resolution": view.size, "patch": patch_size, "warmup": warmup, "eval_every": eval_every}
 log(f"in force {json.dumps(in_force)}")
