@@ -204,8 +204,8 @@ class Cache:
 
     @property
     def teacher_identity(self):
-        """What makes two teachers the same: weights, compute and pixel normalisation; None without latents."""
-        return self.teacher and {name: self.teacher[name] for name in ("sha256", "mean", "std", "compute")}
+        """What makes two teachers the same: weights, shape, compute and pixel normalisation; None without latents."""
+        return self.teacher and {name: self.teacher[name] for name in ("sha256", "mean", "std", "compute", "config") if name in self.teacher}
 
     def open_shard(self, kind, number):
         """(ops.File, the byte where its first record begins)."""
@@ -328,6 +328,14 @@ def read_metadata(folder):
 def content_digest(value):
     """SHA-256 of a value of plain types."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def agree_on(saved, now):
+    """Whether two identities say the same, as far as both say it: one that an older version wrote lacks what was added since. Of different kinds are two
+    that have nothing in common."""
+    if isinstance(saved, dict) and isinstance(now, dict) and saved.keys() & now.keys():
+        return all(agree_on(saved[name], now[name]) for name in saved.keys() & now.keys())
+    return saved == now
 
 
 def metadata_digest(metadata):
@@ -553,7 +561,7 @@ class Writer:
         begun = begun_plan(self.folder)
         if begun:
             for name, value in self.plan.items():
-                if begun.get(name) != value:
+                if not agree_on(begun.get(name), value):
                     grown = "; cache other videos apart, and --merge" if name.startswith("list_") else ""
                     raise InputError(f"{self.folder} was begun with another {name}: {brief(begun.get(name), value)} there, "
                                      f"{brief(value, begun.get(name))} asked for; choose another --out{grown}")

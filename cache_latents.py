@@ -32,7 +32,7 @@ clips: Literal["auto", "on", "off"] = "auto"  # keep the clips too, so that trai
 clips_from: str | None = None  # another cache: use its clips and ids instead of --data
 latents: Literal["f16", "i8"] = "f16"  # how latents are kept; i8 takes half the disk, a scale a clip and channel
 limit: int | None = None       # only the first so many rows of the list
-views = 1                      # clips a video: the plain one, then others with jittered crop and time
+views: int = 1                 # clips a video: the plain one, then others with jittered crop and time
 frames: int | None = None      # frames a clip (default: the teacher's, else 16)
 resolution: int | None = None  # pixels of the clip's side (default: the teacher's, else 224)
 patch: int | None = None       # pixels of a patch's side (default: the teacher's, else 16)
@@ -41,12 +41,12 @@ stride: int | None = None      # for --sampling stride (default: the teacher's, 
 crop: Literal["center", "squash"] | None = None  # the middle square, or the whole frame made square (default: the teacher's, else center)
 interpolation: Literal["bilinear", "bicubic", "area"] | None = None  # how frames are resized (default: the teacher's, else bilinear)
 longest_seconds = 60.0         # warn of a clip that spans more seconds: its frames lie far apart
-batch_size = 8                 # clips a teacher batch; fixed row ranges of the list, so part of the cache's identity
+batch_size: int = 8            # clips a teacher batch; fixed row ranges of the list, so part of the cache's identity
 threads = max(1, (os.cpu_count() or 1) // config.local_ranks())  # decoding threads [all cores, shared by a machine's ranks]
 dtype: Literal["bf16", "fp32"] = "bf16"  # the teacher's compute, part of its identity; bf16 costs 1e-4 of the latents' variance (docs/DATA.md)
 device = "auto"                # auto, cpu, cuda or cuda:1
 verify: str | None = None      # instead: check every byte of this cache against its checksums; with --data, every video against its clips
-repair = False                 # check the cache at --out first, and rebuild what is broken in it
+repair: bool = False           # check the cache at --out first, and rebuild what is broken in it
 merge: list[str] = []          # instead: join these caches of one view and teacher into --out; files are linked where they can be
 # -----------------------------------------------------------------------------------------------------------------------
 config.apply(globals(), least={"batch_size": 1, "threads": 1, "limit": 1, "views": 1, "frames": 1, "resolution": 1, "patch": 1, "stride": 1})
@@ -127,7 +127,8 @@ else:
     view = dataclasses.replace(view, **{name: value for name, value in asked.items() if value is not None})
     patch, tubelet = patch or (shape.patch if shape else 16), shape.tubelet if shape else 2
 if shape:
-    takes, have = {"frames": shape.frames, "resolution": shape.size, "patch": shape.patch}, {"frames": view.frames, "resolution": view.size, "patch": patch}
+    takes = {"frames": shape.frames, "resolution": shape.size, "patch": shape.patch, "tubelet": shape.tubelet}
+    have = {"frames": view.frames, "resolution": view.size, "patch": patch, "tubelet": tubelet}
     for name in takes:
         if takes[name] != have[name]:
             raise InputError(f"the teacher {teacher} takes {name} {takes[name]}, but the clips have {have[name]}; change "
@@ -177,7 +178,7 @@ def check_disk_space(rows, keep_clips, free):
 def plan_with(keep_clips):
     return {
         "split": source.metadata["split"] if source else split, "list_count": len(ids), "list_sha256": cache.list_digest(ids),
-        "teacher": encoder and {"name": encoder.name, "sha256": encoder.sha256, "dim": shape.dim, "mean": shape.mean, "std": shape.std, "compute": dtype},
+        "teacher": encoder and {"name": encoder.name, "dim": shape.dim, **encoder.identity},
         "view": view.to_dict(), "view_hash": view.hash(), "views": views, "patch": patch, "tubelet": tubelet,
         "dtype": {"f16": "float16", "i8": "int8"}[latents], "batch_size": batch_size, "latent_shape": [tokens, shape.dim] if shape else None,
         "patch_shape": [tokens, patch_dim], "clips": bool(keep_clips), "clips_from": os.path.relpath(os.path.realpath(clips_from), os.path.realpath(out)) if source else None}
@@ -302,7 +303,7 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
             shard.discard()
 bar.close()
 taken = time.perf_counter() - begin
-short = set().union(*ranks.gather(odd_videos.short))  # every shard is there
+broken = set().union(*ranks.gather(odd_videos.broken))  # every shard is there
 if to_make:
     log(f"{to_make / (time.perf_counter() - begin):.1f} clips/s; rank 0 waited for video {waited / taken:.0%} of its time")
 if rank == 0:
@@ -313,5 +314,5 @@ if rank == 0:
             f"{1 - metadata['lost_variance']:.6f} on the exact ones")
     log(f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape {json.dumps(metadata['latent_shape'])}"
         + (f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else "")
-        + (f"; {len(short)} videos end long before what they, or the list, say" if short else ""))
+        + (f"; {len(broken)} videos end long before what they, or the list, say, have holes or are damaged" if broken else ""))
 ranks.leave()

@@ -132,6 +132,12 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
             raise InputError(f"the split {split!r} of {folder} holds the id {row.id!r} twice; "
                              "ids must be unique (a CSV may have a column `id`)")
         seen.add(row.id)
+    places = [row[1:2] + row[3:] for row in rows if row.path]  # path, start, end
+    if again := len(places) - len(set(places)):
+        log(
+            f"{split}: {again} rows name a video (or stretch of one) that another row names, too: "
+            "each counts as a video of its own, also in intervals"
+        )
     return rows
 
 
@@ -155,11 +161,6 @@ def refuse_shared_frames(folder, split, splits_dir, rows, log):
     their file. What one list cannot tell is logged."""
     others = []  # (split, its rows)
     if os.path.isfile(folder):
-        if any(map(is_stretch, rows)):
-            log(
-                f"whether stretches of {folder} share frames with those of another list is not "
-                "looked at; put train.csv and validation.csv into one folder, and it is"
-            )
         if not split_of_name(folder):
             other = "train" if split == "validation" else "validation"
             others.append((other, hashed_split(read_csv(folder), other)))
@@ -169,9 +170,16 @@ def refuse_shared_frames(folder, split, splits_dir, rows, log):
             # Where neither has stretches, equal frames are equal clips, which fingerprints tell.
             if path and (path.endswith(".csv") or any(map(is_stretch, rows))):
                 others.append((other, read_list(path, folder)))
+    counterpart = "validation" if split == "train" else "train"
+    alone = os.path.isfile(folder) or counterpart not in (other for other, _ in others)
+    if alone and any(map(is_stretch, rows)):
+        log(
+            f"whether stretches of {folder} share frames with those of another list is not "
+            "looked at; put train.csv and validation.csv into one folder, and it is"
+        )
     # A look at every file, which takes a minute over a network, only where there are stretches.
     stretched = any(map(is_stretch, itertools.chain(rows, *(found for _, found in others))))
-    key = file_of if stretched else str
+    key = functools.cache(content_of) if stretched else str
     stretches = {}
     for other, found in others:
         for row in found:
@@ -191,6 +199,20 @@ def overlap(one, other):
     """Whether two Rows of one file have frames in common: a millisecond, to which lists round, is none."""
     ends = [row.end for row in (one, other) if row.end is not None]
     return max(one.start or 0, other.start or 0) + 1e-3 < min(ends, default=math.inf)
+
+
+def content_of(path):
+    """What tells a file from any but its copies: its size, and a hash of its two ends; its path where it cannot be read."""
+    if not os.path.isfile(path):
+        return path
+    try:
+        with open(path, "rb") as file:
+            digest, size = hashlib.sha256(file.read(1 << 16)), file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 16)))
+            digest.update(file.read())
+    except OSError:
+        return path
+    return size, digest.digest()
 
 
 def file_of(path):
@@ -255,7 +277,7 @@ def rows_without_list(folder, split, log):
         unused[f"in {parts['test']}/"] = outside
         found = {name: path for name, path in found.items() if name not in set(outside)}
     if not in_parts:
-        refuse_hidden_splits(folder, found)
+        refuse_hidden_splits(folder, found, unused)
     place = os.path.join(folder, parts[split]) if in_parts else folder
     log(
         f"{split}: {len(found)} videos of {place} and its subfolders (no list)"
@@ -281,17 +303,19 @@ def splits_in(names):
     """{split: the first of `names` that has a word for it}: of videos/train, val_256, k400_train.csv, testlist01.txt."""
     found = {}
     for name in sorted(names):
-        for word in re.split(r"[-_. /]", name.lower()):
+        for word in re.split(r"[-_. /]", re.sub("held[-_. ]out", "heldout", name.lower())):
             if match := SPLIT_WORD.fullmatch(word):
                 found.setdefault(SPLIT_WORDS[match[1]], name)
     return found
 
 
-def refuse_hidden_splits(folder, found):
+def refuse_hidden_splits(folder, found, unused):
     """Raises InputError where a split by a hash would mix what looks like splits of its own: folders as
     videos/train and videos/val, or lists by other names than those that are looked for."""
     folders = splits_in({os.path.dirname(name) for name in found})
-    lists = splits_in(name for name in os.listdir(folder) if name.endswith((".csv", ".json", ".jsonl", ".txt", ".tsv")))
+    lists = [name for name in unused.get(NO_VIDEO, ()) if name.endswith((".csv", ".json", ".jsonl", ".txt", ".tsv"))]
+    # In subfolders files of one video each may have such words, too: there only a whole name counts.
+    lists = splits_in(name for name in lists if "/" not in name or SPLIT_WORD.fullmatch(os.path.splitext(os.path.basename(name))[0].lower()))
     if len(folders) > 1:
         raise InputError(
             f"{folder} holds folders called {' and '.join(sorted(folders.values()))}, and no list: "
@@ -317,6 +341,9 @@ def split_folders(folder):
                 )
             parts[split] = name
     return parts
+
+
+NO_VIDEO = "with suffixes that are no video"
 
 
 def search(folder):
@@ -347,7 +374,7 @@ def search(folder):
             path = os.path.relpath(os.path.join(place, name), folder)
             stem, suffix = os.path.splitext(path)
             if suffix.lower() not in VIDEO_SUFFIXES:
-                leave_out("with suffixes that are no video", suffix or name)
+                leave_out(NO_VIDEO, path)
             elif not is_clean(stem):
                 leave_out("with control characters or broken UTF-8 in their names", ascii(path))
             elif stem in found:
@@ -376,6 +403,8 @@ def unused_line(unused, before=""):
         return ""
     reasons = []
     for why, names in unused.items():
+        if why == NO_VIDEO:
+            names = [os.path.splitext(name)[1] or os.path.basename(name) for name in names]
         examples = list(dict.fromkeys(names))
         shown = ", ".join(examples[:3]) + (", ..." if len(examples) > 3 else "")
         reasons.append(f"{len(names)} {why} ({shown})")
@@ -489,9 +518,11 @@ def read_csv(path, folder=None, log=lambda line: None):
             f"{path}: columns not used: {', '.join(ignored)}; "
             "those that are: path, label, start, end, id"
         )
-    for column in {"split", "subset", "partition"} & set(ignored):
+    for column in ignored:
         place = columns.index(column)
-        if len(parts := {fields[place] for _, fields in lines if len(fields) > place}) > 1:
+        parts = {fields[place] for _, fields in lines if len(fields) > place}
+        named_so = column in ("split", "subset", "partition") or parts <= set(SPLIT_WORDS)
+        if named_so and len(parts) > 1:
             raise InputError(
                 f"{path} has a column {column} of {', '.join(sorted(parts)[:3])}, which is not read: "
                 "write train.csv and validation.csv"
@@ -598,12 +629,13 @@ class OddVideos:
     """Says what is odd about videos that can be decoded, by `log`.
 
     A clip that spans more seconds than `longest_seconds`: once a run. Videos that end long before
-    what they, or the list, say: the first three by name; `short` holds all of them.
+    what they, or the list, say, that have holes, or frames that cannot be decoded: the first three
+    by name; `broken` holds all of them.
     """
 
     def __init__(self):
         self.longest_seconds, self.log, self.lock = math.inf, None, threading.Lock()
-        self.short = set()
+        self.broken = set()
 
     def watch(self, longest_seconds, log):
         self.longest_seconds, self.log = longest_seconds, log
@@ -620,14 +652,14 @@ class OddVideos:
                 )
                 self.longest_seconds = math.inf
 
-    def note_end(self, path, has, stated):
+    def note_broken(self, path, what):
         with self.lock:
-            known = path in self.short
-            self.short.add(path)
-            if self.log and not known and len(self.short) <= 3:
+            known = path in self.broken
+            self.broken.add(path)
+            if self.log and not known and len(self.broken) <= 3:
                 self.log(
-                    f"warning: {path} ends after {has} of {stated}: was it cut short? "
-                    f"Its clip is of what is there{'; more are not named' * (len(self.short) == 3)}"
+                    f"warning: {path} {what}: was it cut short, or damaged? "
+                    f"Its clip is of what is there{'; more are not named' * (len(self.broken) == 3)}"
                 )
 
 
@@ -671,13 +703,13 @@ def read_clips(path, views, video_id=None, start=None, end=None):
         if start is not None or end is not None:
             stretch = find_stretch(path, start or 0, end)
         with open_video(stretch) as (stream, packets):
-            n, held, size, last, seen = 0, [], 0, None, 0
+            n, held, size, times, seen = 0, [], 0, [], 0
             for packet in packets:  # headers of webm files state no count, others lie
                 n += shows(packet) and stretch.holds(packet.pts)
                 size += packet.size
                 seen += packet.size > 0
                 if packet.pts is not None:
-                    last = packet.pts if last is None else max(last, packet.pts)
+                    times.append(packet.pts)
                 if size <= HELD_BYTES:
                     held.append(packet)
                 else:
@@ -686,7 +718,7 @@ def read_clips(path, views, video_id=None, start=None, end=None):
                 stop = "its end" if end is None else f"{end} s"
                 part = "" if stretch.first is None else f" from {start or 0} s to {stop}"
                 raise VideoError(f"{path} holds no frame{part}")
-            look_at_end(stretch, stream, seen, last)
+            look_at_packets(stretch, stream, seen, times)
             if size <= HELD_BYTES:
                 n = cut(held, stream, views, clips, name, n, stretch)
         for _ in range(3):
@@ -702,19 +734,27 @@ def read_clips(path, views, video_id=None, start=None, end=None):
         raise VideoError(f"{path} cannot be decoded: {error.strerror or error}") from None
 
 
-def look_at_end(stretch, stream, seen, last):
-    """Note a video that ends a tenth before what its container or the list says, and half a second.
+def look_at_packets(stretch, stream, seen, times):
+    """Note a video that ends a tenth before what its container or the list says, and half a second;
+    or whose frames leave a hole as long as that, ten times what is usual between two of them.
 
-    seen: packets read, with content; last: the latest of their times, in ticks, or None
+    seen: packets read, with content; times: those that state one, in ticks
     """
-    if stretch.first is None and stream.frames:
-        if seen < 0.9 * stream.frames:
-            odd_videos.note_end(stretch.path, f"{seen} frames", stream.frames)
+    if stretch.first is None and stream.frames and seen < 0.9 * stream.frames:
+        odd_videos.note_broken(stretch.path, f"ends after {seen} frames of {stream.frames}")
         return
-    if last is None or not stream.time_base:
+    if not times or not stream.time_base:
         return
     first = stretch.first if stretch.first is not None else stream.start_time or 0
     begin = max(first, stretch.low)
+    edge = [] if stretch.first is None else [begin]
+    shown = np.unique([*edge, *(time for time in times if begin <= time < stretch.high)])
+    gaps = np.diff(shown) * float(stream.time_base)
+    if len(gaps) > 1 and gaps.max() > max(0.1 * gaps.sum() + 0.5, 10 * np.median(gaps)):
+        after = (shown[gaps.argmax()] - first) * float(stream.time_base)
+        odd_videos.note_broken(stretch.path, f"has no frame for {gaps.max():.3g} s after {after:.3g} s")
+    if stretch.first is None and stream.frames:
+        return
     if stretch.high < math.inf:
         due = stretch.high
     elif stream.duration:
@@ -725,9 +765,9 @@ def look_at_end(stretch, stream, seen, last):
         due = first + stream.container.duration / 1e6 / stream.time_base
     else:
         return
-    has, stated = (float((time - begin) * stream.time_base) for time in (last, due))
+    has, stated = (float((time - begin) * stream.time_base) for time in (shown[-1].item(), due))
     if has < 0.9 * stated - 0.5:
-        odd_videos.note_end(stretch.path, f"{has:.4g} s", f"{stated:.4g} s")
+        odd_videos.note_broken(stretch.path, f"ends after {has:.4g} s of {stated:.4g} s")
 
 
 class Stretch(NamedTuple):
@@ -940,13 +980,16 @@ def cut(packets, stream, views, clips, name, n, stretch):
         times[i] = []
         for place, number in enumerate(numbers):
             takers.setdefault(number, []).append((i, place))
-    fed, decoded, delay, broken = 0, 0, None, False
+    fed, decoded, delay, refused, corrupt = 0, 0, None, 0, 0
     number, over = 0, False  # of the frame in the stretch; whether the stretch has ended
     shown = -math.inf  # when the frame before is
     scaler = Scaler(stretch.path, stream.sample_aspect_ratio)
 
     def finish(i):
         clips[i] = made[i].transpose(0, 2, 3, 1)
+        if refused + corrupt > max(2, 0.1 * fed):
+            what = f"cannot be decoded, or not wholly, in {refused + corrupt} of {fed} packets"
+            odd_videos.note_broken(stretch.path, what)
         if None not in times[i]:
             odd_videos.note_span(stretch.path, float((times[i][-1] - times[i][0]) * stream.time_base))
 
@@ -954,10 +997,11 @@ def cut(packets, stream, views, clips, name, n, stretch):
         fed += shows(packet)
         frames = frames_of(packet)
         if frames is None:
-            broken = True
+            refused += 1
             continue
         for frame in frames:
             decoded += 1
+            corrupt += frame.is_corrupt
             if stretch.first is not None and frame.pts is not None:
                 if frame.pts <= shown:
                     raise VideoError(
@@ -980,7 +1024,7 @@ def cut(packets, stream, views, clips, name, n, stretch):
             break
         if decoded and delay is None:
             delay = fed - decoded if stream.codec_context.has_b_frames else 0  # packets that the codec holds back to reorder frames
-        if decoded and not broken and fed - decoded <= delay:
+        if decoded and not refused and fed - decoded <= delay:
             for i in [i for i in asked if number > last[i]]:
                 finish(i)
                 asked.remove(i)

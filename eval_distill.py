@@ -22,15 +22,15 @@ checkpoint: list[str] = []     # one or more: best.pth or last.pth of train.py; 
 cache: str | None = None       # latent cache of the held-out split
 data: str | None = None        # data folder; with --teacher, or where the cache holds no clips
 split = "validation"           # list of held-out videos in it
-training_videos = False        # measure on videos that a checkpoint was trained on, too; the figures are then called training R2
+training_videos: bool = False  # measure on videos that a checkpoint was trained on, too; the figures are then called training R2
 splits_dir: str | None = None  # where to look for the list if the data folder has none
 teacher: str | None = None     # without a cache: the teacher that the checkpoints were trained on
 space: Literal["own", "none", "layer_norm", "standardise"] = "own"  # to compare targets in
 masks: list[str] = []          # mask families to measure [the checkpoints', which must agree]
-ema = False                    # measure the moving average of the weights (train.py --ema)
-max_batches = 200              # at most so many batches, of clips from all over the list
-batch_size = 24                # clips a batch
-eval_seed = 2                  # of masks and choice of clips; train.py chose best.pth with others
+ema: bool = False              # measure the moving average of the weights (train.py --ema)
+max_batches: int = 200         # at most so many batches, of clips from all over the list
+batch_size: int = 24           # clips a batch
+eval_seed: int = 2             # of masks and choice of clips; train.py chose best.pth with others
 threads = max(1, (os.cpu_count() or 1) // config.local_ranks())  # reading and decoding threads [all cores, shared by a machine's ranks]
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute
 device = "auto"                # auto, cpu, cuda or cuda:1
@@ -49,12 +49,11 @@ import heldout  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 import ranks  # noqa: E402
-from cache import fingerprint, open_cache, prepare_file, write_whole  # noqa: E402
+from cache import agree_on, fingerprint, open_cache, prepare_file, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import Records, Videos, batches, in_order, keyed_sample, load_split, odd_videos  # noqa: E402
 from ranks import rank, world  # noqa: E402
 from views import View  # noqa: E402
-from weights import agree_on  # noqa: E402
 
 if not checkpoint or not (cache or data):
     raise InputError("give --checkpoint and either --cache or --data with --teacher; see --help")
@@ -117,7 +116,7 @@ if others:
     log(f"R2 of all is measured from the per-position mean in {measured_from}; {', '.join(others)} "
         "had other training clips")
 
-families = masks or first["settings"]["masks"]
+families = list(dict.fromkeys(masks)) or first["settings"]["masks"]
 for path, (_, _, saved) in loaded.items():
     predicted = saved["settings"]["masks"]
     lacking = [family for family in masks if family not in predicted]
@@ -138,7 +137,7 @@ if cache:
         raise InputError(f"{cache} has another view than {paths[0]}: {difference}; make a cache of the held-out split under "
                          f"the view of the training cache")
     if predicts_latents and not (source.has_latents and agree_on(first["teacher"], source.teacher_identity)):
-        raise InputError(f"{cache} holds latents of another teacher than {paths[0]} was trained on (weights, compute or normalisation), or none")
+        raise InputError(f"{cache} holds latents of another teacher than {paths[0]} was trained on (weights, shape, compute or normalisation), or none")
     rows = load_split(data, source.metadata["split"], splits_dir, log) if data and not source.has_patches else None
     clips = Records(source, rows)
 else:
@@ -150,7 +149,7 @@ else:
         encoder = model.load_teacher(teacher, device, first["teacher"].get("compute", "fp32"))
         if not agree_on(first["teacher"], encoder.identity):
             raise InputError(f"{teacher} is not the teacher that {paths[0]} was trained on: SHA-256 of the weights "
-                             f"{encoder.sha256[:12]} there, {first['teacher']['sha256'][:12]} in the checkpoint (or another mean and std)")
+                             f"{encoder.sha256[:12]} there, {first['teacher']['sha256'][:12]} in the checkpoint (or another mean, std or shape)")
 
 # ---- videos that no checkpoint was trained on
 allowed, measured_on = np.arange(len(clips)), "held-out"
@@ -161,6 +160,9 @@ for path, (_, _, saved) in loaded.items():
     measured_on = kind if kind == "training" else measured_on
     for line in lines:
         log(f"{path}: {line}")
+
+if line := heldout.copies(clips):
+    log(line)
 
 # ---- each batch once, through every checkpoint
 failures = []
@@ -202,6 +204,8 @@ def in_turn(parts):
 errors = {path: in_turn([found[path] for found, *_ in gathered]) for path in loaded}
 videos, twins = (np.array([entry for part in in_turn([found[i] for found in gathered]) for entry in part]) for i in (1, 2))
 failures = [failure for *_, lost in gathered for failure in lost]
+for failure in failures:
+    print(f"skipped: {failure}")
 if len(twins) and twins.all():
     raise InputError("every clip is a training clip under another id; give held-out videos")
 if twins.any():
@@ -214,17 +218,15 @@ for path, parts in errors.items():
     by_family = {name: {kind: values[~twins] for kind, values in row.items()} for name, row in model.join_errors(parts).items()}
     rows = list(by_family.values())
     results.append({
-        "checkpoint": path, "step": loaded[path][2]["step"], "space": target_space, "measured_on": measured_on,
+        "checkpoint": path, "ema": ema, "step": loaded[path][2]["step"], "space": target_space, "measured_on": measured_on,
         "clips": len(videos), "videos": video_count,
         "mse": model.mse(rows), "r2": float(model.r2(rows)),
         "r2_ci95": model.r2_interval(rows, videos),
         "r2_background": float(model.r2(rows, "background")),
         "families": {name: {"mse": model.mse([row]), "r2": float(model.r2([row])), "r2_background": float(model.r2([row], "background"))}
                      for name, row in by_family.items()}})
-for failure in failures:
-    print(f"skipped: {failure}")
 width = max(map(len, paths))
-print(f"{measured_on} R2; space: {target_space}; masks: {', '.join(families)}; 95 % over {video_count} videos")
+print(f"{measured_on} R2{' of the moving average of the weights' * ema}; space: {target_space}; masks: {', '.join(families)}; 95 % over {video_count} videos")
 print(f"{'checkpoint':{width}}  {'masks':6} {'clips':>6} {'mse':>9} {'R2':>7} {'95 %':>16} {'background R2':>14}")
 for result in results:
     ends = model.show_interval(result["r2_ci95"], "6.4f")

@@ -94,6 +94,21 @@ def records_to_measure(source, seen, what, allowed):
     return everything[~twins], "held-out", [f"{what}: {int(twins.sum())} clips are training clips under other ids ({names}): left out"]
 
 
+def copies(source):
+    """A line on clips that have the pixels of another id's, or None: a cache's fingerprints tell."""
+    ids, clips = numbers_of(source)
+    if clips is None:
+        return None
+    order = np.argsort(clips, kind="stable")
+    same = (np.diff(clips[order]) == 0) & (np.diff(ids[order]) != 0)
+    if not same.any():
+        return None
+    at = int(np.flatnonzero(same)[0])
+    first, second = (repr(source.name(int(order[i]))[0]) for i in (at, at + 1))
+    return (f"{int(same.sum())} clips have the pixels of another video's ({second} those of {first}): "
+            "intervals count copies as videos of their own, and are too narrow")
+
+
 def checked(errors, batch, source):
     """errors, of model.clip_errors. Raises InputError, naming a clip, where its targets are not finite: no R2 can be had with it."""
     for rows in errors.values():

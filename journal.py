@@ -47,6 +47,12 @@ class Log:
         except OSError:  # the terminal or pipe is gone; the run and its log go on
             sys.stdout = open(os.devnull, "w")
 
+    def from_any(self, line):
+        """A line of one rank alone: on others than 0, which write no log, it goes to the terminal."""
+        if rank:
+            print(f"rank {rank}: {line}", file=sys.stderr, flush=True)
+        self(line)
+
     def on_error(self, kind, error, traceback):
         with contextlib.suppress(OSError):
             self.file.write(f"error: {' '.join(str(error).split()) or kind.__name__}\n")
@@ -100,23 +106,37 @@ def trackers(wandb, tensorboard):
     return service, writer
 
 
-class Metrics:
-    """metrics.jsonl of a run's folder, an entry a line; entries of earlier starts are kept up to the step that this one goes on from, or -1."""
+def without_infinities(entry):
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()}
 
-    def __init__(self, folder, step=-1):
+
+class Metrics:
+    """metrics.jsonl of a run's folder, an entry a line; entries of earlier starts are kept up to the step that this one goes on from, or -1.
+
+    history: the evaluations up to that step; those that the file lacks are written again.
+    """
+
+    def __init__(self, folder, step=-1, history=()):
         self.path, self.followers = os.path.join(folder, "metrics.jsonl"), []  # followers: (function that takes an entry, function that ends it)
-        self.damaged = 0  # lines of earlier starts that could not be kept
+        self.damaged = self.restored = 0  # lines of earlier starts that could not be kept; evaluations that were not there
         if rank == 0:
-            write_whole(self.path, "".join(self.entries_to(step)).encode())
+            kept = list(self.entries_to(step))
+            there = {entry["step"] for entry in kept if "val_r2" in entry}
+            lost = [without_infinities(entry) for entry in history if entry["step"] not in there]
+            self.restored = len(lost)
+            if lost:
+                kept = sorted(kept + lost, key=lambda entry: entry["step"])
+            write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self.file = open(self.path if rank == 0 else os.devnull, "a", buffering=1)
 
     def entries_to(self, step):
-        """Whole lines of earlier starts up to a step."""
+        """Entries of earlier starts up to a step."""
         with contextlib.suppress(FileNotFoundError), open(self.path, errors="replace") as lines:
             for line in lines:
                 try:
-                    if json.loads(line)["step"] <= step:
-                        yield line.rstrip("\n") + "\n"
+                    entry = json.loads(line)
+                    if entry["step"] <= step:
+                        yield entry
                 except (ValueError, KeyError, TypeError):  # a killed run may leave a torn last line, a disk a damaged one
                     self.damaged += bool(line.strip())
 
@@ -128,7 +148,7 @@ class Metrics:
             self.followers.append((lambda entry: session.log(entry, step=entry["step"]), session.finish))
         if writer:
             writer = writer(os.path.join(folder, "tensorboard"), purge_step=0)  # what earlier starts wrote is written again below
-            self.followers.append((lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()], writer.close))
+            self.followers.append((lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items() if not isinstance(value, str)], writer.close))
         for line in open(self.path) if self.followers else ():
             self.tell(json.loads(line))
 
@@ -145,7 +165,7 @@ class Metrics:
         """entry: {name: number}; one that is not finite becomes null, for JSON has none."""
         if rank:
             return
-        entry = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()}
+        entry = without_infinities(entry)
         try:
             self.file.write(json.dumps(entry) + "\n")
         except OSError as error:

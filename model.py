@@ -550,7 +550,8 @@ def load_teacher(path, device="cpu", dtype="fp32"):
         raise InputError(f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json, model.safetensors), a "
                          f"VideoMAE .pth or a checkpoint of train.py")
     encoder.name, encoder.sha256 = path.name, sha256(file)
-    encoder.identity = {"sha256": encoder.sha256, "mean": list(encoder.config.mean), "std": list(encoder.config.std), "compute": dtype}
+    c = plain(encoder.config)
+    encoder.identity = {"sha256": encoder.sha256, "mean": list(c.pop("mean")), "std": list(c.pop("std")), "compute": dtype, "config": c}
     encoder = encoder.to(device).float().eval().requires_grad_(False)
     cast_matrices(encoder, dtype)
     return encoder

@@ -263,6 +263,8 @@ def summarise(name, log, metrics, note):
         notes.append("its R2 is of training videos")
     if lost := int(np.isnan(losses).sum()):
         notes.append(f"{lost} logged loss{'es' * (lost > 1)} not finite, left out")
+    if logged.get("status") == "finished" and steps[-1] < (logged.get("total") or 0):
+        notes.append(f"its lines end at step {steps[-1]} of {logged['total']}: the file was cut or replaced")
     if logged.get("status") == "failed" and logged.get("error"):
         notes.append(f"failed: {logged['error']}")
     result = {"run": name, "log": log and os.path.relpath(log), "metrics": metrics and os.path.relpath(metrics), "source": os.path.relpath(source),

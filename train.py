@@ -34,7 +34,7 @@ import runs
 cache: str | None = None       # latent cache of the training split, made by cache_latents.py
 val_cache: str | None = None   # cache of held-out videos under the same view and teacher: R2 is measured on it
 data: str | None = None        # data folder; needed where the cache holds no clips
-training_videos = False        # measure on training videos, too, where --val_cache holds some; the figures are then called training R2
+training_videos: bool = False  # measure on training videos, too, where --val_cache holds some; the figures are then called training R2
 split = "train"                # list to train on where there is no cache
 splits_dir: str | None = None  # where to look for the list if the data folder has none
 teacher: str | None = None     # without cached latents: run this teacher (VideoMAE folder or .pth, or our checkpoint) on the fly
@@ -66,8 +66,8 @@ weight_decay: float = 0.04     # at the start, on matrices only
 weight_decay_end: float = 0.4  # at the end of its cosine
 grad_clip: float = 0.02        # global norm; the log says in how many steps it bites. 0 is off
 accumulate: int = 1            # N: a batch goes through in N parts; activations take 1/N of their memory, batch and schedules stay
-recompute = False              # keep only the blocks' inputs for the backward pass: fewer activations in memory, up to a third more time
-fsdp = False                   # under torchrun: split weights, gradients and moments over the ranks (FSDP2), for students that do not fit one GPU; implies --recompute
+recompute: bool = False        # keep only the blocks' inputs for the backward pass: fewer activations in memory, up to a third more time
+fsdp: bool = False             # under torchrun: split weights, gradients and moments over the ranks (FSDP2), for students that do not fit one GPU; implies --recompute
 compile: Literal["auto", "on", "off"] = "auto"  # torch.compile over the blocks; auto: on a GPU alone (on a CPU it gains 0 - 5 %)
 ema: float = 0.0               # decay of a moving average of all weights, 0.999 say, kept beside them; 0 is off
 # the run
@@ -84,7 +84,7 @@ log_every: int = 20            # steps between log lines
 skip_limit: int = 10           # steps in a row whose loss or gradient is not finite, after which the run stops with a diagnosis; fewer are skipped
 resume: str | None = None      # auto (the furthest whole checkpoint of this run_name; afresh where there is none), or a run's name, folder, log or last.pth
 wandb: str | None = None       # project of Weights & Biases to log to as well (pip install wandb)
-tensorboard = False            # log to checkpoints/<run>/tensorboard as well (pip install tensorboard)
+tensorboard: bool = False      # log to checkpoints/<run>/tensorboard as well (pip install tensorboard)
 checkpoints = "checkpoints"    # folder of checkpoints
 run_logs = "run_logs"          # folder of logs
 threads = max(1, (os.cpu_count() or 1) // config.local_ranks())  # reading and decoding threads [all cores, shared by a machine's ranks]
@@ -92,7 +92,7 @@ compute_threads: int | None = None  # threads of the arithmetic on a CPU [torch'
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute; weights and optimiser are always fp32
 matrix_rate: float | None = None  # TFLOP/s of matrix products that MFU is a share of [measured at the start]
 device = "auto"                # auto, cpu, cuda or cuda:1
-deterministic = False          # on a GPU: the same bits every run, slower
+deterministic: bool = False    # on a GPU: the same bits every run, slower
 # -----------------------------------------------------------------------------------------------------------------------
 settings = config.apply(globals(), least=dict.fromkeys((
     "seed", "eval_seed", "warmup", "grad_clip", "lr", "lr_end", "eps", "weight_decay", "weight_decay_end", "vicreg_variance",
@@ -113,13 +113,13 @@ import heldout  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 import ranks  # noqa: E402
-from cache import open_cache, prepare_folder, write_whole  # noqa: E402
+from cache import agree_on, open_cache, prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import Records, Videos, batches, check_batch, in_order, keyed_sample, load_split, odd_videos, shuffled  # noqa: E402
 from journal import Log, Metrics, average, summary, trackers  # noqa: E402
 from ranks import rank, world  # noqa: E402
 from views import IMAGENET_MEAN, IMAGENET_STD, View  # noqa: E402
-from weights import agree_on, load_checkpoint, save_checkpoint  # noqa: E402
+from weights import load_checkpoint, save_checkpoint  # noqa: E402
 
 # ---- the log; its last line is always `Process exiting.`
 if run_name != os.path.basename(run_name) or not run_name or not run_name.isprintable():
@@ -194,7 +194,7 @@ if deterministic:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over all memory, for what nobody reads
 
 # ---- data: the clips come under the view of the cache, and under no other
-odd_videos.watch(longest_seconds, log)
+odd_videos.watch(longest_seconds, log.from_any)
 if "test" in split.split("+"):
     raise InputError("--split test: the test split has no labels and is not for training; use train")
 source, on_the_fly = open_cache(cache) if cache else None, None
@@ -235,20 +235,20 @@ elif target == "latents":
                          "with --target pixels")
     on_the_fly = on_the_fly or model.load_teacher(teacher, device, model.TEACHER_DTYPE)
     shape = on_the_fly.config
-    if (shape.frames, shape.size, shape.patch) != (view.frames, view.size, patch_size):
-        raise InputError(f"the teacher {teacher} takes {shape.frames} frames of {shape.size} pixels in patches of {shape.patch}, "
-                         f"the clips have {view.frames}, {view.size} and {patch_size}; set --frames, --resolution and --patch")
+    if (shape.frames, shape.size, shape.patch, shape.tubelet) != (view.frames, view.size, patch_size, tubelet):
+        raise InputError(f"the teacher {teacher} takes {shape.frames} frames of {shape.size} pixels in patches of {shape.patch} and {shape.tubelet} frames, "
+                         f"the clips have {view.frames}, {view.size}, {patch_size} and {tubelet}; set --frames, --resolution and --patch")
     if line := on_the_fly.other_view(view):
         log(line)
     mean, std, latent_dim, teacher_identity = shape.mean, shape.std, shape.dim, on_the_fly.identity
 held_out = open_cache(val_cache) if val_cache else None
 if held_out:
     difference = view.difference(held_out.view)
-    if difference or held_out.patch != patch_size:
+    if difference or (held_out.patch, held_out.tubelet) != (patch_size, tubelet):
         raise InputError(f"--val_cache {val_cache} has another view than the training clips: "
-                         f"{difference or f'patch is {patch_size} here and {held_out.patch} there'}")
+                         f"{difference or f'patch and tubelet are {patch_size} and {tubelet} here, {held_out.patch} and {held_out.tubelet} there'}")
     if target == "latents" and not (held_out.has_latents and agree_on(teacher_identity, held_out.teacher_identity)):
-        raise InputError(f"--val_cache {val_cache} holds latents of another teacher than the training cache (weights, compute or normalisation), or none")
+        raise InputError(f"--val_cache {val_cache} holds latents of another teacher than the training cache (weights, shape, compute or normalisation), or none")
     held_out_clips = Records(held_out, load_split(data, held_out.metadata["split"], splits_dir, log) if data and not held_out.has_patches else None)
 if target == "pixels" and teacher:
     raise InputError("--target pixels needs no teacher; leave --teacher out")
@@ -423,6 +423,8 @@ def target_space():
     if not count:
         raise InputError(f"none of {len(picked)} training videos could be decoded; check --data with `python cache_latents.py "
                          f"--teacher none`, which lists the reasons")
+    if count < len(picked):
+        log(f"R2's per-position mean: {len(picked) - count} of these could not be decoded")
     mean = total / count
     found = {"mean": mean.float(), "variance": (squares / count - mean.square()).clamp(min=0).float(), "count": torch.tensor(count)}
     if target_norm == "standardise":
@@ -475,9 +477,11 @@ ranks.first(lambda: opened[0].begin(log.path, step))
 if saved:
     best = ranks.first(best_so_far)
     saved = None  # its memory is wanted
-metrics = Metrics(directory, step if origin else -1)
+metrics = Metrics(directory, step if origin else -1, history)
 if metrics.damaged:
     log(f"{metrics.path}: {metrics.damaged} torn or damaged lines are left out")
+if metrics.restored:
+    log(f"{metrics.path} was cut or replaced: {metrics.restored} evaluations are written again from the checkpoint, lines of steps are lost")
 ranks.first(lambda: metrics.follow(run, settings, directory, wandb, tensorboard))
 failures = set()
 
@@ -485,7 +489,7 @@ failures = set()
 def failed(part, i, error):
     if (part, i) not in failures:
         failures.add((part, i))
-        log(f"skipped, {len(failures)} so far: {error}")
+        log.from_any(f"skipped, {len(failures)} so far: {error}")
         with open(os.path.join(directory, f"failures{f'-rank{rank}' if rank else ''}.jsonl"), "a") as file:
             file.write(json.dumps({"part": part, "record": i, "reason": str(error)}) + "\n")
 
@@ -515,8 +519,9 @@ def held_out_r2():
         entry |= {f"val_r2{suffix}": float(model.r2(rows.values())), f"val_mse{suffix}": model.mse(rows.values())}
     entry["val_r2_background"] = float(model.r2(rows.values(), "background"))
     entry = ranks.first(lambda: entry)  # with FSDP2 each rank has worked it out: what is best, all must see alike
+    clip_count = len(next(iter(rows.values()))["squared"])
     averaged_r2 = f"; moving average of the weights: R2 {entry['val_r2_ema']:.4f}" if averaged else ""
-    log(f"step {step} {measured_on} R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f} (mean of the clip's own context: R2 "
+    log(f"step {step} {measured_on} R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f}{f' over {clip_count} of {len(kept)} clips' * (clip_count < len(kept))} (mean of the clip's own context: R2 "
         f"{entry['val_r2_background']:.4f}{averaged_r2})")
     metrics.write(entry)
     history.append(entry)
@@ -679,6 +684,8 @@ for name in ("best.pth", "last.pth"):  # both exist whenever a run has ended
 if rank == 0 and os.path.isfile(previous):
     os.remove(previous)
 metrics.close()
+if lost := set().union(*ranks.gather(failures)):
+    log(f"{len(lost)} clips could not be had and were left out or replaced by their neighbours: {directory}/failures*.jsonl")
 log.status = "stopped" if stopping and step < total_steps else "finished"
 log(f"checkpoints in {directory}")
 ranks.leave(128 + (received or [signal.SIGTERM])[0] if log.status == "stopped" else 0)

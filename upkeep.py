@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import (SHARD_ROWS, Ids, Writer, brief, check_header, fingerprint, join_statistics, list_digest, open_cache, read_metadata, row_formats, same_clips, sha256,
+from cache import (SHARD_ROWS, Ids, Writer, agree_on, brief, check_header, fingerprint, join_statistics, list_digest, open_cache, read_metadata, row_formats, same_clips, sha256,
                    shard_name, sources_of, write_whole)
 from config import InputError
 from data import Records, prefetch
@@ -221,11 +221,11 @@ def merge(folders, out, progress=lambda files: files):
     for cache in caches:
         if cache.metadata["clips_from"]:
             raise InputError(f"{cache.folder} uses the clips of another cache; merge the caches that hold the clips, and cache the latents with --clips_from again")
-        for name in ("view", "patch", "tubelet", "teacher", "dtype", "latent_shape", "patch_shape", "clips"):
+        for name in ("view", "views", "patch", "tubelet", "teacher", "dtype", "latent_shape", "patch_shape", "clips"):
             mine, theirs = first[name], cache.metadata[name]
             if name == "teacher" and mine and theirs:  # whatever its file was called
                 mine, theirs = ({field: value for field, value in teacher.items() if field != "name"} for teacher in (mine, theirs))
-            if mine != theirs:
+            if not agree_on(mine, theirs):
                 raise InputError(f"{caches[0].folder} and {cache.folder} have another {name}: {brief(mine, theirs)} and {brief(theirs, mine)}; caches of one view and "
                                  f"teacher can be merged")
     seen = {}

@@ -103,14 +103,6 @@ def load_checkpoint(path, ema=False):
     return saved | saved["ema"] if ema else saved
 
 
-def agree_on(saved, now):
-    """Whether two identities say the same, as far as both say it: one that an older version wrote lacks what was added since. Of different kinds are two
-    that have nothing in common."""
-    if isinstance(saved, dict) and isinstance(now, dict) and saved.keys() & now.keys():
-        return all(agree_on(saved[name], now[name]) for name in saved.keys() & now.keys())
-    return saved == now
-
-
 def step_and_run(path):
     """(step, name of its run or None) of a checkpoint, from its small parts alone, unchecked; infinity for a file that cannot be read."""
     try:
@@ -125,6 +117,7 @@ def step_and_run(path):
 SAVED_NAMES = {  # original VideoMAE names -> ours, after the block number
     "norm1.": "norm1.", "norm2.": "norm2.", "attn.qkv.weight": "attn.qkv.weight", "attn.q_bias": "attn.q_bias", "attn.v_bias": "attn.v_bias",
     "attn.proj.": "attn.proj.", "mlp.fc1.": "fc1.", "mlp.fc2.": "fc2."}
+BESIDE_BLOCKS = ("patch_embed.proj.", "norm.", "head.", "fc_norm.", "decoder.", "mask_token", "encoder_to_decoder.")  # names of it that are known; the last five are no encoder's
 TRANSFORMERS_NAMES = {  # ours -> `transformers`, after the block number
     "norm1.": "layernorm_before.", "norm2.": "layernorm_after.", "attn.proj.": "attention.output.dense.", "fc1.": "intermediate.dense.",
     "fc2.": "output.dense.", "attn.q_bias": "attention.attention.q_bias", "attn.v_bias": "attention.attention.v_bias"}
@@ -189,6 +182,8 @@ def read_transformers(folder):
              for name, tensor in whole(state, weights).items() if not name.startswith("decoder")}
     ours = {"patch_embed.weight": take(state, "embeddings.patch_embeddings.projection.weight", weights).flatten(1),
             "patch_embed.bias": take(state, "embeddings.patch_embeddings.projection.bias", weights)}
+    if unknown := [name for name in state if name.startswith("embeddings.") and not name.startswith("embeddings.patch_embeddings.projection.")]:
+        raise InputError(f"{weights} has the weight {unknown[0]}, which a VideoMAE encoder lacks; its positions are sines")
     depth = config.get("num_hidden_layers", 12)
     first = "encoder.layer.0.attention.attention."
     biases = next(((q, v) for q, v in (("q_bias", "v_bias"), ("query.bias", "value.bias")) if first + q in state), None)
@@ -218,6 +213,11 @@ def read_transformers(folder):
               "tubelet": config.get("tubelet_size", 2), "eps": config.get("layer_norm_eps", 1e-12), "qkv_bias": biases is not None,
               "final_norm": final_norm}
     fields |= {mine: pixels[theirs] for mine, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in pixels}
+    if not pixels.get("do_normalize", True):
+        fields |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    if not pixels.get("do_rescale", True) or not math.isclose(pixels.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise InputError(f"{folder / 'preprocessor_config.json'} scales pixels otherwise than by 1/255 (do_rescale, rescale_factor); write the same scale into image_mean "
+                         f"and image_std")
     return fields, ours, weights, config.get("salt_view")
 
 
@@ -247,6 +247,8 @@ def read_videomae(saved, path, heads_of):
             if mine is None:
                 raise InputError(f"{path} has the weight {name}, which a VideoMAE encoder lacks")
             ours[f"blocks.{number}.{mine}{rest.rsplit('.', 1)[1] if mine.endswith('.') else ''}"] = tensor.float()
+        elif not name.startswith(BESIDE_BLOCKS):
+            raise InputError(f"{path} has the weight {name}, which a VideoMAE encoder lacks; its positions are sines")
     final_norm = "norm.weight" in state
     if final_norm:
         ours["norm.weight"], ours["norm.bias"] = state["norm.weight"].float(), take(state, "norm.bias", path).float()

@@ -63,6 +63,8 @@ if not on_gpu and not (inside and ",textbook," in inside):
     ops.keep_freed_memory()  # taking turns, the textbook has it, too: it is the process's
 wait = torch.cuda.synchronize if on_gpu else lambda: None
 
+AHEAD = 2  # batches that the loader keeps ready
+
 
 # ---- the textbook
 
@@ -240,7 +242,7 @@ if inside:  # one variant alone: its peak memory, and its time with CUDA graphs,
 
 
 def alone(size, variant, batch_size):
-    command = [sys.executable, bench.__file__, "step", "--inside", f"{size},{variant},{batch_size}", "--device", device, "--rounds", "8" if on_gpu else "4"]
+    command = [sys.executable, bench.__file__, "step", "--inside", f"{size},{variant},{batch_size}", "--device", device, "--dtype", dtype, "--rounds", "8" if on_gpu else "4"]
     done = subprocess.run(command, capture_output=True, text=True)
     return json_format.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
 
@@ -323,7 +325,10 @@ def bench_step(size, batch_size, rate, stream):
                 return time.perf_counter() - start
             return ours.step(batch, apart=variant == "apart")[0]
 
-    times = bench.take_turns({variant: lambda _, variant=variant: measure(variant) for variant in variants}, rounds)
+    times = bench.take_turns({variant: lambda _, variant=variant: measure(variant) for variant in variants if variant != "loader"}, rounds)
+    if "loader" in variants:  # in a row: while others take their turns it would fill the batches that it keeps ahead
+        kept = [measure("loader") for _ in range(AHEAD + 1 + rounds)]
+        times["loader"] = statistics.quantiles(kept[AHEAD + 1:], n=4, method="inclusive")
     result = {"size": size, "batch_size": batch_size, "flops": flops, "losses": losses, "seconds": times}
     for variant, (low, middle, high) in times.items():
         against = f", {times['textbook'][1] / middle:.2f}x the textbook's speed" if textbook and variant != "textbook" else ""
@@ -405,7 +410,7 @@ for batch_size in batch_sizes:
             if "loader" in variants:
                 bench.random_cache(Path(temporary) / "cache", max(clips, batch_size))
                 records = data.Records(cache.open_cache(Path(temporary) / "cache"))
-                stream = data.batches(records, data.shuffled(len(records), batch_size, 0, range(10**6)), FAMILIES, 0, patches=("context",), latents=("target",), device=device)
+                stream = data.batches(records, data.shuffled(len(records), batch_size, 0, range(10**6)), FAMILIES, 0, patches=("context",), latents=("target",), ahead=AHEAD, device=device)
             try:
                 results["steps"].append(bench_step(size, batch_size, rate, stream))
             except torch.OutOfMemoryError:

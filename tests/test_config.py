@@ -1,4 +1,5 @@
 """Settings from file, environment and command line."""
+import ast
 import os
 import runpy
 import subprocess
@@ -138,3 +139,13 @@ def test_what_is_edited_in_place_is_checked(tmp_path, edit, message):
     with pytest.raises(InputError) as caught:
         runpy.run_path(str(script))
     assert f"stage.py {message}" in str(caught.value)
+
+
+def test_what_is_true_or_false_says_so():
+    """Else `training_videos = "no"`, edited in place, would be a word, and true."""
+    for path in Path(config.__file__).parent.glob("*.py"):
+        if "\nsettings = config.apply(globals()" in path.read_text():
+            for node in ast.parse(path.read_text().partition("\nsettings = config.apply(")[0]).body:
+                value = getattr(node, "value", None)
+                if isinstance(node, ast.Assign) and isinstance(value, ast.Constant):
+                    assert not isinstance(value.value, bool), (path.name, ast.unparse(node))

@@ -164,7 +164,7 @@ def test_a_video_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, code
     monkeypatch.setattr(data, "odd_videos", watch)
     for _ in range(2):
         data.read_clip(str(path), VIEWS[0])
-    assert len(said) == len(watch.short) == noted
+    assert len(said) == len(watch.broken) == noted
     if noted:
         assert f"{path} ends after " in said[0] and (" of 40" in said[0] or " of 4 s" in said[0])
 
@@ -191,4 +191,32 @@ def test_a_video_with_sound_that_was_cut_short_is_named(tmp_path, monkeypatch, s
     assert said == []
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     data.read_clip(str(path), VIEWS[0])
-    assert len(said) == 1 and " of 8 s: was it cut short?" in said[0]
+    assert len(said) == 1 and " of 8 s: was it cut short, or damaged?" in said[0]
+
+
+@pytest.mark.parametrize("where, begin, end", [((0.5, 1), None, None), ((0.25, 0.75), None, None), ((0.25, 0.75), 1, 4)])
+@pytest.mark.parametrize("suffix, options", [("mp4", {}), ("mp4", {"movflags": "faststart"}), ("mkv", {}), ("ts", {}), ("flv", {})])
+def test_a_video_with_a_hole_is_named(tmp_path, monkeypatch, suffix, options, where, begin, end):
+    """As a download leaves it that makes room first: its size is right, a part of its bytes is 0."""
+    path = tmp_path / f"v.{suffix}"
+    frames = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), np.uint8)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "12"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    said, watch = [], data.OddVideos()
+    watch.watch(60.0, said.append)
+    monkeypatch.setattr(data, "odd_videos", watch)
+    data.read_clip(str(path), VIEWS[0], start=begin, end=end)
+    assert said == []
+    content, size = bytearray(path.read_bytes()), path.stat().st_size
+    low, high = (int(share * size) for share in where)
+    content[low:high] = bytes(high - low)
+    path.write_bytes(content)
+    try:
+        data.read_clip(str(path), VIEWS[0], start=begin, end=end)
+    except data.VideoError:  # its index is gone
+        return
+    assert len(said) == 1 and "was it cut short, or damaged?" in said[0]

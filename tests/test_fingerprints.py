@@ -173,18 +173,23 @@ def test_a_teacher_brings_the_cut_of_its_clips(world, tmp_path):
     assert "were cut otherwise (sampling is stride here and uniform there, stride is 2 here and 4 there, crop" in said
 
 
-def test_the_probe_knows_a_training_video_under_another_name_and_stretch(world, tmp_path):
-    """t0 as a whole, its copy h0 as a stretch that holds all of it, and one that shares no frame with what was fitted on."""
+def test_the_probe_knows_a_training_video_under_another_name(world, tmp_path):
+    """t0 as a whole and its copy h0; where lists have stretches, they are refused before."""
     for i in range(4):
         shutil.copy(world / "data" / "videos" / f"{i}.webm", tmp_path / f"t{i}.mp4")
         shutil.copy(world / "data" / "videos" / f"{i + 20}.webm", tmp_path / f"h{i}.mp4")
     shutil.copy(tmp_path / "t0.mp4", tmp_path / "h0.mp4")
-    shutil.copy(tmp_path / "t3.mp4", tmp_path / "h3.mp4")
     (tmp_path / "train.csv").write_text("path,start,end\nt0.mp4\nt1.mp4\nt2.mp4\nt3.mp4,0,0.5\n")
-    (tmp_path / "validation.csv").write_text("path,start,end\nh0.mp4,0,10\nh1.mp4\nh2.mp4\nh3.mp4,0.5,\n")
+    (tmp_path / "validation.csv").write_text("path,start,end\nh0.mp4,0,10\nh1.mp4\nh2.mp4\nt3.mp4,0.5,\n")
     best = run_folder(world, "student") / "best.pth"
-    said = run(tmp_path, "probe_time_arrow", "--checkpoint", best, "--data", ".", "--folds", "2", "--untrained_seeds", "0", "--no_pixels", "--whole_videos")
-    assert "4 training and 3 held-out videos" in said and "'h0@0-10' is the training video 't0' under another name" in said
+    flags = ["--checkpoint", best, "--data", ".", "--folds", "2", "--untrained_seeds", "0", "--no_pixels", "--whole_videos"]
+    assert "and in the split 'validation' as 'h0@0-10'" in error_of(tmp_path, "probe_time_arrow", *flags)
+    for name in ("train", "validation"):
+        rows = [{"id": f"{name[0].replace('v', 'h')}{i}"} for i in range(4)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        (tmp_path / f"{name}.csv").unlink()
+    said = run(tmp_path, "probe_time_arrow", *flags)
+    assert "4 training and 3 held-out videos" in said and "'h0' is the training video 't0' under another name" in said
     assert f"probing {best}, step " in said
 
 

@@ -165,7 +165,8 @@ def test_trackers_get_what_metrics_get(world, tmp_path):
     (tmp_path / "wandb.py").write_text("import json\nclass init:\n    def __init__(self, **how): self.file = open('calls', 'a'); print(json.dumps({**how, 'config': len(how['config'])}), file=self.file)\n"
                                        "    def log(self, entry, step): print(json.dumps([step, entry]), file=self.file, flush=True)\n"
                                        "    def finish(self): print('[\"finished\"]', file=self.file)\n")
-    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--epochs", "3", "--run_name", "r", "--wandb", "project", "--tensorboard"]
+    held_out = ["--val_cache", world / "latents", "--training_videos"]  # its entries hold a word, too
+    flags = ["--cache", world / "latents", *held_out, *SMALL, "--epochs", "3", "--run_name", "r", "--wandb", "project", "--tensorboard"]
     run(tmp_path, "train", *flags, PYTHONPATH=str(tmp_path))
     folder = next(tmp_path.glob("checkpoints/r_*"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

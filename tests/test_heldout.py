@@ -76,3 +76,11 @@ def test_lists_of_videos_are_known_by_their_ids(tmp_path):
     with pytest.raises(InputError, match="holds 10 of 10 clips"):
         heldout.records_to_measure(make(tmp_path / "d", range(0, 10)), seen, "d", False)
     assert "unknown" in heldout.records_to_measure(make(tmp_path / "e", range(0, 10)), None, "e", False)[2][0]
+
+
+def test_copies_among_held_out_clips_are_said(tmp_path):
+    """A video's own views may look alike; two videos may not."""
+    assert heldout.copies(make(tmp_path / "all", range(40))) is None
+    assert heldout.copies(make(tmp_path / "views", range(40), pixels=lambda row: patches_of(row // 2))) is None
+    line = heldout.copies(make(tmp_path / "copies", range(40), pixels=lambda row: patches_of(row % 30)))
+    assert line.startswith("10 clips have the pixels of another video's ('v15' those of 'v0')")

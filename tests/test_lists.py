@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import av.format
 import pytest
@@ -13,7 +14,7 @@ from config import InputError
 def make(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"x")
+        (folder / name).write_bytes(name.encode())
 
 
 def load_both(folder):
@@ -303,12 +304,13 @@ def test_stretches_that_share_frames_are_not_held_out(tmp_path):
             data.load_split(str(tmp_path), "validation")
 
 
-@pytest.mark.parametrize("alias", ["link.mp4", "twin.mp4", "way/a.mp4"])
+@pytest.mark.parametrize("alias", ["link.mp4", "twin.mp4", "way/a.mp4", "copy.mp4"])
 def test_shared_frames_are_seen_under_every_name_of_a_file(tmp_path, alias):
     make(tmp_path, "v/a.mp4")
     (tmp_path / "link.mp4").symlink_to(tmp_path / "v" / "a.mp4")
     os.link(tmp_path / "v" / "a.mp4", tmp_path / "twin.mp4")
     (tmp_path / "way").symlink_to("v")
+    shutil.copy(tmp_path / "v" / "a.mp4", tmp_path / "copy.mp4")
     (tmp_path / "train.csv").write_text("path,start,end\nv/a.mp4,0,3\n")
     (tmp_path / "validation.csv").write_text(f"path,start,end\n{alias},0.5,3.5\n")
     with pytest.raises(InputError, match="in the split 'train' as 'v/a@0-3', from 0.5 s on"):
@@ -337,6 +339,13 @@ def test_what_a_list_by_itself_cannot_tell_is_said(tmp_path):
     said = []
     data.load_split(str(tmp_path / "some.csv"), "train", log=said.append)
     assert any("share frames with those of another list is not looked at" in line for line in said)
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"{split}.csv").write_text("path,start,end\na.mp4,1,2\n")
+        said.clear()
+        (tmp_path / "some.csv").unlink(missing_ok=True)
+        data.load_split(str(tmp_path), split, str(tmp_path / split), said.append)
+        assert any("share frames with those of another list is not looked at" in line for line in said)
 
 
 def test_keys_that_a_json_list_does_not_have(tmp_path):
@@ -359,29 +368,37 @@ def test_a_first_line_of_names_names_the_videos(tmp_path):
         rows_of(tmp_path, "clip,start\na.mp4,2\n")
 
 
-@pytest.mark.parametrize("train, other", [("videos/train", "videos/val"), ("train_256", "val_256"), ("train_videos", "test_videos"), ("training_set", "valset"), ("videos/train", "videos/dev")])
+@pytest.mark.parametrize("train, other", [("videos/train", "videos/val"), ("train_256", "val_256"), ("train_videos", "test_videos"), ("training_set", "valset"), ("videos/train", "videos/dev"), ("videos/train", "videos/held_out")])
 def test_splits_that_lie_elsewhere_are_not_mixed(tmp_path, train, other):
     make(tmp_path, *(f"{part}/{i}.mp4" for part in (train, other) for i in range(20)))
     with pytest.raises(InputError, match="holds folders called .*, and no list"):
         data.load_split(str(tmp_path), "train")
 
 
-@pytest.mark.parametrize("train, other", [("train_list.csv", "val_list.csv"), ("k400_train.csv", "k400_val.csv"), ("trainlist01.txt", "testlist01.txt"), ("training.csv", "val.csv"), ("train.jsonl", "dev.jsonl")])
+@pytest.mark.parametrize("train, other", [("train_list.csv", "val_list.csv"), ("k400_train.csv", "k400_val.csv"), ("trainlist01.txt", "testlist01.txt"), ("training.csv", "val.csv"), ("train.jsonl", "dev.jsonl"), ("ucf/trainlist01.txt", "ucf/testlist01.txt")])
 def test_lists_by_other_names_are_not_passed_over(tmp_path, train, other):
     make(tmp_path, *(f"{i}.mp4" for i in range(40)))
     assert len(load_both(tmp_path)[0]) == 40
-    for name in (train, other):
-        (tmp_path / name).write_text("0.mp4\n")
+    make(tmp_path, "notes/train_toy_5.json", "notes/test_tube_3.json")  # of a video each
+    assert len(load_both(tmp_path)[0]) == 40
+    make(tmp_path, train, other)
     with pytest.raises(InputError, match="which are not read under these names .*; lists are train.json"):
         data.load_split(str(tmp_path), "train")
 
 
-def test_a_column_of_splits_is_not_passed_over(tmp_path):
+@pytest.mark.parametrize("column", ["split", "set"])
+def test_a_column_of_splits_is_not_passed_over(tmp_path, column):
     make(tmp_path, "a.mp4", "b.mp4")
-    rows, _ = rows_of(tmp_path, "path,split\na.mp4,train\nb.mp4,train\n")
+    rows, _ = rows_of(tmp_path, f"path,{column}\na.mp4,train\nb.mp4,train\n")
     assert len(rows) == 2
-    with pytest.raises(InputError, match="has a column split of train, val, which is not read"):
-        rows_of(tmp_path, "path,split\na.mp4,train\nb.mp4,val\n")
+    with pytest.raises(InputError, match=f"has a column {column} of train, val, which is not read"):
+        rows_of(tmp_path, f"path,{column}\na.mp4,train\nb.mp4,val\n")
+
+
+def test_rows_of_one_video_under_several_ids_are_said(tmp_path):
+    make(tmp_path, "a.mp4", "b.mp4")
+    rows, said = rows_of(tmp_path, "path,id,start\na.mp4,0,\na.mp4,1,\nb.mp4,2,\na.mp4,3,2\n")
+    assert len(rows) == 4 and any("1 rows name a video (or stretch of one) that another row names, too" in line for line in said)
 
 
 def test_a_list_called_after_a_split_is_that_split(tmp_path):

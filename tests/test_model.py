@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import cache
 import data
 import model
 import ops
@@ -133,6 +134,29 @@ def test_a_student_exports_to_transformers(tmp_path):
             torch.testing.assert_close(model.load_teacher(tmp_path / str(final_norm)).encode(clips), mine.encode(clips))
 
 
+def test_a_folder_that_does_not_normalise(tmp_path):
+    theirs = shake(transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY)))
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.2] * 3}))
+    ours = model.load_teacher(tmp_path)
+    clips = clips_for(ours.config)
+    with torch.no_grad():
+        expected = theirs(pixel_values(clips, (0, 0, 0), (1, 1, 1))).last_hidden_state
+        torch.testing.assert_close(ours.encode(clips), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"num_attention_heads": 1}, {"layer_norm_eps": 1e-3}])
+def test_the_same_weights_in_another_shape_are_another_teacher(tmp_path, change):
+    theirs = transformers.VideoMAEModel(transformers.VideoMAEConfig(**{**TINY, "num_hidden_layers": 2}))
+    theirs.save_pretrained(tmp_path)
+    before = model.load_teacher(tmp_path).identity
+    assert cache.agree_on(json.loads(json.dumps(before)), model.load_teacher(tmp_path).identity)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    after = model.load_teacher(tmp_path).identity
+    assert before["sha256"] == after["sha256"] and not cache.agree_on(before, after)
+
+
 def test_bad_teachers_are_one_clear_error(tmp_path):
     theirs = transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY))
     theirs.save_pretrained(tmp_path / "good")
@@ -141,7 +165,7 @@ def test_bad_teachers_are_one_clear_error(tmp_path):
                          ("text", {"num_hidden_layers": "1"}), ("headless", {"num_attention_heads": 0}), ("oblong", {"image_size": [96, 128]})):
         theirs.save_pretrained(tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
-    for name, pixels in (("grey", {"image_mean": [0.5]}), ("flat", {"image_std": [0, 0, 0]}), ("null", {"image_mean": None})):
+    for name, pixels in (("grey", {"image_mean": [0.5]}), ("flat", {"image_std": [0, 0, 0]}), ("null", {"image_mean": None}), ("unscaled", {"do_rescale": False}), ("doubled", {"rescale_factor": 1 / 127.5})):
         theirs.save_pretrained(tmp_path / name)
         (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(pixels))
     torch.save({"salt_vla": 1, **dict.fromkeys(weights.CHECKPOINT_PARTS), "student": {}, "encoder_config": {"width": 3}}, tmp_path / "odd.pth")
@@ -154,11 +178,17 @@ def test_bad_teachers_are_one_clear_error(tmp_path):
     (tmp_path / "listed" / "config.json").write_text("[]")
     (tmp_path / "noise.pth").write_bytes(b"\x80\x04nonsense")
     torch.save([1, 2], tmp_path / "list.pth")
+    mine = model.Encoder(EncoderConfig(dim=64, depth=1, heads=1, mlp_dim=128, frames=4, size=32))
+    torch.save({"model": {**as_original(mine), "pos_embed": torch.zeros(1, 8, 64)}}, tmp_path / "learned.pth")
+    theirs.save_pretrained(tmp_path / "learned")
+    os.remove(tmp_path / "learned" / "model.safetensors")
+    torch.save({**theirs.state_dict(), "embeddings.position_embeddings": torch.zeros(1, 8, 64)}, tmp_path / "learned" / "pytorch_model.bin")
     torch.save({"model": {"fc.weight": torch.zeros(2)}}, tmp_path / "resnet.pth")
     for name, message in (("vit", "model type 'vit'"), ("deep", "lacks the weight"), ("wide", "shape"), ("relu", "hidden_act"), ("empty", "no config.json"), ("cut", "damaged"),
                           ("noise.pth", "noise.pth"), ("list.pth", "holds list"), ("resnet.pth", "patch_embed"), ("nowhere", "no teacher"),
                           ("bare.pth", "lacks student"), ("text", "malformed"), ("headless", "heads"), ("oblong", "square"), ("grey", "three numbers"), ("flat", "above 0"),
-                          ("null", "malformed"), ("odd.pth", "malformed"), ("listed", "no JSON object")):
+                          ("null", "malformed"), ("odd.pth", "malformed"), ("listed", "no JSON object"), ("unscaled", "otherwise than by 1/255"), ("doubled", "otherwise than by 1/255"),
+                          ("learned.pth", "encoder lacks; its positions are sines"), ("learned", "encoder lacks; its positions are sines")):
         with pytest.raises(InputError, match=message) as caught:
             model.load_teacher(tmp_path / name)
         assert "\n" not in str(caught.value)

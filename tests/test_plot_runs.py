@@ -90,6 +90,15 @@ def test_a_runs_numbers(tmp_path, plot):
     assert run["throughput"] == {"clips_per_s": np.median(rates), "quartiles": list(np.percentile(rates, [25, 75])), "data_wait": 0.01}
 
 
+def test_metrics_that_were_cut_are_said(tmp_path, plot):
+    write_run(tmp_path, RUN, losses_of(4000))
+    path = tmp_path / "checkpoints" / RUN / "metrics.jsonl"
+    assert plot(RUN)[0]["runs"][0]["notes"] == []
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    run = plot(RUN)[0]["runs"][0]
+    assert run["notes"] == [f"its lines end at step {run['step']} of 4000: the file was cut or replaced"] and run["step"] < 4000
+
+
 def test_interval_is_that_of_twenty_batch_means(tmp_path, plot):
     losses = losses_of(3000)
     write_run(tmp_path, RUN, losses, epoch=10**9)

@@ -138,6 +138,24 @@ def test_evaluation_over_ranks_is_the_same(world, tmp_path):
     assert one["clips"] == two["clips"] == 8 and one["r2"] == pytest.approx(two["r2"], rel=1e-5) and one["r2_ci95"] == pytest.approx(two["r2_ci95"], rel=1e-4)
 
 
+def test_clips_that_other_ranks_lose_are_said(alone, world, tmp_path):
+    """In training and in evaluation: rank 0 alone writes the log."""
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    shutil.copytree(world / "data", tmp_path / "data")
+    for split in ("train", "validation"):
+        run(tmp_path, "cache_latents", "--data", "data", "--split", split, "--teacher", teacher, "--clips", "off", "--out", split, "--dtype", "fp32")
+    for number in (*range(1, 6), *range(19, 25)):
+        path = tmp_path / "data" / "videos" / f"{number}.webm"
+        path.write_bytes(bytes(path.stat().st_size))
+    flags = [*SMALL, "--cache", "train", "--val_cache", "validation", "--data", "data", "--max_steps", "4", "--matrix_rate", "1"]
+    text = finish(launch(2, tmp_path, *flags, "--run_name", "r"))
+    folder = next(tmp_path.glob("checkpoints/r_*"))
+    lost = [json.loads(line) for line in (folder / "failures-rank1.jsonl").read_text().splitlines()]
+    assert {entry["part"] for entry in lost} == {"held-out", "training"}
+    assert all(f"rank 1: skipped, {number} so far: {entry['reason']}" in text for number, entry in enumerate(lost, 1))
+    assert re.search(r"step 0 held-out R2 \S+ mse \S+ over 2 of 8 clips", text) and re.search(r"\d+ clips could not be had", text)
+
+
 def test_skipped_steps_and_a_diagnosis_over_ranks(alone, world, tmp_path):
     """A record that is not finite: both ranks skip the steps that hold it. All of them: both stop, and the diagnosis names clips of both."""
     _, flags = alone

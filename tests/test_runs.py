@@ -13,6 +13,7 @@ import torch
 import journal
 import ranks
 import runs
+import cache
 import weights
 from config import InputError
 from tests.stages import ROOT, SMALL, error_of, run, run_folder, start, stopped_at
@@ -201,7 +202,7 @@ def test_a_copy_that_is_gone_on_with_is_a_run_of_its_own_from_its_first_moment(w
 
 
 def test_identities_of_different_kinds_do_not_agree():
-    agree = weights.agree_on
+    agree = cache.agree_on
     assert agree({"a": 1, "b": 2}, {"a": 1, "c": 3}) and not agree({"a": 1}, {"a": 2})
     assert not agree({"list": "x"}, {"ids_sha256": "y"}) and not agree({"t": {"x": 1}}, {"t": {"y": 1}}) and agree(None, None) and agree({}, {})
 
@@ -540,3 +541,16 @@ def test_the_best_is_the_one_in_the_file(world, tmp_path):
     said = run(tmp_path, "train", *flags, "--resume", "auto")
     assert "best.pth is of step 11, its figure is 0.9: the next better evaluation takes its place" in said
     assert weights.load_checkpoint(folder / "best.pth")["best"] == 0.9 and weights.load_checkpoint(folder / "last.pth")["best"] == 0.9
+
+
+def test_evaluations_that_metrics_lost_are_written_again(world, tmp_path):
+    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--run_name", "r", "--eval_every", "2", "--epochs", "4"]
+    stopped_at("step 8/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
+    path = next(tmp_path.glob("checkpoints/r_*")) / "metrics.jsonl"
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in before if "loss" in row and row["step"] > 4))
+    said = run(tmp_path, "train", *flags, "--resume", "auto")
+    assert f"was cut or replaced: {sum('val_r2' in row for row in before)} evaluations are written again from the checkpoint" in said
+    after = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row for row in after if row in before] == [row for row in before if "val_r2" in row or row["step"] > 4]
+    assert [row["step"] for row in after if "val_r2" in row] == list(range(0, 17, 2))
