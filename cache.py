@@ -560,11 +560,14 @@ class Writer:
         self.plan = json.loads(json.dumps({"format_version": FORMAT_VERSION, **plan}))
         begun = begun_plan(self.folder)
         if begun:
+            if self.plan["teacher"] and begun.get("teacher"):  # whatever its file is called now
+                self.plan["teacher"]["name"] = begun["teacher"]["name"]
             for name, value in self.plan.items():
                 if not agree_on(begun.get(name), value):
                     grown = "; cache other videos apart, and --merge" if name.startswith("list_") else ""
                     raise InputError(f"{self.folder} was begun with another {name}: {brief(begun.get(name), value)} there, "
                                      f"{brief(value, begun.get(name))} asked for; choose another --out{grown}")
+            self.plan["teacher"] = begun["teacher"]  # with no more than was known of it
         elif self.folder.is_dir() and any(entry.name not in ("partial", "plan.json.part") for entry in self.folder.rglob("*")):
             raise InputError(f"{self.folder} is not empty and holds no cache; choose another --out")
         if not begun:

@@ -25,7 +25,7 @@ import config
 # ------------------------------------------------------------------------------------------------------------- settings
 data: str | None = None        # data folder (or CSV file): videos and their lists
 split = "train"                # which list: train, validation or test
-splits_dir: str | None = None  # where to look for the list if the data folder has none
+splits_dir: str | None = None  # folder of the lists, where it is not the data folder
 teacher = ""                   # VideoMAE folder or .pth, a checkpoint of train.py, or none: clips alone, for stage 1
 out: str | None = None         # the cache to make, or to continue
 clips: Literal["auto", "on", "off"] = "auto"  # keep the clips too, so that training decodes no video; auto: where the disk has room
@@ -231,13 +231,19 @@ def decide():
 locks = []  # rank 0's Writer, whose lock lasts as long as it does
 keep_clips, missing = ranks.first(decide)
 if missing is None:
-    log(f"{out} is already whole: {len(cache.open_cache(out))} records")
+    whole = cache.open_cache(out)
+    left = f"; {whole.metadata['failures']} were left out: --repair takes up those that can be decoded now" if whole.metadata["failures"] else ""
+    log(f"{out} is already whole: {len(whole)} records{left}")
     ranks.leave()
 
 # ---- make the missing shards
 writer = locks[0] if rank == 0 else cache.Writer(out, plan_with(keep_clips))
 config.started = True
 to_make = sum(len(rows_of(number)) for number in missing)
+if encoder:
+    log(f"teacher {teacher}: {shape.frames} frames of {shape.size} pixels, normalised by mean {' '.join(f'{x:g}' for x in shape.mean)}, std {' '.join(f'{x:g}' for x in shape.std)}")
+    if "config" not in writer.plan["teacher"]:
+        log(f"{out} was begun by an older version, which did not note the shape of its teacher: it cannot be compared")
 log(f"teacher {teacher} on {device}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)} to make; view {view.hash()}", flush=True)
 mine = missing[rank::world]
 

@@ -64,12 +64,14 @@ BESIDE_CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ssv2")  
 
 
 def find_list(folder, split, splits_dir=None):
-    """The list file of `split`: in the data folder, then in splits_dir, then, where the folder has neither lists nor subfolders of splits, in BESIDE_CODE; or None."""
+    """The list file of `split`: in splits_dir, where that is given; else in the data folder or, where that has neither lists nor subfolders of splits, in BESIDE_CODE; or None."""
     def first_of(place, split):
         paths = [os.path.join(place, name) for name in list_names(split)] if place else ()
         return next(filter(os.path.isfile, paths), None)
 
-    found = first_of(folder, split) or first_of(splits_dir, split)
+    if splits_dir:
+        return first_of(splits_dir, split)
+    found = first_of(folder, split)
     if found or any(first_of(folder, other) for other in SPLITS) or split_folders(folder):
         return found
     return first_of(BESIDE_CODE, split)
@@ -96,6 +98,8 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     folder = os.path.expanduser(folder)
     if os.path.isfile(folder):
         check_list_file(folder)
+        if splits_dir:
+            raise InputError(f"--data {folder} is a list itself; leave --splits_dir out, or give the folder of the videos as --data")
         rows, own = read_csv(folder, log=log), split_of_name(folder)
         if own and own != split:
             raise InputError(f"--data {folder} is, by its name, the list of the split {own!r}, and {split!r} is asked for; "
@@ -109,14 +113,13 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     elif path := find_list(folder, split, splits_dir):
         rows = read_list(path, folder, log)
         here = sum(row.path is not None for row in rows)
-        asked_for = splits_dir and os.path.realpath(path).startswith(os.path.realpath(splits_dir) + os.sep)
-        if path.startswith(BESIDE_CODE + os.sep) and not asked_for and here < len(rows) / 2:
+        if path.startswith(BESIDE_CODE + os.sep) and not splits_dir and here < len(rows) / 2:
             raise InputError(f"{path}, beside the code, lists {len(rows)} videos, of which {folder} holds {here}: say --splits_dir {BESIDE_CODE} if it is meant, "
                              f"else move it away")
         log(f"{split}: {len(rows)} rows of {path}")
-    elif any(find_list(folder, other, splits_dir) for other in SPLITS):
-        raise InputError(f"no list for the split {split!r}: looked for {', '.join(list_names(split))} in {folder}, "
-                         f"{splits_dir or 'no --splits_dir'} and ssv2/ beside the code")
+    elif splits_dir or any(find_list(folder, other) for other in SPLITS):
+        raise InputError(f"no list for the split {split!r}: looked for {', '.join(list_names(split))} in "
+                         f"{f'--splits_dir {splits_dir}' if splits_dir else f'{folder} and ssv2/ beside the code'}")
     else:
         rows = rows_without_list(folder, split, log)
     if not rows:
@@ -142,8 +145,9 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
 
 
 def split_of_name(path):
-    """The split that a list is called after, val.csv or train.csv; None of any other name."""
-    return SPLIT_NAMES.get(os.path.splitext(os.path.basename(path))[0].lower())
+    """The split that a list is called after, val.csv or my_train.csv; None of a name that has a word for none, or for two."""
+    words = splits_in([os.path.splitext(os.path.basename(path))[0]])
+    return next(iter(words)) if len(words) == 1 else None
 
 
 def read_list(path, folder, log=lambda line: None):
@@ -165,8 +169,8 @@ def refuse_shared_frames(folder, split, splits_dir, rows, log):
             other = "train" if split == "validation" else "validation"
             others.append((other, hashed_split(read_csv(folder), other)))
     else:
-        for other in SPLITS:
-            path = find_list(folder, other, splits_dir) if other != split else None
+        for other in SPLITS:  # a test list may be the validation list
+            path = find_list(folder, other, splits_dir) if (other == "train") != (split == "train") else None
             # Where neither has stretches, equal frames are equal clips, which fingerprints tell.
             if path and (path.endswith(".csv") or any(map(is_stretch, rows))):
                 others.append((other, read_list(path, folder)))
@@ -202,14 +206,15 @@ def overlap(one, other):
 
 
 def content_of(path):
-    """What tells a file from any but its copies: its size, and a hash of its two ends; its path where it cannot be read."""
+    """What tells a file from any but its copies: its size, and a hash of sixteen places in it; its path where it cannot be read."""
     if not os.path.isfile(path):
         return path
     try:
         with open(path, "rb") as file:
-            digest, size = hashlib.sha256(file.read(1 << 16)), file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - (1 << 16)))
-            digest.update(file.read())
+            digest, size = hashlib.sha256(), file.seek(0, os.SEEK_END)
+            for place in range(16):
+                file.seek(max(0, size - (1 << 16)) * place // 15)
+                digest.update(file.read(1 << 16))
     except OSError:
         return path
     return size, digest.digest()
@@ -296,6 +301,7 @@ def rows_without_list(folder, split, log):
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_NAMES |= dict.fromkeys(("validation", "val", "valid"), "validation")
 SPLIT_WORDS = SPLIT_NAMES | dict.fromkeys(("dev", "eval", "heldout"), "validation")
+LIST_SUFFIXES = (".csv", ".json", ".jsonl", ".txt", ".tsv", ".lst", ".pkl")
 SPLIT_WORD = re.compile(rf"({'|'.join(SPLIT_WORDS)})(?:set|list)?\d*")
 
 
@@ -303,7 +309,7 @@ def splits_in(names):
     """{split: the first of `names` that has a word for it}: of videos/train, val_256, k400_train.csv, testlist01.txt."""
     found = {}
     for name in sorted(names):
-        for word in re.split(r"[-_. /]", re.sub("held[-_. ]out", "heldout", name.lower())):
+        for word in re.split(r"[-_./]", re.sub("held[-_. ]out", "heldout", name.lower())):
             if match := SPLIT_WORD.fullmatch(word):
                 found.setdefault(SPLIT_WORDS[match[1]], name)
     return found
@@ -313,9 +319,15 @@ def refuse_hidden_splits(folder, found, unused):
     """Raises InputError where a split by a hash would mix what looks like splits of its own: folders as
     videos/train and videos/val, or lists by other names than those that are looked for."""
     folders = splits_in({os.path.dirname(name) for name in found})
-    lists = [name for name in unused.get(NO_VIDEO, ()) if name.endswith((".csv", ".json", ".jsonl", ".txt", ".tsv"))]
-    # In subfolders files of one video each may have such words, too: there only a whole name counts.
-    lists = splits_in(name for name in lists if "/" not in name or SPLIT_WORD.fullmatch(os.path.splitext(os.path.basename(name))[0].lower()))
+    stems = {os.path.basename(name) for name in found}
+    files = (os.path.splitext(name) for name in unused.get(NO_VIDEO, ()))
+    lists = splits_in(stem + suffix for stem, suffix in files if suffix.lower() in LIST_SUFFIXES and os.path.basename(stem) not in stems)
+    firsts = [splits_in([re.split("[-_.]", stem)[0]]) for stem in stems]  # train_00.mp4, val_00.mp4
+    if all(firsts) and len({next(iter(first)) for first in firsts}) > 1:
+        raise InputError(
+            f"the videos of {folder} are called after splits, as {min(stems)!r}, and there is no list: "
+            "write train.csv and validation.csv, or put them into subfolders train/ and validation/"
+        )
     if len(folders) > 1:
         raise InputError(
             f"{folder} holds folders called {' and '.join(sorted(folders.values()))}, and no list: "
@@ -381,7 +393,8 @@ def search(folder):
                 leave_out("of equal ids", f"{path}: {os.path.basename(found[stem])} has that id")
             else:
                 found[stem] = os.path.join(place, name)
-    for stem, other in same_files(found):
+    parts = split_folders(folder).values()  # what is in them is taken under the name that it has there
+    for stem, other in same_files(dict(sorted(found.items(), key=lambda entry: entry[0].partition("/")[0] not in parts))):
         leave_out("under two names", f"{stem}: the file is that of {other}")
         del found[stem]
     return found, unused
@@ -518,9 +531,11 @@ def read_csv(path, folder=None, log=lambda line: None):
             f"{path}: columns not used: {', '.join(ignored)}; "
             "those that are: path, label, start, end, id"
         )
-    for column in ignored:
+    for column in [*ignored, *({"label"} & set(columns))]:
+        if re.match(r"(start|end|begin|stop)(_|$)|.*_(start|end)$", column):
+            raise InputError(f"{path} has a column {column}, which is not read: call it start or end, in seconds, or leave it out")
         place = columns.index(column)
-        parts = {fields[place] for _, fields in lines if len(fields) > place}
+        parts = {fields[place].lower() for _, fields in lines if len(fields) > place}
         named_so = column in ("split", "subset", "partition") or parts <= set(SPLIT_WORDS)
         if named_so and len(parts) > 1:
             raise InputError(
@@ -628,14 +643,15 @@ def mark(time):
 class OddVideos:
     """Says what is odd about videos that can be decoded, by `log`.
 
-    A clip that spans more seconds than `longest_seconds`: once a run. Videos that end long before
+    A clip that spans more seconds than `longest_seconds`, and a file of several video tracks: once
+    a run. Videos that end long before
     what they, or the list, say, that have holes, or frames that cannot be decoded: the first three
     by name; `broken` holds all of them.
     """
 
     def __init__(self):
         self.longest_seconds, self.log, self.lock = math.inf, None, threading.Lock()
-        self.broken = set()
+        self.broken, self.tracks = set(), False  # tracks: whether that is said
 
     def watch(self, longest_seconds, log):
         self.longest_seconds, self.log = longest_seconds, log
@@ -651,6 +667,12 @@ class OddVideos:
                     "(a CSV with the columns path,start,end), or --sampling stride. Said once a run"
                 )
                 self.longest_seconds = math.inf
+
+    def note_tracks(self, path, count):
+        with self.lock:
+            if self.log and not self.tracks:
+                self.log(f"warning: {path} has {count} video tracks, and one is used. Said once a run")
+                self.tracks = True
 
     def note_broken(self, path, what):
         with self.lock:
@@ -703,13 +725,12 @@ def read_clips(path, views, video_id=None, start=None, end=None):
         if start is not None or end is not None:
             stretch = find_stretch(path, start or 0, end)
         with open_video(stretch) as (stream, packets):
-            n, held, size, times, seen = 0, [], 0, [], 0
+            n, held, size, times = 0, [], 0, []
             for packet in packets:  # headers of webm files state no count, others lie
                 n += shows(packet) and stretch.holds(packet.pts)
                 size += packet.size
-                seen += packet.size > 0
                 if packet.pts is not None:
-                    times.append(packet.pts)
+                    times.append((packet.pts, packet.duration or 0))
                 if size <= HELD_BYTES:
                     held.append(packet)
                 else:
@@ -718,7 +739,7 @@ def read_clips(path, views, video_id=None, start=None, end=None):
                 stop = "its end" if end is None else f"{end} s"
                 part = "" if stretch.first is None else f" from {start or 0} s to {stop}"
                 raise VideoError(f"{path} holds no frame{part}")
-            look_at_packets(stretch, stream, seen, times)
+            look_at_packets(stretch, stream, times)
             if size <= HELD_BYTES:
                 n = cut(held, stream, views, clips, name, n, stretch)
         for _ in range(3):
@@ -734,38 +755,45 @@ def read_clips(path, views, video_id=None, start=None, end=None):
         raise VideoError(f"{path} cannot be decoded: {error.strerror or error}") from None
 
 
-def look_at_packets(stretch, stream, seen, times):
+def look_at_packets(stretch, stream, packets):
     """Note a video that ends a tenth before what its container or the list says, and half a second;
-    or whose frames leave a hole as long as that, ten times what is usual between two of them.
+    or that shows no frame for as long as that, and ten times as long as it shows most.
 
-    seen: packets read, with content; times: those that state one, in ticks
+    packets: (time, duration) in ticks of those that state a time
     """
-    if stretch.first is None and stream.frames and seen < 0.9 * stream.frames:
-        odd_videos.note_broken(stretch.path, f"ends after {seen} frames of {stream.frames}")
-        return
-    if not times or not stream.time_base:
-        return
     first = stretch.first if stretch.first is not None else stream.start_time or 0
     begin = max(first, stretch.low)
-    edge = [] if stretch.first is None else [begin]
-    shown = np.unique([*edge, *(time for time in times if begin <= time < stretch.high)])
-    gaps = np.diff(shown) * float(stream.time_base)
-    if len(gaps) > 1 and gaps.max() > max(0.1 * gaps.sum() + 0.5, 10 * np.median(gaps)):
-        after = (shown[gaps.argmax()] - first) * float(stream.time_base)
-        odd_videos.note_broken(stretch.path, f"has no frame for {gaps.max():.3g} s after {after:.3g} s")
-    if stretch.first is None and stream.frames:
+    shown = sorted(entry for entry in packets if entry[0] < stretch.high and (stretch.first is None or entry[0] >= begin))
+    if not shown or not stream.time_base:
         return
+    times, lasts = np.array(shown, np.int64).T
+    gaps = np.diff(times, prepend=times[0] if stretch.first is None else begin)  # before each frame
+    usual = np.median(gaps) if len(gaps) > 2 else 0
+    ends = times + np.maximum(lasts, usual)
+    tick, length = float(stream.time_base), ends.max() - times[0]
+    holes = gaps - np.concatenate([[0], lasts[:-1]])  # less what a frame is said to be shown
+    # A file that states how many frames it has (mp4, AVI) states their times with them: pauses, no holes.
+    if not stream.frames and holes.max() * tick > max(0.1 * length * tick + 0.5, 10 * usual * tick):
+        after = (times[holes.argmax()] - gaps[holes.argmax()] - first) * tick
+        odd_videos.note_broken(stretch.path, f"has no frame for {holes.max() * tick:.3g} s after {after:.3g} s")
+    container, tag = stream.container, stream.metadata.get("DURATION", "")
     if stretch.high < math.inf:
         due = stretch.high
+    elif stream.container.format.name == "avi" and stream.frames:
+        due = stream.frames  # a tick each, dropped ones too; its duration is a guess where the index is gone
     elif stream.duration:
         due = first + stream.duration
-    elif tag := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):
-        due = first + (3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])) / stream.time_base
-    elif stream.container.duration and len(stream.container.streams) == 1:  # else sound may be what lasts
-        due = first + stream.container.duration / 1e6 / stream.time_base
+    elif tag := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", tag):  # of matroska: counted from 0
+        due = (3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])) / tick
+    elif container.duration:
+        due = container.duration / 1e6 / tick
+        if len(container.streams) > 1:  # sound may be what lasts
+            container.seek(0)
+            reached = (packet.pts * packet.time_base for packet in container.demux() if packet.pts is not None)
+            ends = np.append(ends, float(max(reached, default=0)) / tick)
     else:
         return
-    has, stated = (float((time - begin) * stream.time_base) for time in (shown[-1].item(), due))
+    has, stated = ((time - begin) * tick for time in (ends.max(), due))
     if has < 0.9 * stated - 0.5:
         odd_videos.note_broken(stretch.path, f"ends after {has:.4g} s of {stated:.4g} s")
 
@@ -933,6 +961,8 @@ def video_stream(container, path):
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         raise VideoError(f"{path} holds no video stream")
+    if len(streams) > 1:
+        odd_videos.note_tracks(path, len(streams))
     best = container.streams.best("video")  # what is marked as the default comes before a still
     stream = best if best in streams else streams[0]
     if stream.codec_context is None:

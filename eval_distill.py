@@ -23,7 +23,7 @@ cache: str | None = None       # latent cache of the held-out split
 data: str | None = None        # data folder; with --teacher, or where the cache holds no clips
 split = "validation"           # list of held-out videos in it
 training_videos: bool = False  # measure on videos that a checkpoint was trained on, too; the figures are then called training R2
-splits_dir: str | None = None  # where to look for the list if the data folder has none
+splits_dir: str | None = None  # folder of the lists, where it is not the data folder
 teacher: str | None = None     # without a cache: the teacher that the checkpoints were trained on
 space: Literal["own", "none", "layer_norm", "standardise"] = "own"  # to compare targets in
 masks: list[str] = []          # mask families to measure [the checkpoints', which must agree]
@@ -75,7 +75,7 @@ encoder_config = model.EncoderConfig(**first["encoder_config"])
 for path, (_, own, saved) in loaded.items():
     if difference := view.difference(View.from_dict(saved["view"])):
         raise InputError(f"{path} was trained under another view than {paths[0]}: {difference}; evaluate them apart")
-    same_targets = own.target == first["space"]["target"] and agree_on(saved["teacher"], first["teacher"])
+    same_targets = own.target == first["space"]["target"] and (own.target == "pixels" or agree_on(saved["teacher"], first["teacher"]))
     if saved["encoder_config"]["patch"] != encoder_config.patch or not same_targets:
         raise InputError(f"{path} predicts other targets than {paths[0]} (another teacher or patch, or pixels); evaluate them apart")
 predicts_latents = first["space"]["target"] == "latents"
@@ -161,9 +161,6 @@ for path, (_, _, saved) in loaded.items():
     for line in lines:
         log(f"{path}: {line}")
 
-if line := heldout.copies(clips):
-    log(line)
-
 # ---- each batch once, through every checkpoint
 failures = []
 for salt, _, _ in loaded.values():
@@ -171,7 +168,7 @@ for salt, _, _ in loaded.values():
 kept = allowed[keyed_sample(len(allowed), max_batches * batch_size, eval_seed)]
 seen = ("context", "target")  # the targets of the context, too: their mean is the background's guess
 errors = {path: [] for path in loaded}
-videos, twins = [], []  # of each batch: its video ids; which clips, decoded here, are training clips under other ids
+videos, prints, twins = [], [], []  # of each batch: its video ids, its fingerprints; which clips, decoded here, are training clips under other ids
 mine = itertools.islice(in_order(kept, batch_size), rank, None, world)
 stream = batches(clips, mine, families, eval_seed, patches=None if encoder else ("context",) if predicts_latents else seen,
                  latents=seen if predicts_latents else (), threads=threads, device=device, failed=lambda i, error: failures.append(str(error)))
@@ -181,8 +178,9 @@ for batch in tqdm(stream, total=-(-len(kept) // (batch_size * world)), unit="bat
         batch = batch._replace(latents=model.teacher_latents(encoder, batch.patches))
     videos.append([clips.name(record)[0] for record in batch.records.tolist()])
     known = np.zeros(len(batch.records), bool)
+    marks = clips.cache.fingerprints[batch.records] if cache else np.array([fingerprint(clip) for clip in batch.patches.cpu().numpy()])
+    prints.append(marks.tolist())
     if not cache and measured_on == "held-out":
-        marks = np.array([fingerprint(clip) for clip in batch.patches.cpu().numpy()])
         for _, _, saved in loaded.values():
             known |= heldout.among(marks, (saved.get("trained_on") or {}).get("clips"))
     twins.append(known.tolist())
@@ -191,7 +189,7 @@ for batch in tqdm(stream, total=-(-len(kept) // (batch_size * world)), unit="bat
         errors[path].append(heldout.checked(model.clip_errors(salt, reference, batch, families, converted), batch, clips))
 
 # ---- results: those of all ranks, in the order of the batches
-gathered = ranks.gather((errors, videos, twins, failures))
+gathered = ranks.gather((errors, videos, twins, prints, failures))
 if rank > 0:
     ranks.leave()
 
@@ -202,7 +200,7 @@ def in_turn(parts):
 
 
 errors = {path: in_turn([found[path] for found, *_ in gathered]) for path in loaded}
-videos, twins = (np.array([entry for part in in_turn([found[i] for found in gathered]) for entry in part]) for i in (1, 2))
+videos, twins, prints = (np.array([entry for part in in_turn([found[i] for found in gathered]) for entry in part]) for i in (1, 2, 3))
 failures = [failure for *_, lost in gathered for failure in lost]
 for failure in failures:
     print(f"skipped: {failure}")
@@ -210,7 +208,9 @@ if len(twins) and twins.all():
     raise InputError("every clip is a training clip under another id; give held-out videos")
 if twins.any():
     print(f"{twins.sum()} clips are training clips under other ids ({', '.join(map(repr, videos[twins][:3].tolist()))}): left out")
-    videos = videos[~twins]
+    videos, prints = videos[~twins], prints[~twins]
+if line := heldout.copies(np.unique(videos, return_inverse=True)[1], prints, lambda i: str(videos[i])):
+    print(line)
 video_count = len(set(videos.tolist()))
 target_space = compared_in if predicts_latents else "pixels"
 results = []

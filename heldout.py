@@ -94,9 +94,11 @@ def records_to_measure(source, seen, what, allowed):
     return everything[~twins], "held-out", [f"{what}: {int(twins.sum())} clips are training clips under other ids ({names}): left out"]
 
 
-def copies(source):
-    """A line on clips that have the pixels of another id's, or None: a cache's fingerprints tell."""
-    ids, clips = numbers_of(source)
+def copies(ids, clips, name):
+    """A line on clips that have the pixels of another id's, or None.
+
+    ids, clips: int64 [n], a number of each id, and fingerprints or None; name(i): the id of clip i.
+    """
     if clips is None:
         return None
     order = np.argsort(clips, kind="stable")
@@ -104,7 +106,7 @@ def copies(source):
     if not same.any():
         return None
     at = int(np.flatnonzero(same)[0])
-    first, second = (repr(source.name(int(order[i]))[0]) for i in (at, at + 1))
+    first, second = (repr(name(int(order[i]))) for i in (at, at + 1))
     return (f"{int(same.sum())} clips have the pixels of another video's ({second} those of {first}): "
             "intervals count copies as videos of their own, and are too narrow")
 

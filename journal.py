@@ -118,12 +118,12 @@ class Metrics:
 
     def __init__(self, folder, step=-1, history=()):
         self.path, self.followers = os.path.join(folder, "metrics.jsonl"), []  # followers: (function that takes an entry, function that ends it)
-        self.damaged = self.restored = 0  # lines of earlier starts that could not be kept; evaluations that were not there
+        self.damaged = self.restored = self.last_step = 0  # lines of earlier starts that could not be kept; evaluations that were not there; the last line of a step
         if rank == 0:
             kept = list(self.entries_to(step))
             there = {entry["step"] for entry in kept if "val_r2" in entry}
             lost = [without_infinities(entry) for entry in history if entry["step"] not in there]
-            self.restored = len(lost)
+            self.restored, self.last_step = len(lost), max((entry["step"] for entry in kept if "loss" in entry), default=0)
             if lost:
                 kept = sorted(kept + lost, key=lambda entry: entry["step"])
             write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())

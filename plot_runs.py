@@ -38,6 +38,7 @@ BATCHES = 20     # of which an interval is made
 SMOOTH = 0.02    # of a run: the running mean in the picture
 WIDTH = 100      # columns of the table
 ABREAST = 6      # runs side by side in it
+MEASURED_BY = ("target", "target_norm", "masks", "eval_seed", "held-out clips", "latents of", "frames", "resolution")  # what R2 depends on beside the student
 INCIDENTAL = {"run_name", "resume", "checkpoints", "run_logs"}  # settings that say where a run is, not what it is
 
 if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -247,6 +248,8 @@ def summarise(name, log, metrics, note):
             best = max(pairs, key=lambda pair: pair[0])
             measured |= {f"{label}best": best[0], f"{label}best_step": best[1], f"{label}last": pairs[-1][0], f"{label}last_step": pairs[-1][1]}
     if measured:
+        if clips := held_out[-1].get("val_clips"):
+            measured["clips"] = clips
         measured["background"] = next((number(row["val_r2_background"]) for row in reversed(held_out) if "val_r2_background" in row), None)
     warm = slice(1 if len(steps) > 2 else 0, None)
     rates, waits = (values[warm][np.isfinite(values[warm])] for values in (columns["clips_per_s"], columns["data_wait"]))
@@ -259,6 +262,11 @@ def summarise(name, log, metrics, note):
         notes.append("a log without a line of settings")
     notes += [f"resumed {resumed['from']} at step {resumed['step']}"] if resumed else []
     notes += damage + again
+    spaces = np.diff(steps)
+    usual = int(np.quantile(spaces, 0.9, method="lower")) if len(spaces) else 0
+    for at in np.flatnonzero(spaces > 3 * usual):
+        notes.append(f"it has no line between step {steps[at]} and {steps[at + 1]}")
+        counts[at + 1] = min(counts[at + 1], usual)
     if logged.get("on_training") or any(row.get("val_videos") == "training" for row in held_out):
         notes.append("its R2 is of training videos")
     if lost := int(np.isnan(losses).sum()):
@@ -358,6 +366,7 @@ table = [(label, cells(pattern, place)) for label, pattern, place in (
     ("  moving average, best", "{:.4f}", "held_out.ema_best"),
     ("  moving average, last", "{:.4f}", "held_out.ema_last"),
     ("  of the background", "{:.4f}", "held_out.background"),
+    ("  over clips", "{}", "held_out.clips"),
     ("clips/s, median", "{:.4g}", "throughput.clips_per_s"),
     ("  quartiles", lambda ends: f"{ends[0]:.4g}-{ends[1]:.4g}", "throughput.quartiles"),
     ("waiting for data", "{:.1%}", "throughput.data_wait"),
@@ -386,6 +395,11 @@ for error in left_out:
     print(f"left out: {error}")
 if len(known) > 1 and not differences:
     print("the runs have the same settings")
+apart = [name for name in MEASURED_BY if name in differences and len(differences[name]) == len(results)]
+if len({(result["held_out"] or {}).get("clips") for result in results if result["held_out"]}) > 1:
+    apart.append("the count of clips")
+if apart and sum(bool(result["held_out"]) for result in results) > 1:
+    print(f"held-out R2 of these runs is of other clips, masks or targets ({', '.join(apart)}): eval_distill.py compares checkpoints on the same")
 
 
 # ---- files

@@ -25,7 +25,7 @@ data: str | None = None        # data folder: videos and their lists
 ema: bool = False              # probe the moving average of the weights (train.py --ema)
 train_split = "train"          # list that the probe is fitted on
 val_split = "validation"       # list that it is tested on
-splits_dir: str | None = None  # where to look for the lists if the data folder has none
+splits_dir: str | None = None  # folder of the lists, where it is not the data folder
 train_videos: int = 2000       # at most so many, drawn by the seed
 val_videos: int = 1000         # at most so many
 whole_videos: bool = False     # clips from whole videos instead of a random half of each
@@ -60,6 +60,7 @@ from threadpoolctl import threadpool_limits  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import budget  # noqa: E402
+import heldout  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 from cache import prepare_file, sha256, write_whole  # noqa: E402
@@ -89,9 +90,13 @@ print(ops.extension_line(device), flush=True)
 if faster := budget.slow_bf16(device, dtype):
     print(faster)
 saved = load_checkpoint(path, ema)
-print(f"probing {path}, step {saved['step']}", flush=True)
+print(f"probing {path}, step {saved['step']}{', the moving average of its weights' * ema}", flush=True)
 view, shape = View.from_dict(saved["view"]), model.EncoderConfig(**saved["encoder_config"])
 student = model.student_of(saved, path)
+seen = (saved.get("trained_on") or {}).get("ids")
+ids = heldout.hash_ids([b"".join(f"{row.id}\t\n".encode() for row in videos[val_split])])
+if seen_count := int(heldout.among(ids, seen).sum()):
+    print(f"{seen_count} of {len(ids)} videos of the split {val_split!r} are of those that the encoder was trained on: held out from the probe's fit, not from the encoder's")
 del saved
 
 # ---- which videos, and the encoders side by side, so that each video is decoded once
@@ -105,7 +110,7 @@ for encoder in encoders.values():
     model.cast_matrices(encoder, dtype)
 
 
-marks = {}  # SHA-256 of a training video's file -> its Rows
+marks, held_marks = {}, {}  # SHA-256 of a training or held-out video's file -> its Rows
 
 
 def pair_of(row, split):
@@ -119,6 +124,8 @@ def pair_of(row, split):
             rows.append(row)
         elif same := next((other for other in rows if overlap(row, other)), None):
             return VideoError(f"{row.id!r} is the training video {same.id!r} under another name, or shares frames with it")
+        else:
+            held_marks.setdefault(sha256(row.path), []).append(row)
         return [forwards, mirrored[::-1]]
     except VideoError as error:
         return error
@@ -192,9 +199,12 @@ if controls:
     result["untrained"] = summary(np.mean(controls, axis=0), seeds=[float(correct.mean()) for correct in controls])
 if pixels:
     result["pixels"] = summary(fitted["pixels"][0], C=fitted["pixels"][1])
-result |= {"train_videos": train_count, "val_videos": val_count, "failures": train_failures + val_failures,
+result |= {"train_videos": train_count, "val_videos": val_count, "failures": train_failures + val_failures, "val_videos_of_the_encoders_training": seen_count,
            "window": "whole videos" if whole_videos else f"a random half of each video, seed {seed}", "config": settings | {"checkpoint": path}}
 
+copies = sum(any(overlap(row, other) for other in rows[:i]) for rows in held_marks.values() for i, row in enumerate(rows))
+if copies:
+    print(f"{copies} held-out videos are copies of others, under other names: the intervals count them as videos of their own, and are too narrow")
 print(f"time arrow, {train_count} training and {val_count} held-out videos, {result['window']}")
 print(f"{'features':22} {'accuracy':>9} {'95 % by video':>18}")
 for name, row in (("student", result), ("untrained, mean of " + str(len(controls)), result.get("untrained")), ("pixels 7x7", result.get("pixels"))):

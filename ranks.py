@@ -86,7 +86,7 @@ def first(work):
     dist.broadcast_object_list(made)
     if made[1]:
         with contextlib.suppress(RuntimeError):  # of rank 0's end: torchrun ends all ranks with the first, and rank 0 has still to say why
-            dist.barrier()
+            dist.broadcast_object_list(made)
         os._exit(1)
     return made[0]
 

@@ -130,6 +130,8 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
     for name in reversed(starts):
         log = os.path.join(run_logs, f"{name}.log")
         folder = os.path.join(checkpoints, name) if name in folders else folder_of_log(log, checkpoints)
+        if folder and word not in starts and not named([os.path.basename(folder)], word):
+            continue  # under another --run_name, that start went on with a run that is called otherwise
         candidates.append(with_log(folder, run_logs)[:2] if folder else (None, log))  # a start that was refused leaves a log, too
     candidates = list(dict.fromkeys(candidates))  # several starts of one run
     if word not in starts and len(candidates) > 1:

@@ -9,6 +9,7 @@ Checkpoints go to checkpoints/<run>/, the log to run_logs/. Ctrl-C saves and lea
 import contextlib
 import copy
 import functools
+import glob
 import hashlib
 import importlib.util
 import itertools
@@ -36,7 +37,7 @@ val_cache: str | None = None   # cache of held-out videos under the same view an
 data: str | None = None        # data folder; needed where the cache holds no clips
 training_videos: bool = False  # measure on training videos, too, where --val_cache holds some; the figures are then called training R2
 split = "train"                # list to train on where there is no cache
-splits_dir: str | None = None  # where to look for the list if the data folder has none
+splits_dir: str | None = None  # folder of the lists, where it is not the data folder
 teacher: str | None = None     # without cached latents: run this teacher (VideoMAE folder or .pth, or our checkpoint) on the fly
 target: Literal["latents", "pixels"] = "latents"  # what is predicted; pixels is stage 1
 frames: int | None = None      # frames a clip of a run without a cache; with one, the cache decides [the teacher's, else 16]
@@ -113,7 +114,7 @@ import heldout  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 import ranks  # noqa: E402
-from cache import agree_on, open_cache, prepare_folder, write_whole  # noqa: E402
+from cache import agree_on, content_digest, open_cache, prepare_folder, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import Records, Videos, batches, check_batch, in_order, keyed_sample, load_split, odd_videos, shuffled  # noqa: E402
 from journal import Log, Metrics, average, summary, trackers  # noqa: E402
@@ -265,6 +266,8 @@ if held_out:
     measured, measured_on, lines = heldout.records_to_measure(held_out_clips, seen_videos, f"--val_cache {val_cache}", training_videos)
     for line in lines:
         log(line)
+    if line := heldout.copies(*heldout.numbers_of(held_out_clips), lambda i: held_out_clips.name(i)[0]):
+        log(line)
 if batch_size % (world * accumulate):
     parts = " times ".join([f"{world} ranks"] * (world > 1) + [f"--accumulate {accumulate}"] * (accumulate > 1))
     raise InputError(f"{parts} {'do' if world > 1 else 'does'} not divide --batch_size {batch_size}; the parts of a batch have one size, so it must be a multiple of {world * accumulate}")
@@ -302,6 +305,8 @@ run, saved = os.path.basename(directory), None
 if origin:
     saved = opened[0].take_content() if opened else load_checkpoint(origin)
 log(f"folder {directory}")
+if in_place and not runs.named([run], run_name):
+    log(f"this start goes on with the run {run}, by whose name it is found; --run_name {run_name} names its log alone")
 if saved:
     if ema and "ema" not in saved:
         raise InputError(f"--resume {origin} was trained without --ema; leave it out, or start a new run")
@@ -370,6 +375,8 @@ full_rate = 1e12 * matrix_rate if matrix_rate else budget.matrix_rate(device, dt
 if not matrix_rate and (faster := budget.slow_bf16(device, dtype)):
     log(faster)
 in_force = {"frames": view.frames, "resolution": view.size, "patch": patch_size, "warmup": warmup, "eval_every": eval_every}
+# Of what the paths hold, so that runs can be told apart that were made from other content under one path.
+in_force |= {name: content_digest(identity[key])[:12] for name, key in (("training clips", "train"), ("held-out clips", "held_out"), ("latents of", "teacher")) if identity[key]}
 log(f"in force {json.dumps(in_force)}")
 if not on_gpu and not matrix_rate and (faster := budget.fewer_threads(device, dtype, full_rate)):
     log(faster)
@@ -480,8 +487,8 @@ if saved:
 metrics = Metrics(directory, step if origin else -1, history)
 if metrics.damaged:
     log(f"{metrics.path}: {metrics.damaged} torn or damaged lines are left out")
-if metrics.restored:
-    log(f"{metrics.path} was cut or replaced: {metrics.restored} evaluations are written again from the checkpoint, lines of steps are lost")
+if in_place and (metrics.restored or metrics.last_step < step - len(pending)):
+    log(f"{metrics.path} was cut or replaced: {metrics.restored} evaluations are written again from the checkpoint; lines of steps up to step {step - len(pending)} are lost")
 ranks.first(lambda: metrics.follow(run, settings, directory, wandb, tensorboard))
 failures = set()
 
@@ -519,7 +526,7 @@ def held_out_r2():
         entry |= {f"val_r2{suffix}": float(model.r2(rows.values())), f"val_mse{suffix}": model.mse(rows.values())}
     entry["val_r2_background"] = float(model.r2(rows.values(), "background"))
     entry = ranks.first(lambda: entry)  # with FSDP2 each rank has worked it out: what is best, all must see alike
-    clip_count = len(next(iter(rows.values()))["squared"])
+    entry["val_clips"] = clip_count = len(next(iter(rows.values()))["squared"])
     averaged_r2 = f"; moving average of the weights: R2 {entry['val_r2_ema']:.4f}" if averaged else ""
     log(f"step {step} {measured_on} R2 {entry['val_r2']:.4f} mse {entry['val_mse']:.5f}{f' over {clip_count} of {len(kept)} clips' * (clip_count < len(kept))} (mean of the clip's own context: R2 "
         f"{entry['val_r2_background']:.4f}{averaged_r2})")
@@ -684,7 +691,9 @@ for name in ("best.pth", "last.pth"):  # both exist whenever a run has ended
 if rank == 0 and os.path.isfile(previous):
     os.remove(previous)
 metrics.close()
-if lost := set().union(*ranks.gather(failures)):
+ranks.gather(None)  # every rank has written its own
+lost = {tuple(json.loads(line).values())[:2] for path in glob.glob(os.path.join(glob.escape(directory), "failures*.jsonl")) for line in runs.lines_of(path)}
+if lost:
     log(f"{len(lost)} clips could not be had and were left out or replaced by their neighbours: {directory}/failures*.jsonl")
 log.status = "stopped" if stopping and step < total_steps else "finished"
 log(f"checkpoints in {directory}")

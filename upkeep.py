@@ -218,15 +218,16 @@ def merge(folders, out, progress=lambda files: files):
     """
     caches, out = [open_cache(folder) for folder in folders], Path(out)
     first, stats = caches[0].metadata, [cache.stats for cache in caches if cache.has_latents]
+    fullest = max(caches, key=lambda cache: len(cache.teacher or {}))  # older versions noted less of a teacher
     for cache in caches:
         if cache.metadata["clips_from"]:
             raise InputError(f"{cache.folder} uses the clips of another cache; merge the caches that hold the clips, and cache the latents with --clips_from again")
-        for name in ("view", "views", "patch", "tubelet", "teacher", "dtype", "latent_shape", "patch_shape", "clips"):
-            mine, theirs = first[name], cache.metadata[name]
+        for name in ("view", "patch", "tubelet", "teacher", "dtype", "latent_shape", "patch_shape", "clips", "views"):
+            mine, theirs = fullest.metadata[name], cache.metadata[name]
             if name == "teacher" and mine and theirs:  # whatever its file was called
                 mine, theirs = ({field: value for field, value in teacher.items() if field != "name"} for teacher in (mine, theirs))
             if not agree_on(mine, theirs):
-                raise InputError(f"{caches[0].folder} and {cache.folder} have another {name}: {brief(mine, theirs)} and {brief(theirs, mine)}; caches of one view and "
+                raise InputError(f"{fullest.folder} and {cache.folder} have another {name}: {brief(mine, theirs)} and {brief(theirs, mine)}; caches of one view and "
                                  f"teacher can be merged")
     seen = {}
     for cache in caches:
@@ -241,6 +242,8 @@ def merge(folders, out, progress=lambda files: files):
     ids = "".join(f"{name}\t{view}\n" for name, view in seen).encode()
     kept = ("format_version", "teacher", "view", "view_hash", "views", "patch", "tubelet", "dtype", "batch_size", "latent_shape", "patch_shape", "clips", "clips_from")
     plan = {name: first[name] for name in kept}
+    if first["teacher"]:  # no more than is known of all
+        plan["teacher"] = {field: value for field, value in first["teacher"].items() if all(field in cache.teacher for cache in caches)}
     plan |= {"split": "+".join(dict.fromkeys(part for cache in caches for part in cache.metadata["split"].split("+"))), "list_count": rows,
              "list_sha256": list_digest(whole_list(seen, {failure["row"]: failure for failure in failures}, rows)),
              "merged_from": [cache.folder.name for cache in caches]}

@@ -138,6 +138,9 @@ def whole(state, path):
     return found
 
 
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")  # that may say mean and std
+
+
 def read_json(path):
     """The content of a small JSON file."""
     if path.stat().st_size > 1 << 24:
@@ -156,8 +159,8 @@ def read_transformers(folder):
             raise InputError(f"{folder / 'config.json'} is no JSON object")
         if config.get("model_type") != "videomae":
             raise InputError(f"{folder / 'config.json'} describes the model type {config.get('model_type')!r}; a teacher is a videomae")
-        pixels = folder / "preprocessor_config.json"
-        pixels = read_json(pixels) if pixels.is_file() else {}
+        pixels = next((read_json(path) for name in PROCESSORS if (path := folder / name).is_file()), {})
+        pixels = pixels.get("video_processor", pixels.get("image_processor", pixels))  # of processor_config.json
     except FileNotFoundError:
         raise InputError(f"{folder} has no config.json; a teacher folder holds config.json and model.safetensors or pytorch_model.bin") from None
     except ValueError as error:
@@ -213,10 +216,10 @@ def read_transformers(folder):
               "tubelet": config.get("tubelet_size", 2), "eps": config.get("layer_norm_eps", 1e-12), "qkv_bias": biases is not None,
               "final_norm": final_norm}
     fields |= {mine: pixels[theirs] for mine, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in pixels}
-    if not pixels.get("do_normalize", True):
+    if pixels.get("do_normalize") is False:
         fields |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    if not pixels.get("do_rescale", True) or not math.isclose(pixels.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise InputError(f"{folder / 'preprocessor_config.json'} scales pixels otherwise than by 1/255 (do_rescale, rescale_factor); write the same scale into image_mean "
+    if pixels.get("do_rescale") is False or not math.isclose(pixels.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise InputError(f"{folder} scales pixels otherwise than by 1/255 (do_rescale, rescale_factor, of its {' or '.join(PROCESSORS)}); write the same scale into image_mean "
                          f"and image_std")
     return fields, ours, weights, config.get("salt_view")
 
@@ -232,7 +235,8 @@ def read_videomae(saved, path, heads_of):
 
     heads_of(width, depth) gives the heads, which it does not state; frames and size come from its arguments, else are 16 and 224.
     """
-    arguments = saved.get("args")
+    arguments = saved.get("args") or {}
+    arguments = arguments if isinstance(arguments, dict) else vars(arguments)
     state = next((saved[key] for key in ("model", "module", "state_dict") if isinstance(saved.get(key), dict)), saved)
     state = {name.removeprefix("module."): tensor for name, tensor in whole(state, path).items()}
     if any(name.startswith("encoder.") for name in state):
@@ -253,7 +257,7 @@ def read_videomae(saved, path, heads_of):
     if final_norm:
         ours["norm.weight"], ours["norm.bias"] = state["norm.weight"].float(), take(state, "norm.bias", path).float()
     fields = {"dim": dim, "depth": depth, "heads": heads_of(dim, depth), "mlp_dim": take(ours, "blocks.0.fc1.weight", path).shape[0],
-              "frames": getattr(arguments, "num_frames", 16), "size": getattr(arguments, "input_size", 224), "patch": kernel.shape[-1],
+              "frames": arguments.get("num_frames", 16), "size": arguments.get("input_size", 224), "patch": kernel.shape[-1],
               "tubelet": kernel.shape[2], "eps": 1e-6, "qkv_bias": "blocks.0.attn.q_bias" in state, "final_norm": final_norm}
     return fields, ours
 

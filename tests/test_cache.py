@@ -646,6 +646,34 @@ def test_merging(made, tmp_path):
         upkeep.merge([made, third], tmp_path / "never")
 
 
+SHAPES = ({"heads": 4}, {"heads": 8}, None)  # of a teacher; older versions did not note it
+
+
+def of_shape(folder, name, shape):
+    ids = [(f"{name}{row}", 0) for row in range(3)]
+    teacher = {**PLAN["teacher"], **({"config": shape} if shape else {})}
+    writer = Writer(folder / name, {**PLAN, "teacher": teacher, "list_count": 3, "list_sha256": list_digest(ids)})
+    with writer.shard(0) as shard:
+        for row, entry in enumerate(ids):
+            shard.add(*entry, patches_of(row), half(latents_of(row)))
+    writer.finish()
+    return folder / name
+
+
+def test_what_is_not_known_of_a_teacher_stays_so(tmp_path):
+    """A cache of an older version brings no two shapes together, and is none the wiser after a merge or a repair."""
+    four, eight, old = (of_shape(tmp_path, name, shape) for name, shape in zip("abc", SHAPES))
+    for folders in ([old, four, eight], [eight, old, four]):
+        with pytest.raises(InputError, match="another teacher: .*heads"):
+            upkeep.merge(folders, tmp_path / "never")
+    for number, folders in enumerate(([four, old], [old, four])):
+        assert "config" not in upkeep.merge(folders, tmp_path / f"both{number}")["teacher"]
+    assert upkeep.merge([four], tmp_path / "one")["teacher"]["config"] == {"heads": 4}
+    plan = {name: json.loads((old / "metadata.json").read_text())[name] for name in PLAN}
+    writer = Writer(old, {**plan, "teacher": {**plan["teacher"], "name": "moved", "config": {"heads": 8}}})
+    assert writer.finished and writer.plan["teacher"] == plan["teacher"]
+
+
 def test_an_id_list_cut_short_while_open_is_an_error(copy):
     opened = open_cache(copy)
     with open(copy / "ids.txt", "r+b") as file:

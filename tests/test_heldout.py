@@ -80,7 +80,9 @@ def test_lists_of_videos_are_known_by_their_ids(tmp_path):
 
 def test_copies_among_held_out_clips_are_said(tmp_path):
     """A video's own views may look alike; two videos may not."""
-    assert heldout.copies(make(tmp_path / "all", range(40))) is None
-    assert heldout.copies(make(tmp_path / "views", range(40), pixels=lambda row: patches_of(row // 2))) is None
-    line = heldout.copies(make(tmp_path / "copies", range(40), pixels=lambda row: patches_of(row % 30)))
+    def said(name, **how):
+        source = make(tmp_path / name, range(40), **how)
+        return heldout.copies(*heldout.numbers_of(source), lambda i: source.name(i)[0])
+    assert said("all") is None and said("views", pixels=lambda row: patches_of(row // 2)) is None
+    line = said("copies", pixels=lambda row: patches_of(row % 30))
     assert line.startswith("10 clips have the pixels of another video's ('v15' those of 'v0')")

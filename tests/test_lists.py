@@ -375,12 +375,12 @@ def test_splits_that_lie_elsewhere_are_not_mixed(tmp_path, train, other):
         data.load_split(str(tmp_path), "train")
 
 
-@pytest.mark.parametrize("train, other", [("train_list.csv", "val_list.csv"), ("k400_train.csv", "k400_val.csv"), ("trainlist01.txt", "testlist01.txt"), ("training.csv", "val.csv"), ("train.jsonl", "dev.jsonl"), ("ucf/trainlist01.txt", "ucf/testlist01.txt")])
+@pytest.mark.parametrize("train, other", [("train_list.csv", "val_list.csv"), ("k400_train.csv", "k400_val.csv"), ("trainlist01.txt", "testlist01.txt"), ("training.csv", "val.csv"), ("train.jsonl", "dev.jsonl"), ("ucf/trainlist01.txt", "ucf/testlist01.txt"), ("annotations/kinetics_train_list.TXT", "annotations/kinetics_val_list.TXT")])
 def test_lists_by_other_names_are_not_passed_over(tmp_path, train, other):
     make(tmp_path, *(f"{i}.mp4" for i in range(40)))
     assert len(load_both(tmp_path)[0]) == 40
-    make(tmp_path, "notes/train_toy_5.json", "notes/test_tube_3.json")  # of a video each
-    assert len(load_both(tmp_path)[0]) == 40
+    make(tmp_path, *(f"{name}{suffix}" for name in ("train_toy", "test_tube") for suffix in (".mp4", ".json")))  # of a video each
+    assert len(load_both(tmp_path)[0]) == 42
     make(tmp_path, train, other)
     with pytest.raises(InputError, match="which are not read under these names .*; lists are train.json"):
         data.load_split(str(tmp_path), "train")
@@ -427,12 +427,63 @@ def test_lists_beside_the_code_are_for_their_own_videos(tmp_path, monkeypatch):
 
 def test_shared_frames_are_looked_for_in_all_splits(tmp_path):
     make(tmp_path, "a.mp4", "b.mp4")
-    for split, rows in (("train", "a.mp4,0,3.5"), ("validation", "a.mp4,2,4\nb.mp4,2,4"), ("test", "b.mp4,2.2,4.2")):
+    for split, rows in (("train", "a.mp4,0,3.5"), ("validation", "a.mp4,2,4\nb.mp4,2,4"), ("test", "a.mp4,3,4\nb.mp4,2.2,4.2")):
         (tmp_path / f"{split}.csv").write_text(f"path,start,end\n{rows}\n")
-    for split, other in (("train", "validation"), ("validation", "train"), ("test", "validation")):
+    for split, other in (("train", "validation"), ("validation", "train"), ("test", "train")):
         with pytest.raises(InputError, match=f"in the split '{split}' as .* and in the split '{other}' as"):
             data.load_split(str(tmp_path), split)
+    (tmp_path / "train.csv").write_text("path,start,end\na.mp4,0,2\n")
+    assert len(data.load_split(str(tmp_path), "validation")) == len(data.load_split(str(tmp_path), "test")) == 2  # which may share theirs
 
+
+def test_lists_elsewhere_are_the_lists(tmp_path):
+    """--splits_dir is obeyed or refused, whatever else there is."""
+    folder, mine = tmp_path / "data", tmp_path / "mine"
+    make(folder, *(f"{i}.mp4" for i in range(40)))
+    (folder / "train.json").write_text(json.dumps([{"id": str(i)} for i in range(30)]))
+    make(mine, "my_train.csv")
+    with pytest.raises(InputError, match="no list for the split 'train': looked for train.json.* in --splits_dir"):
+        data.load_split(str(folder), "train", str(mine))
+    (mine / "train.json").write_text(json.dumps([{"id": str(i)} for i in range(5)]))
+    assert len(data.load_split(str(folder), "train", str(mine))) == 5
+    with pytest.raises(InputError, match="no list for the split 'validation'"):
+        data.load_split(str(folder), "validation", str(mine))
+    (folder / "all.csv").write_text("0.mp4\n")
+    with pytest.raises(InputError, match="is a list itself; leave --splits_dir out"):
+        data.load_split(str(folder / "all.csv"), "train", str(mine))
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("a.mp4,train\nb.mp4,val\n", "has a column label of train, val"), ("a.mp4 Train\nb.mp4 Test\n", "has a column label of test, train"),
+    ("path,start_time,end_time\na.mp4,0,1\n", "has a column start_time, which is not read: call it start or end, in seconds"),
+    ("path,t_end\na.mp4,1\n", "has a column t_end")])
+def test_columns_that_mean_a_split_or_a_stretch_are_not_passed_over(tmp_path, text, problem):
+    make(tmp_path, "a.mp4", "b.mp4")
+    with pytest.raises(InputError, match=problem):
+        rows_of(tmp_path, text)
+
+
+def test_videos_called_after_splits_are_not_mixed(tmp_path):
+    make(tmp_path, *(f"{split}_{i}.mp4" for split in ("train", "val") for i in range(20)))
+    with pytest.raises(InputError, match="are called after splits, as 'train_0', and there is no list"):
+        data.load_split(str(tmp_path), "train")
+    make(tmp_path, "other.mp4")
+    assert len(load_both(tmp_path)[0]) == 41
+
+
+def test_links_into_a_folder_beside_the_splits_are_the_splits(tmp_path):
+    make(tmp_path, *(f"all/{i}.mp4" for i in range(6)))
+    for split, numbers in (("train", range(4)), ("validation", range(3, 6))):
+        (tmp_path / split).mkdir()
+        for i in numbers:
+            (tmp_path / split / f"{i}.mp4").symlink_to(tmp_path / "all" / f"{i}.mp4")
+    assert [row.id for row in data.load_split(str(tmp_path), "train")] == [f"train/{i}" for i in range(4)]
+    assert [row.id for row in data.load_split(str(tmp_path), "validation")] == ["validation/4", "validation/5"]  # 3 is in train/
+
+
+def test_class_folders_may_have_such_words(tmp_path):
+    make(tmp_path, *(f"{name}/{i}.mp4" for name in ("training dog", "crash test") for i in range(20)))
+    assert len(load_both(tmp_path)[0]) == 40
 
 def test_rounding_is_no_shared_frame(tmp_path):
     make(tmp_path, "a.mp4")

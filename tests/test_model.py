@@ -99,7 +99,7 @@ def test_original_videomae_files(tmp_path, layout):
     arguments = argparse.Namespace(num_frames=4, input_size=32, model="pretrain_videomae_odd")
     saved = {"bare": {**named, "args": arguments},
              "encoder": {"model": {**{f"encoder.{name}": value for name, value in named.items()}, "decoder.norm.weight": torch.ones(3), "mask_token": torch.zeros(1)}, "args": arguments, "epoch": 3},
-             "model": {"model": {**named, "head.weight": torch.zeros(5, 128)}, "args": arguments}, "module": {"module": named, "args": arguments}}[layout]
+             "model": {"model": {**named, "head.weight": torch.zeros(5, 128)}, "args": arguments}, "module": {"module": named, "args": vars(arguments)}}[layout]
     torch.save(saved, tmp_path / "videomae.pth")
     ours = model.load_teacher(tmp_path / "videomae.pth")
     assert ours.config == mine.config
@@ -132,6 +132,15 @@ def test_a_student_exports_to_transformers(tmp_path):
         with torch.no_grad():
             torch.testing.assert_close(theirs(pixel_values(clips)).last_hidden_state, mine.encode(clips), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(model.load_teacher(tmp_path / str(final_norm)).encode(clips), mine.encode(clips))
+
+
+@pytest.mark.parametrize("name, inside", [("video_preprocessor_config.json", None), ("processor_config.json", "video_processor"), ("processor_config.json", "image_processor")])
+def test_mean_and_std_of_every_kind_of_processor(tmp_path, name, inside):
+    transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY)).save_pretrained(tmp_path)
+    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "do_normalize": None}
+    (tmp_path / name).write_text(json.dumps({inside: pixels} if inside else pixels))
+    config = model.load_teacher(tmp_path).config
+    assert (list(config.mean), list(config.std)) == (pixels["image_mean"], pixels["image_std"])
 
 
 def test_a_folder_that_does_not_normalise(tmp_path):

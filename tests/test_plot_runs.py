@@ -90,6 +90,26 @@ def test_a_runs_numbers(tmp_path, plot):
     assert run["throughput"] == {"clips_per_s": np.median(rates), "quartiles": list(np.percentile(rates, [25, 75])), "data_wait": 0.01}
 
 
+def test_a_hole_in_the_lines_is_said_and_stands_for_nothing(tmp_path, plot):
+    losses = np.concatenate([np.full(1000, 9.0), np.full(1000, 1.0)])
+    write_run(tmp_path, RUN, losses)
+    path = tmp_path / "checkpoints" / RUN / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if not 200 < row["step"] <= 1500))
+    run = plot(RUN)[0]["runs"][0]
+    assert any(note.startswith("it has no line between step 200 and 15") for note in run["notes"])
+    assert run["last"]["steps"] < 800  # those that lines speak of
+
+
+def test_r2_of_other_clips_or_targets_is_said_not_to_compare(tmp_path, plot, capsys):
+    for number, more in enumerate(({"target_norm": "none"}, {"target_norm": "layer_norm"})):
+        write_run(tmp_path, f"r{number}_20260102_030405_pid{number}", losses_of(1000), settings={**SETTINGS, **more})
+    plot("r0", "r1")
+    assert "held-out R2 of these runs is of other clips, masks or targets (target_norm)" in capsys.readouterr().out
+    plot("r0", "r0")
+    assert "held-out R2 of these" not in capsys.readouterr().out
+
+
 def test_metrics_that_were_cut_are_said(tmp_path, plot):
     write_run(tmp_path, RUN, losses_of(4000))
     path = tmp_path / "checkpoints" / RUN / "metrics.jsonl"
@@ -219,7 +239,7 @@ def test_an_old_log(tmp_path, plot):
     assert list(x) == [20, 40, 60, 80, 100, 1120] and list(y[:3]) == [12.5, 11.35, 9.71] and math.isnan(y[3]) and list(y[4:]) == [10.0, 9.8]
     assert run["minimum"] == {"loss": 9.71, "step": 60, "over": "one in 20"} and run["status"] is None and run["settings"] is None
     assert run["last"]["ci95"] is None and run["throughput"]["clips_per_s"] == 31.9
-    assert run["notes"] == ["a log without a line of settings", "1 logged loss not finite, left out"]
+    assert run["notes"] == ["a log without a line of settings", "it has no line between step 100 and 1120", "1 logged loss not finite, left out"]
 
 
 def test_every_line_of_an_old_log_weighs_alike(tmp_path, plot):

@@ -554,3 +554,16 @@ def test_evaluations_that_metrics_lost_are_written_again(world, tmp_path):
     after = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row for row in after if row in before] == [row for row in before if "val_r2" in row or row["step"] > 4]
     assert [row["step"] for row in after if "val_r2" in row] == list(range(0, 17, 2))
+
+
+def test_a_start_under_another_name_does_not_make_the_run_one_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_with_log(tmp_path, f"salt{STAMP}", 5)
+    folder = run_with_log(tmp_path, f"big{STAMP}", 9)
+    later = "salt_20270101_000000_pid1"
+    (tmp_path / "run_logs" / f"{later}.log").write_text(f"start {later}\nfolder checkpoints/{folder.name}\nstatus: finished\nProcess exiting.\n")
+    with open(folder / "starts.jsonl", "a") as file:
+        file.write(json.dumps({"log": f"../../run_logs/{later}.log"}) + "\n")
+    assert runs.find("salt")[0] == f"checkpoints/salt{STAMP}" and runs.find("salt")[2] is None
+    assert runs.find("big")[0] == f"checkpoints/big{STAMP}"
+    assert runs.find(later)[0] == f"checkpoints/big{STAMP}"  # the start itself is that run's

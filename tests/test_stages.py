@@ -109,7 +109,7 @@ def test_verify_names_the_broken_shard_and_repair_makes_it_again(world, large, t
     assert "was begun with another dtype" in error_of(world, "cache_latents", *large, "--latents", "f16", "--out", out, "--repair")
 
 
-def test_merged_caches_train(world, tmp_path):
+def test_merged_caches_train(world, large, tmp_path):
     said = run(world, "cache_latents", "--merge", "latents", "held_out", "--out", tmp_path / "all")
     assert "25 records of 2 caches, 2 failures" in said
     assert "every checksum, count and id fits" in run(world, "cache_latents", "--verify", tmp_path / "all")
@@ -319,6 +319,26 @@ def test_probe_writes_the_figures_and_their_controls(world):
     assert len(result["untrained"]["seeds"]) == 2 and "peak memory" in said and "untrained encoder of its shape" in said
     again = run(world, "probe_time_arrow", "--checkpoint", run_folder(world, "student") / "best.pth", "--data", "data", "--out", "probe2.json", "--folds", "3", "--untrained_seeds", "2")
     assert json.loads((world / "probe2.json").read_text())["untrained"] == result["untrained"] and again
+
+
+def test_probe_says_what_its_held_out_videos_are(world, tmp_path):
+    """Those that the encoder was trained on, and copies, which make intervals too narrow."""
+    (tmp_path / "videos").mkdir()
+    for name, number in [*((str(i), i) for i in (0, 1, 2, 3, 20, 21, 22)), ("copy", 20)]:
+        shutil.copy(world / "data" / "videos" / f"{number}.webm", tmp_path / "videos" / f"{name}.webm")
+    for split, ids in (("train", (20, 21, 22)), ("validation", (0, 1, 2, 3))):
+        (tmp_path / f"{split}.json").write_text(json.dumps([{"id": str(i)} for i in ids]))
+    flags = ["--checkpoint", run_folder(world, "student") / "best.pth", "--data", ".", "--out", "p.json", "--folds", "2", "--untrained_seeds", "0", "--no_pixels"]
+    said = run(tmp_path, "probe_time_arrow", *flags)
+    assert "4 of 4 videos of the split 'validation' are of those that the encoder was trained on" in said and "copies" not in said
+    assert json.loads((tmp_path / "p.json").read_text())["val_videos_of_the_encoders_training"] == 4
+    for split, ids in (("train", (0, 1, 2)), ("validation", (20, 21, 22, "copy"))):
+        (tmp_path / f"{split}.json").write_text(json.dumps([{"id": str(i)} for i in ids]))
+    said = run(tmp_path, "probe_time_arrow", *flags)
+    assert "that the encoder was trained on" not in said and "1 held-out videos are copies of others" in said
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    said = run(tmp_path, "eval_distill", *flags[:4], "--teacher", teacher)
+    assert "1 clips have the pixels of another video's" in said
 
 
 def test_probe_after_a_run(world):

@@ -202,7 +202,7 @@ def test_an_end_in_other_units_is_noticed(tmp_path, monkeypatch, end, noted):
     watch.watch(60.0, said.append)
     monkeypatch.setattr(data, "odd_videos", watch)
     data.read_clip(path, SMALL, None, 1.0, end)
-    assert [f"{path} ends after 2.9 s of 2499 s" in line for line in said] == [True] * noted
+    assert [f"{path} ends after 3 s of 2499 s" in line for line in said] == [True] * noted
 
 
 def test_the_end_of_a_stretch_late_in_a_file_is_its_own(tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def test_the_end_of_a_stretch_late_in_a_file_is_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "odd_videos", watch)
     data.read_clip(path, SMALL, None, 50.0, 60.0)
     data.read_clip(path, SMALL, None, 55.0, 65.0)
-    assert len(said) == 1 and f"{path} ends after 4 s of 10 s" in said[0]
+    assert len(said) == 1 and f"{path} ends after 5 s of 10 s" in said[0]
 
 
 def test_a_file_without_times_has_no_stretches(tmp_path):
