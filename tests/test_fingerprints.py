@@ -105,7 +105,7 @@ def test_training_videos_are_not_called_held_out(world, tmp_path):
     line = error_of(tmp_path, "train", "--cache", world / "latents", "--val_cache", "try", *TRAIN)
     assert "--val_cache try holds 5 of 5 clips of videos that were trained on" in line and "--training_videos" in line
     said = run(tmp_path, "train", "--cache", world / "latents", "--val_cache", "try", *TRAIN, "--training_videos", "--run_name", "t")
-    assert "step 2 training R2" in said and "held-out" not in said
+    assert "step 2 training R2" in said and "held-out R2" not in said
     rows = [json.loads(line) for line in (run_folder(tmp_path, "t") / "metrics.jsonl").read_text().splitlines()]
     assert all(row["val_videos"] == "training" for row in rows if "val_r2" in row)
     assert "its R2 is of training videos" in run(tmp_path, "plot_runs", "t", "--out", "none")

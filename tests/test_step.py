@@ -442,11 +442,11 @@ def test_compiled_blocks_are_compiled_once_and_agree():
 # ---------------------------------------------------------------------------------------------------------------- bench.py
 
 def test_bench_compares_and_counts(tmp_path):
-    done = subprocess.run([sys.executable, "bench.py", "step", "--sizes", "tiny", "--batch_sizes", "1", "--rounds", "3", "--variants", "textbook,ours,apart,loader", "--no_memory", "--no_attention",
+    done = subprocess.run([sys.executable, "bench.py", "step", "--sizes", "tiny", "--batch_sizes", "1", "--rounds", "3", "--variants", "textbook,ours,loader", "--no_memory", "--no_attention",
                            "--clips", "4", "--dtype", "fp32", "--folder", str(tmp_path), "--json", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     step, = json.loads(next(tmp_path.glob("step-cpu-*.json")).read_text())["results"]["steps"]
-    assert set(step["seconds"]) == {"textbook", "ours", "apart", "loader"} and len(step["losses"]) == 3 and "x the textbook's speed" in done.stdout
+    assert set(step["seconds"]) == {"textbook", "ours", "loader"} and len(step["losses"]) == 3 and "x the textbook's speed" in done.stdout
     assert step["flops"] == budget.step_flops(model.config_of_size("tiny"), {"dim": 512, "depth": 12, "dim_out": 768}, [(352, 784), (112, 1088)])
     done = subprocess.run([sys.executable, "bench.py", "budget", "--sizes", "tiny", "--batch_size", "1"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"{step['flops'] / 1e9:.0f}" in done.stdout
