@@ -605,8 +605,10 @@ def build_encoder(path, fields, state, view=None):
 
 def encoder_of_folder(path):
     """(Encoder, its weights file) of a folder in `transformers` format."""
-    fields, state, file, view = from_file(path, weights.read_transformers, path)
-    return build_encoder(path, fields, state, view), file
+    fields, state, file, view, is_known = from_file(path, weights.read_transformers, path)
+    encoder = build_encoder(path, fields, state, view)
+    encoder.view_is_known = is_known
+    return encoder, file
 
 
 def student_of(saved, path):

@@ -38,7 +38,7 @@ BATCHES = 20     # of which an interval is made
 SMOOTH = 0.02    # of a run: the running mean in the picture
 WIDTH = 100      # columns of the table
 ABREAST = 6      # runs side by side in it
-MEASURED_BY = ("target", "target_norm", "masks", "eval_seed", "held-out clips", "latents of", "frames", "resolution")  # what R2 depends on beside the student
+MEASURED_BY = ("target", "target_norm", "masks", "eval_seed", "held-out clips", "latents of", "training clips", "stats_clips", "the count of clips")  # what R2 depends on beside the student
 INCIDENTAL = {"run_name", "resume", "checkpoints", "run_logs"}  # settings that say where a run is, not what it is
 
 if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -263,10 +263,11 @@ def summarise(name, log, metrics, note):
     notes += [f"resumed {resumed['from']} at step {resumed['step']}"] if resumed else []
     notes += damage + again
     spaces = np.diff(steps)
-    usual = int(np.quantile(spaces, 0.9, method="lower")) if len(spaces) else 0
-    for at in np.flatnonzero(spaces > 3 * usual):
-        notes.append(f"it has no line between step {steps[at]} and {steps[at + 1]}")
-        counts[at + 1] = min(counts[at + 1], usual)
+    for at in range(len(spaces)):
+        around = max([*spaces[max(0, at - 3):at], *spaces[at + 1:at + 4]], default=spaces[at])
+        if spaces[at] > 3 * around:
+            notes.append(f"it has no line between step {steps[at]} and {steps[at + 1]}")
+            counts[at + 1] = min(counts[at + 1], around)
     if logged.get("on_training") or any(row.get("val_videos") == "training" for row in held_out):
         notes.append("its R2 is of training videos")
     if lost := int(np.isnan(losses).sum()):
@@ -395,11 +396,10 @@ for error in left_out:
     print(f"left out: {error}")
 if len(known) > 1 and not differences:
     print("the runs have the same settings")
-apart = [name for name in MEASURED_BY if name in differences and len(differences[name]) == len(results)]
-if len({(result["held_out"] or {}).get("clips") for result in results if result["held_out"]}) > 1:
-    apart.append("the count of clips")
-if apart and sum(bool(result["held_out"]) for result in results) > 1:
-    print(f"held-out R2 of these runs is of other clips, masks or targets ({', '.join(apart)}): eval_distill.py compares checkpoints on the same")
+measured = [{**(result["settings"] or {}), "the count of clips": result["held_out"].get("clips")} for result in results if result["held_out"]]
+apart = [name for name in MEASURED_BY if len({dumps(run[name]) for run in measured if run.get(name) is not None}) > 1]
+if apart:
+    print(f"held-out R2 of these runs is of other clips, masks or targets, or measured from another mean ({', '.join(apart)}): eval_distill.py compares checkpoints in one")
 
 
 # ---- files

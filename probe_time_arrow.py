@@ -63,7 +63,7 @@ import budget  # noqa: E402
 import heldout  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
-from cache import prepare_file, sha256, write_whole  # noqa: E402
+from cache import fingerprint, prepare_file, sha256, write_whole  # noqa: E402
 from config import InputError  # noqa: E402
 from data import VideoError, load_split, odd_videos, overlap, patchify, prefetch, read_row  # noqa: E402
 from views import MirroredView, View, random_half  # noqa: E402
@@ -93,10 +93,11 @@ saved = load_checkpoint(path, ema)
 print(f"probing {path}, step {saved['step']}{', the moving average of its weights' * ema}", flush=True)
 view, shape = View.from_dict(saved["view"]), model.EncoderConfig(**saved["encoder_config"])
 student = model.student_of(saved, path)
-seen = (saved.get("trained_on") or {}).get("ids")
-ids = heldout.hash_ids([b"".join(f"{row.id}\t\n".encode() for row in videos[val_split])])
-if seen_count := int(heldout.among(ids, seen).sum()):
-    print(f"{seen_count} of {len(ids)} videos of the split {val_split!r} are of those that the encoder was trained on: held out from the probe's fit, not from the encoder's")
+seen = saved.get("trained_on") or {"ids": None, "clips": None}  # of the encoder
+if seen["ids"] is None:
+    print(f"whether the encoder was trained on videos of the split {val_split!r} is unknown: the checkpoint is of an older version")
+elif seen["clips"] is None:
+    print(f"whether the encoder was trained on copies of videos of the split {val_split!r}, under other ids, is unknown: its training decoded them and kept no fingerprints")
 del saved
 
 # ---- which videos, and the encoders side by side, so that each video is decoded once
@@ -111,6 +112,7 @@ for encoder in encoders.values():
 
 
 marks, held_marks = {}, {}  # SHA-256 of a training or held-out video's file -> its Rows
+known_to_encoder = []  # held-out Rows that the encoder was trained on
 
 
 def pair_of(row, split):
@@ -119,13 +121,17 @@ def pair_of(row, split):
     """
     try:
         part = view if whole_videos else dataclasses.replace(view, window=random_half(row.id, seed))
-        (forwards, mirrored), rows = read_row(row, [part, MirroredView(**part.to_dict())]), marks.setdefault(sha256(row.path), [])
+        as_trained = [view] * (split != train_split)
+        (forwards, mirrored, *plain), rows = read_row(row, [part, MirroredView(**part.to_dict()), *as_trained]), marks.setdefault(sha256(row.path), [])
         if split == train_split:
             rows.append(row)
         elif same := next((other for other in rows if overlap(row, other)), None):
             return VideoError(f"{row.id!r} is the training video {same.id!r} under another name, or shares frames with it")
         else:
             held_marks.setdefault(sha256(row.path), []).append(row)
+            numbers = heldout.hash_ids([f"{row.id}\t\n".encode()]), np.array([fingerprint(np.ascontiguousarray(patchify(plain[0], shape.patch, shape.tubelet)))])
+            if any(heldout.among(number, known).any() for number, known in zip(numbers, (seen["ids"], seen["clips"]))):
+                known_to_encoder.append(row)
         return [forwards, mirrored[::-1]]
     except VideoError as error:
         return error
@@ -199,10 +205,12 @@ if controls:
     result["untrained"] = summary(np.mean(controls, axis=0), seeds=[float(correct.mean()) for correct in controls])
 if pixels:
     result["pixels"] = summary(fitted["pixels"][0], C=fitted["pixels"][1])
-result |= {"train_videos": train_count, "val_videos": val_count, "failures": train_failures + val_failures, "val_videos_of_the_encoders_training": seen_count,
+result |= {"train_videos": train_count, "val_videos": val_count, "failures": train_failures + val_failures, "val_videos_of_the_encoders_training": None if seen["ids"] is None else len(known_to_encoder),
            "window": "whole videos" if whole_videos else f"a random half of each video, seed {seed}", "config": settings | {"checkpoint": path}}
 
 copies = sum(any(overlap(row, other) for other in rows[:i]) for rows in held_marks.values() for i, row in enumerate(rows))
+if known_to_encoder:
+    print(f"{len(known_to_encoder)} of the held-out videos are of those that the encoder was trained on: held out from the probe's fit, not from the encoder's")
 if copies:
     print(f"{copies} held-out videos are copies of others, under other names: the intervals count them as videos of their own, and are too narrow")
 print(f"time arrow, {train_count} training and {val_count} held-out videos, {result['window']}")

@@ -92,6 +92,13 @@ def listed_logs(folder, run_logs):
     return {path: line and os.path.basename(line) for path, line in zip(found, said)}
 
 
+def first_step(folder):
+    """The step at which a run's first start began: 0, or where it went on from another run's checkpoint."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(os.path.join(folder, "starts.jsonl"), errors="replace") as lines:
+        return int(json.loads(next(lines, ""))["step"])
+    return 0
+
+
 def logs_of_folder(folder, run_logs):
     """The logs of a run's starts, the latest last; those that say that they are of another folder, whose copy this is, left out."""
     own = os.path.basename(os.path.realpath(folder))
@@ -126,12 +133,13 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
     folders = [name for name in files_in(checkpoints) if is_run(os.path.join(checkpoints, name))]
     logs = [name.removesuffix(".log") for name in files_in(run_logs) if name.endswith(".log")]
     starts = [word] if word in (*folders, *logs) else named({*folders, *logs}, word)
-    candidates = []
+    candidates, others = [], []
     for name in reversed(starts):
         log = os.path.join(run_logs, f"{name}.log")
         folder = os.path.join(checkpoints, name) if name in folders else folder_of_log(log, checkpoints)
         if folder and word not in starts and not named([os.path.basename(folder)], word):
-            continue  # under another --run_name, that start went on with a run that is called otherwise
+            others.append(os.path.basename(folder))  # under another --run_name, that start went on with a run that is called otherwise
+            continue
         candidates.append(with_log(folder, run_logs)[:2] if folder else (None, log))  # a start that was refused leaves a log, too
     candidates = list(dict.fromkeys(candidates))  # several starts of one run
     if word not in starts and len(candidates) > 1:
@@ -144,6 +152,8 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
             return folder, log, f"not {' or '.join(passed)}, which {'has' if i == 1 else 'have'} none yet" if passed else note
     if candidates:
         return *candidates[0], None
+    if others:
+        raise InputError(f"{word} was the --run_name of a start that went on with the run {others[0]}; give that name")
     if os.path.isdir(path):
         runs = [name for name in files_in(path) if name.endswith(".log") or is_run(os.path.join(path, name))]
         raise InputError(f"{word} is a folder of runs; give {os.path.join(word, '*')}, or some of them" if runs else

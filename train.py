@@ -241,6 +241,8 @@ elif target == "latents":
                          f"the clips have {view.frames}, {view.size}, {patch_size} and {tubelet}; set --frames, --resolution and --patch")
     if line := on_the_fly.other_view(view):
         log(line)
+    log(f"teacher {teacher}: normalised by mean {' '.join(f'{x:g}' for x in shape.mean)}, std {' '.join(f'{x:g}' for x in shape.std)}; "
+        f"clips: {view.sampling} sampling, short side {view.short_side}, crop {view.crop}, {view.interpolation}")
     mean, std, latent_dim, teacher_identity = shape.mean, shape.std, shape.dim, on_the_fly.identity
 held_out = open_cache(val_cache) if val_cache else None
 if held_out:
@@ -376,7 +378,10 @@ if not matrix_rate and (faster := budget.slow_bf16(device, dtype)):
     log(faster)
 in_force = {"frames": view.frames, "resolution": view.size, "patch": patch_size, "warmup": warmup, "eval_every": eval_every}
 # Of what the paths hold, so that runs can be told apart that were made from other content under one path.
-in_force |= {name: content_digest(identity[key])[:12] for name, key in (("training clips", "train"), ("held-out clips", "held_out"), ("latents of", "teacher")) if identity[key]}
+for name, key in (("training clips", "train"), ("held-out clips", "held_out"), ("latents of", "teacher")):
+    of_clips = ("view_hash", "ids_sha256", "clips_sha256", "list", "files")  # all that counts where pixels are predicted
+    parts = {part: value for part, value in (identity[key] or {}).items() if target == "latents" or part in of_clips}
+    in_force |= {name: content_digest(parts)[:12]} if parts else {}
 log(f"in force {json.dumps(in_force)}")
 if not on_gpu and not matrix_rate and (faster := budget.fewer_threads(device, dtype, full_rate)):
     log(faster)
@@ -487,7 +492,7 @@ if saved:
 metrics = Metrics(directory, step if origin else -1, history)
 if metrics.damaged:
     log(f"{metrics.path}: {metrics.damaged} torn or damaged lines are left out")
-if in_place and (metrics.restored or metrics.last_step < step - len(pending)):
+if in_place and (metrics.restored or metrics.last_step < step - len(pending) > runs.first_step(directory)):
     log(f"{metrics.path} was cut or replaced: {metrics.restored} evaluations are written again from the checkpoint; lines of steps up to step {step - len(pending)} are lost")
 ranks.first(lambda: metrics.follow(run, settings, directory, wandb, tensorboard))
 failures = set()
@@ -692,9 +697,9 @@ if rank == 0 and os.path.isfile(previous):
     os.remove(previous)
 metrics.close()
 ranks.gather(None)  # every rank has written its own
-lost = {tuple(json.loads(line).values())[:2] for path in glob.glob(os.path.join(glob.escape(directory), "failures*.jsonl")) for line in runs.lines_of(path)}
-if lost:
-    log(f"{len(lost)} clips could not be had and were left out or replaced by their neighbours: {directory}/failures*.jsonl")
+lost = [line for path in glob.glob(os.path.join(glob.escape(directory), "failures*.jsonl")) for line in runs.lines_of(path)]
+if lost := len({line.partition(', "reason"')[0] for line in lost}):
+    log(f"{lost} clips could not be had and were left out or replaced by their neighbours: {directory}/failures*.jsonl")
 log.status = "stopped" if stopping and step < total_steps else "finished"
 log(f"checkpoints in {directory}")
 ranks.leave(128 + (received or [signal.SIGTERM])[0] if log.status == "stopped" else 0)

@@ -151,7 +151,8 @@ def read_json(path):
 def read_transformers(folder):
     """What a VideoMAE folder in `transformers` format holds; transformers is not imported.
 
-    Returns (EncoderConfig fields, weights under our names, weights file, View fields or None).
+    Returns (EncoderConfig fields, weights under our names, weights file, View fields or None, whether
+    they are those of its training clips, which a processor does not say in full).
     """
     try:
         config = read_json(folder / "config.json")
@@ -159,8 +160,9 @@ def read_transformers(folder):
             raise InputError(f"{folder / 'config.json'} is no JSON object")
         if config.get("model_type") != "videomae":
             raise InputError(f"{folder / 'config.json'} describes the model type {config.get('model_type')!r}; a teacher is a videomae")
-        pixels = next((read_json(path) for name in PROCESSORS if (path := folder / name).is_file()), {})
-        pixels = pixels.get("video_processor", pixels.get("image_processor", pixels))  # of processor_config.json
+        said = [read_json(path) for name in PROCESSORS if (path := folder / name).is_file()]
+        said = [each.get("video_processor", each.get("image_processor", each)) for each in said]  # of processor_config.json
+        pixels = next((each for each in said if "image_mean" in each), said[0] if said else {})
     except FileNotFoundError:
         raise InputError(f"{folder} has no config.json; a teacher folder holds config.json and model.safetensors or pytorch_model.bin") from None
     except ValueError as error:
@@ -221,7 +223,27 @@ def read_transformers(folder):
     if pixels.get("do_rescale") is False or not math.isclose(pixels.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
         raise InputError(f"{folder} scales pixels otherwise than by 1/255 (do_rescale, rescale_factor, of its {' or '.join(PROCESSORS)}); write the same scale into image_mean "
                          f"and image_std")
-    return fields, ours, weights, config.get("salt_view")
+    view = config.get("salt_view")
+    return fields, ours, weights, view or view_of(pixels, fields), view is not None
+
+
+def view_of(pixels, fields):
+    """View fields of a processor's resizing and cropping to the encoder's frames, as far as a View can say it; None where it cannot, or nothing is said.
+
+    VideoMAE's defaults: the short side resized to 224 by bilinear interpolation, the middle 224 x 224 of it.
+    """
+    side, edges = fields["size"], pixels.get("size", 224)
+    edges = edges if isinstance(edges, dict) else {"shortest_edge": edges}
+    kept = pixels.get("crop_size", 224) if pixels.get("do_center_crop") is not False else side
+    kept = kept if isinstance(kept, dict) else {"height": kept, "width": kept}
+    how = {0: None, 2: "bilinear", 3: "bicubic", 4: "area"}.get(pixels.get("resample", 2))
+    if not pixels.keys() & {"size", "crop_size", "resample", "do_center_crop"} or not how or set(kept.values()) != {side}:
+        return None
+    if "shortest_edge" in edges:
+        cut = {"short_side": edges["shortest_edge"], "crop": "center"} if pixels.get("do_center_crop") is not False else None
+    else:
+        cut = {"short_side": side, "crop": "squash"} if (edges.get("height"), edges.get("width")) == (side, side) else None
+    return cut and {"frames": fields["frames"], "size": side, "interpolation": how, **cut}
 
 
 def take(state, name, path):

@@ -368,7 +368,7 @@ def test_a_first_line_of_names_names_the_videos(tmp_path):
         rows_of(tmp_path, "clip,start\na.mp4,2\n")
 
 
-@pytest.mark.parametrize("train, other", [("videos/train", "videos/val"), ("train_256", "val_256"), ("train_videos", "test_videos"), ("training_set", "valset"), ("videos/train", "videos/dev"), ("videos/train", "videos/held_out")])
+@pytest.mark.parametrize("train, other", [("videos/train", "videos/val"), ("train_256", "val_256"), ("train_videos", "test_videos"), ("training_set", "valset"), ("videos/train", "videos/dev"), ("videos/train", "videos/held_out"), ("Train videos", "Test videos"), ("raw/train set", "raw/val set")])
 def test_splits_that_lie_elsewhere_are_not_mixed(tmp_path, train, other):
     make(tmp_path, *(f"{part}/{i}.mp4" for part in (train, other) for i in range(20)))
     with pytest.raises(InputError, match="holds folders called .*, and no list"):
@@ -433,7 +433,10 @@ def test_shared_frames_are_looked_for_in_all_splits(tmp_path):
         with pytest.raises(InputError, match=f"in the split '{split}' as .* and in the split '{other}' as"):
             data.load_split(str(tmp_path), split)
     (tmp_path / "train.csv").write_text("path,start,end\na.mp4,0,2\n")
-    assert len(data.load_split(str(tmp_path), "validation")) == len(data.load_split(str(tmp_path), "test")) == 2  # which may share theirs
+    with pytest.raises(InputError, match="in the split 'test' as .* and in the split 'validation' as"):
+        data.load_split(str(tmp_path), "test")
+    shutil.copy(tmp_path / "validation.csv", tmp_path / "test.csv")
+    assert len(data.load_split(str(tmp_path), "validation")) == len(data.load_split(str(tmp_path), "test")) == 2  # one list for both
 
 
 def test_lists_elsewhere_are_the_lists(tmp_path):

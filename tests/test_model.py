@@ -1,5 +1,6 @@
 """Encoders against `transformers`, loading and saving, the loss and R2 against plain formulas."""
 import argparse
+import dataclasses
 import json
 import os
 
@@ -141,6 +142,18 @@ def test_mean_and_std_of_every_kind_of_processor(tmp_path, name, inside):
     (tmp_path / name).write_text(json.dumps({inside: pixels} if inside else pixels))
     config = model.load_teacher(tmp_path).config
     assert (list(config.mean), list(config.std)) == (pixels["image_mean"], pixels["image_std"])
+
+
+@pytest.mark.parametrize("pixels, expected", [
+    ({}, {}), ({"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "resample": 3}, {"short_side": 40, "interpolation": "bicubic"}),
+    ({"size": 32, "crop_size": 32}, {"interpolation": "bilinear"}), ({"size": {"height": 32, "width": 32}, "do_center_crop": False}, {"crop": "squash"}),
+    ({"size": {"shortest_edge": 40}, "crop_size": {"height": 40, "width": 40}}, {}), ({"size": 32, "crop_size": 32, "resample": 0}, {})])
+def test_a_folders_processor_says_how_clips_are_cut(tmp_path, pixels, expected):
+    """As far as a View can; what is cut otherwise is cut as by default."""
+    transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    encoder = model.load_teacher(tmp_path)
+    assert encoder.view == dataclasses.replace(views.View(frames=4, size=32, short_side=32), **expected) and not encoder.view_is_known
 
 
 def test_a_folder_that_does_not_normalise(tmp_path):

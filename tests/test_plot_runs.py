@@ -101,11 +101,21 @@ def test_a_hole_in_the_lines_is_said_and_stands_for_nothing(tmp_path, plot):
     assert run["last"]["steps"] < 800  # those that lines speak of
 
 
+@pytest.mark.parametrize("spacings", [[1] * 1000 + [50] * 20, [20, 13, 7, 20, 6, 14, 1, 18, 2, 17, 3] * 10])
+def test_lines_of_another_spacing_are_no_hole(tmp_path, plot, spacings):
+    """--log_every raised on resume; ends of epochs between lines."""
+    steps = np.cumsum(spacings)
+    lines = [f"step {step} loss {9 - 4 * step / steps[-1]:.6f}" for step in steps]
+    (tmp_path / "x.log").write_text("\n".join(lines) + "\n")
+    run = plot("x.log")[0]["runs"][0]
+    assert not any("has no line" in note for note in run["notes"]) and run["last"]["steps"] == min(2000, steps[-1])
+
+
 def test_r2_of_other_clips_or_targets_is_said_not_to_compare(tmp_path, plot, capsys):
     for number, more in enumerate(({"target_norm": "none"}, {"target_norm": "layer_norm"})):
         write_run(tmp_path, f"r{number}_20260102_030405_pid{number}", losses_of(1000), settings={**SETTINGS, **more})
     plot("r0", "r1")
-    assert "held-out R2 of these runs is of other clips, masks or targets (target_norm)" in capsys.readouterr().out
+    assert "held-out R2 of these runs is of other clips, masks or targets, or measured from another mean (target_norm)" in capsys.readouterr().out
     plot("r0", "r0")
     assert "held-out R2 of these" not in capsys.readouterr().out
 

@@ -567,3 +567,7 @@ def test_a_start_under_another_name_does_not_make_the_run_one_of_that_name(tmp_p
     assert runs.find("salt")[0] == f"checkpoints/salt{STAMP}" and runs.find("salt")[2] is None
     assert runs.find("big")[0] == f"checkpoints/big{STAMP}"
     assert runs.find(later)[0] == f"checkpoints/big{STAMP}"  # the start itself is that run's
+    shutil.rmtree(f"checkpoints/salt{STAMP}")
+    os.remove(f"run_logs/salt{STAMP}.log")
+    with pytest.raises(InputError, match=f"salt was the --run_name of a start that went on with the run big{STAMP}; give that name"):
+        runs.find("salt")

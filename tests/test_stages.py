@@ -324,15 +324,25 @@ def test_probe_writes_the_figures_and_their_controls(world):
 def test_probe_says_what_its_held_out_videos_are(world, tmp_path):
     """Those that the encoder was trained on, and copies, which make intervals too narrow."""
     (tmp_path / "videos").mkdir()
+    best = run_folder(world, "student") / "best.pth"
+    older = weights.load_checkpoint(best)
+    del older["trained_on"]
+    weights.save_checkpoint(str(tmp_path / "older.pth"), older)
     for name, number in [*((str(i), i) for i in (0, 1, 2, 3, 20, 21, 22)), ("copy", 20)]:
         shutil.copy(world / "data" / "videos" / f"{number}.webm", tmp_path / "videos" / f"{name}.webm")
     for split, ids in (("train", (20, 21, 22)), ("validation", (0, 1, 2, 3))):
         (tmp_path / f"{split}.json").write_text(json.dumps([{"id": str(i)} for i in ids]))
     flags = ["--checkpoint", run_folder(world, "student") / "best.pth", "--data", ".", "--out", "p.json", "--folds", "2", "--untrained_seeds", "0", "--no_pixels"]
     said = run(tmp_path, "probe_time_arrow", *flags)
-    assert "4 of 4 videos of the split 'validation' are of those that the encoder was trained on" in said and "copies" not in said
+    assert "4 of the held-out videos are of those that the encoder was trained on" in said and "copies" not in said
     assert json.loads((tmp_path / "p.json").read_text())["val_videos_of_the_encoders_training"] == 4
-    for split, ids in (("train", (0, 1, 2)), ("validation", (20, 21, 22, "copy"))):
+    for i in range(4):
+        shutil.move(tmp_path / "videos" / f"{i}.webm", tmp_path / "videos" / f"other{i}.webm")
+    (tmp_path / "validation.json").write_text(json.dumps([{"id": f"other{i}"} for i in range(3)]))
+    assert "3 of the held-out videos are of those that the encoder was trained on" in run(tmp_path, "probe_time_arrow", *flags)  # by their pixels
+    said = run(tmp_path, "probe_time_arrow", "--checkpoint", "older.pth", *flags[2:])
+    assert "is unknown: the checkpoint is of an older version" in said and json.loads((tmp_path / "p.json").read_text())["val_videos_of_the_encoders_training"] is None
+    for split, ids in (("train", ("other0", "other1", "other2")), ("validation", (20, 21, 22, "copy"))):
         (tmp_path / f"{split}.json").write_text(json.dumps([{"id": str(i)} for i in ids]))
     said = run(tmp_path, "probe_time_arrow", *flags)
     assert "that the encoder was trained on" not in said and "1 held-out videos are copies of others" in said
