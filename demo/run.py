@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config  # noqa: E402
@@ -23,11 +24,18 @@ train_videos: int | None = None  # training videos [400, short 96]
 val_videos: int | None = None    # held-out videos [100, short 32]
 steps: int | None = None       # training steps of the teacher and of the student [500, short 80]
 batch_size: int | None = None  # clips a step [16]
+dtype: Literal["bf16", "fp32"] | None = None  # compute [bf16; fp32 on a processor that multiplies matrices faster in it]
 seed = 0                       # of videos, weights, masks and order
 # -----------------------------------------------------------------------------------------------------------------------
 config.apply(globals(), least={"train_videos": 1, "val_videos": 1, "steps": 1, "batch_size": 1, "seed": 0})
 train_videos, val_videos = train_videos or (96 if short else 400), val_videos or (32 if short else 100)
 steps, batch_size = steps or (80 if short else 500), batch_size or 16
+import torch  # noqa: E402
+
+import budget  # noqa: E402
+
+if not dtype:
+    dtype = "bf16" if torch.cuda.is_available() or not budget.slow_bf16(torch.device("cpu"), "bf16") else "fp32"
 root, began = Path(__file__).resolve().parent.parent, time.time()
 taken = {}
 folder, marker = Path(out) / "work", Path(out) / "work" / "made_by_the_demo"
@@ -56,7 +64,7 @@ def run_of(name):
 
 
 small = {"size": "tiny", "depth": 6, "predictor_dim": 128, "predictor_depth": 4, "predictor_heads": 4, "batch_size": batch_size,
-         "max_steps": steps, "lr": 2e-3, "weight_decay_end": 0.05, "grad_clip": 1.0, "eval_every": max(1, steps // 5), "seed": seed,
+         "max_steps": steps, "dtype": dtype, "lr": 2e-3, "weight_decay_end": 0.05, "grad_clip": 1.0, "eval_every": max(1, steps // 5), "seed": seed,
          "checkpoints": folder / "checkpoints", "run_logs": folder / "run_logs"}
 generator = hashlib.sha256((root / "demo" / "make_videos.py").read_bytes()).hexdigest()[:8]
 videos = Path(out) / f"videos_{train_videos}_{val_videos}_{seed}_{generator}"  # kept between runs, while their generator is the same
@@ -66,17 +74,17 @@ stage("clips of the held-out videos", "cache_latents.py", data=videos, split="va
 stage("stage 1: the teacher, from pixels", "train.py", target="pixels", masks="ratio", cache=folder / "clips", val_cache=folder / "clips_val",
       run_name="teacher", **small)
 teacher = run_of("teacher") / "best.pth"
-stage("the teacher's latents", "cache_latents.py", teacher=teacher, clips_from=folder / "clips", out=folder / "latents")
-stage("its held-out latents", "cache_latents.py", teacher=teacher, clips_from=folder / "clips_val", out=folder / "latents_val")
+stage("the teacher's latents", "cache_latents.py", teacher=teacher, dtype=dtype, clips_from=folder / "clips", out=folder / "latents")
+stage("its held-out latents", "cache_latents.py", teacher=teacher, dtype=dtype, clips_from=folder / "clips_val", out=folder / "latents_val")
 stage("stage 2: the student, from latents", "train.py", cache=folder / "latents", val_cache=folder / "latents_val", run_name="student", **small)
 student = run_of("student") / "best.pth"
-stage("evaluation", "eval_distill.py", checkpoint=student.with_name("last.pth"), cache=folder / "latents_val", out=folder / "eval.json")
-probing = {"data": videos, "train_videos": train_videos, "val_videos": val_videos, "seed": seed}
+stage("evaluation", "eval_distill.py", checkpoint=student.with_name("last.pth"), cache=folder / "latents_val", dtype=dtype, out=folder / "eval.json")
+probing = {"data": videos, "dtype": dtype, "train_videos": train_videos, "val_videos": val_videos, "seed": seed}
 stage("time-arrow probe of the student", "probe_time_arrow.py", checkpoint=student, out=folder / "probe_student.json",
       untrained_seeds=1 if short else 3, **probing)
 stage("time-arrow probe of the teacher", "probe_time_arrow.py", checkpoint=teacher, out=folder / "probe_teacher.json", untrained_seeds=0,
       pixels=False, **probing)
 taken["all"] = round(time.time() - began, 1)
-ran = {"short": short, "steps": steps, "train_videos": train_videos, "val_videos": val_videos, "seconds": taken}
+ran = {"short": short, "dtype": dtype, "steps": steps, "train_videos": train_videos, "val_videos": val_videos, "seconds": taken}
 (folder / "run.json").write_text(json.dumps(ran))
 stage("report", "demo/report.py", out=out)
