@@ -42,10 +42,10 @@ def run(folder, script, *flags, prefix=(), **how):
     return watched([*prefix, *command(script, *flags)], folder, **how)
 
 
-def watched(words, folder, before=None, **environ):
-    process = start(words, folder, LIMIT, before, **environ)
+def watched(words, folder, before=None, limit=LIMIT, **environ):
+    process = start(words, folder, limit, before, **environ)
     text = process.communicate()[0]
-    assert process.returncode != -signal.SIGKILL, f"{words} did not end in {LIMIT} s:\n{text}"
+    assert process.returncode != -signal.SIGKILL, f"{words} did not end in {limit} s:\n{text}"
     return process.returncode, text
 
 

@@ -152,7 +152,7 @@ def test_the_probes_memory_does_not_grow_with_its_videos(world, tmp_path):
     best, peaks = next(tmp_path.glob("checkpoints/*/best.pth")), {}
     for number in (few, many):
         code, text = run(tmp_path, "probe_time_arrow", "--checkpoint", best, "--data", "data", "--train_videos", number, "--val_videos", "20", "--untrained_seeds", "0", "--no_pixels", "--folds", "2",
-                         "--strengths", "0.01", "--batch_size", "4", "--dtype", "fp32")
+                         "--strengths", "0.01", "--batch_size", "4", "--dtype", "fp32", limit=3600)
         assert code == 0, text
         peaks[number] = float(re.search(r"peak memory ([\d.]+) GB", text)[1])
     features = (many - few) * 2 * 8 * 192 * 4 / 1e9  # float32, of both directions
