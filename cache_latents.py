@@ -241,8 +241,7 @@ writer = locks[0] if rank == 0 else cache.Writer(out, plan_with(keep_clips))
 config.started = True
 to_make = sum(len(rows_of(number)) for number in missing)
 if encoder:
-    log(f"teacher {teacher}: {shape.frames} frames of {shape.size} pixels, normalised by mean {' '.join(f'{x:g}' for x in shape.mean)}, std {' '.join(f'{x:g}' for x in shape.std)}; "
-        f"clips: {view.sampling} sampling, short side {view.short_side}, crop {view.crop}, {view.interpolation}")
+    log(f"teacher {teacher}: {encoder.takes(view)}")
     if "config" not in writer.plan["teacher"]:
         log(f"{out} was begun by an older version, which did not note the shape of its teacher: it cannot be compared")
 log(f"teacher {teacher} on {device}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)} to make; view {view.hash()}", flush=True)

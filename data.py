@@ -647,9 +647,8 @@ class OddVideos:
     """Says what is odd about videos that can be decoded, by `log`.
 
     A clip that spans more seconds than `longest_seconds`, and a file of several video tracks: once
-    a run. Videos that end long before
-    what they, or the list, say, that have holes, or frames that cannot be decoded: the first three
-    by name; `broken` holds all of them.
+    a run. Videos that end long before what they, or the list, say, that have holes, or frames that
+    cannot be decoded: the first three by name; `broken` holds all of them.
     """
 
     def __init__(self):
@@ -779,26 +778,29 @@ def look_at_packets(stretch, stream, packets):
     if not stream.frames and holes.max() * tick > max(0.1 * length * tick + 0.5, 10 * usual * tick):
         after = (times[holes.argmax()] - gaps[holes.argmax()] - first) * tick
         odd_videos.note_broken(stretch.path, f"has no frame for {holes.max() * tick:.3g} s after {after:.3g} s")
-    container, tag = stream.container, stream.metadata.get("DURATION", "")
+    container, tag, lasts_by_sound = stream.container, stream.metadata.get("DURATION", ""), False
     if stretch.high < math.inf:
         due = stretch.high
-    elif stream.container.format.name == "avi" and stream.frames:
+    elif container.format.name == "avi" and stream.frames:
         due = stream.frames  # a tick each, dropped ones too; its duration is a guess where the index is gone
     elif stream.duration:
         due = first + stream.duration
     elif tag := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", tag):  # of matroska: counted from 0
         due = (3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])) / tick
     elif container.duration:
+        lasts_by_sound = len(container.streams) > 1  # maybe: it is read again where that matters
         due = container.duration / 1e6 / tick
-        if len(container.streams) > 1:  # sound may be what lasts
-            container.seek(0)
-            reached = (packet.pts * packet.time_base for packet in container.demux() if packet.pts is not None)
-            ends = np.append(ends, float(max(reached, default=0)) / tick)
     else:
         return
     has, stated = ((time - begin) * tick for time in (ends.max(), due))
-    if has < 0.9 * stated - 0.5:
+    if has < 0.9 * stated - 0.5 and not (lasts_by_sound and reaches(container, begin * tick + 0.9 * stated - 0.5)):
         odd_videos.note_broken(stretch.path, f"ends after {has:.4g} s of {stated:.4g} s")
+
+
+def reaches(container, time):
+    """Whether a packet of any of its streams is at `time` seconds or later."""
+    container.seek(0)
+    return any(packet.pts is not None and packet.pts * packet.time_base >= time for packet in container.demux())
 
 
 class Stretch(NamedTuple):

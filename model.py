@@ -232,6 +232,13 @@ class Encoder(nn.Module):
             features = self(self.normalise(patches[None] if alone else patches))
         return features[0] if alone else features
 
+    def takes(self, view):
+        """A line on what it makes of a video that is cut by `view`."""
+        c = self.config
+        mean, std = (" ".join(f"{x:g}" for x in values) for values in (c.mean, c.std))
+        return (f"{c.frames} frames of {c.size} pixels, normalised by mean {mean}, std {std}; clips: {view.sampling} sampling, "
+                f"short side {view.short_side}, crop {view.crop}, {view.interpolation}")
+
     def other_view(self, view):
         """A line on a teacher whose training clips are known to be cut otherwise than by `view`; '' where they are not."""
         difference = self.view.difference(view) if self.view_is_known else ""

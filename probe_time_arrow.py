@@ -122,13 +122,14 @@ def pair_of(row, split):
     try:
         part = view if whole_videos else dataclasses.replace(view, window=random_half(row.id, seed))
         as_trained = [view] * (split != train_split)
-        (forwards, mirrored, *plain), rows = read_row(row, [part, MirroredView(**part.to_dict()), *as_trained]), marks.setdefault(sha256(row.path), [])
+        forwards, mirrored, *plain = read_row(row, [part, MirroredView(**part.to_dict()), *as_trained])
+        mark = sha256(row.path)
         if split == train_split:
-            rows.append(row)
-        elif same := next((other for other in rows if overlap(row, other)), None):
+            marks.setdefault(mark, []).append(row)
+        elif same := next((other for other in marks.get(mark, ()) if overlap(row, other)), None):
             return VideoError(f"{row.id!r} is the training video {same.id!r} under another name, or shares frames with it")
         else:
-            held_marks.setdefault(sha256(row.path), []).append(row)
+            held_marks.setdefault(mark, []).append(row)
             numbers = heldout.hash_ids([f"{row.id}\t\n".encode()]), np.array([fingerprint(np.ascontiguousarray(patchify(plain[0], shape.patch, shape.tubelet)))])
             if any(heldout.among(number, known).any() for number, known in zip(numbers, (seen["ids"], seen["clips"]))):
                 known_to_encoder.append(row)

@@ -241,8 +241,7 @@ elif target == "latents":
                          f"the clips have {view.frames}, {view.size}, {patch_size} and {tubelet}; set --frames, --resolution and --patch")
     if line := on_the_fly.other_view(view):
         log(line)
-    log(f"teacher {teacher}: normalised by mean {' '.join(f'{x:g}' for x in shape.mean)}, std {' '.join(f'{x:g}' for x in shape.std)}; "
-        f"clips: {view.sampling} sampling, short side {view.short_side}, crop {view.crop}, {view.interpolation}")
+    log(f"teacher {teacher}: {on_the_fly.takes(view)}")
     mean, std, latent_dim, teacher_identity = shape.mean, shape.std, shape.dim, on_the_fly.identity
 held_out = open_cache(val_cache) if val_cache else None
 if held_out:
