@@ -1,4 +1,5 @@
-# make test, make demo: each sets up .venv and the extension where that has not been done, then does its job.
+# make test, make demo, make lint: each sets up .venv and the extension where that has not been
+# done, then does its job.
 # make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; make emulate: the CUDA kernels likewise, run on the
 # CPU. make cuda-check: builds the CUDA kernels with a CUDA torch of its own (no GPU needed, nvcc is). make gpu-check: on a machine with
 # a GPU, with the python3 on PATH. make faults: breaks runs and caches in every way of docs/RELIABILITY.md, in full (about 20 minutes).
@@ -15,12 +16,19 @@ CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV := .venv-cuda
 CUDA_BUILD := build/cuda-check
 
-.PHONY: test demo demo-short setup clean sanitize emulate cuda-check gpu-check faults
+CPP := $(wildcard csrc/* tests/emulation/*) tests/sanitize.cpp
+
+.PHONY: lint test demo demo-short setup clean sanitize emulate cuda-check gpu-check faults
 
 setup: $(EXTENSION)
 
 test: setup $(TEST_REQUIREMENTS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile tests
+
+lint: setup $(TEST_REQUIREMENTS)
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
 faults: setup $(TEST_REQUIREMENTS)
 	rm -f out/faults.jsonl

@@ -1,14 +1,20 @@
 """Speed, side by side:  python bench.py ops|data|scale|step|budget [--name value ...] [--json]
 
-    ops     each op of the extension against eager PyTorch, torch.compile and what memory allows; --device cuda for a GPU
-    data    decoding against bare PyAV, decord and torchcodec; batches from a cache against memcpy, warm, and against the disk, cold
+    ops     each op of the extension against eager PyTorch, torch.compile and what memory allows;
+            --device cuda for a GPU
+    data    decoding against bare PyAV, decord and torchcodec; batches from a cache against memcpy,
+            warm, and against the disk, cold
     scale   opening and shuffling caches of 168,913 and 10,000,000 records, simulated
-    step    the training step against the textbook's: time, peak memory, MFU, phases; --device cuda for a GPU
-    budget  operations and bytes of a step, part by part, and the time they must take at a given matrix rate and bandwidth
+    step    the training step against the textbook's: time, peak memory, MFU, phases; --device cuda
+            for a GPU
+    budget  operations and bytes of a step, part by part, and the time they must take at a given
+            matrix rate and bandwidth
 
-Competitors take turns in one process; figures are medians over the rounds, with the quartiles. `python bench.py PART --help` lists a part's settings.
-The parts are benchmarks/bench_PART.py; this file is what they share.
+Competitors take turns in one process; figures are medians over the rounds, with the quartiles.
+`python bench.py PART --help` lists a part's settings. The parts are benchmarks/bench_PART.py; this
+file is what they share.
 """
+
 import datetime
 import os
 import platform
@@ -27,12 +33,17 @@ ROOT = Path(__file__).parent
 
 
 def take_turns(measures, rounds):
-    """{name: measure(turn) -> a number} -> {name: [lower quartile, median, upper quartile]}, the first round not counted."""
+    """{name: measure(turn) -> a number} -> {name: [lower quartile, median, upper quartile]}, the
+    first round not counted.
+    """
     values = {name: [] for name in measures}
     for turn in range(rounds):
         for name, measure in measures.items():
             values[name].append(measure(turn))
-    return {name: statistics.quantiles(kept[1:], n=4, method="inclusive") for name, kept in values.items()}
+    return {
+        name: statistics.quantiles(kept[1:], n=4, method="inclusive")
+        for name, kept in values.items()
+    }
 
 
 def seconds(call):
@@ -51,20 +62,46 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
 
     import cache
     from views import View
+
     view, random, tokens, dim = View(), np.random.default_rng(0), 1568, 768
     before, cache.SHARD_ROWS = cache.SHARD_ROWS, shard_rows
     try:
-        writer = cache.Writer(where, {
-            "split": "train", "list_count": records, "list_sha256": "", "teacher": {"name": "random", "sha256": "", "dim": dim, "mean": [0.5] * 3, "std": [0.5] * 3, "compute": "fp32"},
-            "view": view.to_dict(), "view_hash": view.hash(), "views": 1, "patch": 16, "tubelet": 2, "dtype": dtype, "batch_size": 8, "latent_shape": [tokens, dim],
-            "patch_shape": [tokens, 1536], "clips": True, "clips_from": None})
+        writer = cache.Writer(
+            where,
+            {
+                "split": "train",
+                "list_count": records,
+                "list_sha256": "",
+                "teacher": {
+                    "name": "random",
+                    "sha256": "",
+                    "dim": dim,
+                    "mean": [0.5] * 3,
+                    "std": [0.5] * 3,
+                    "compute": "fp32",
+                },
+                "view": view.to_dict(),
+                "view_hash": view.hash(),
+                "views": 1,
+                "patch": 16,
+                "tubelet": 2,
+                "dtype": dtype,
+                "batch_size": 8,
+                "latent_shape": [tokens, dim],
+                "patch_shape": [tokens, 1536],
+                "clips": True,
+                "clips_from": None,
+            },
+        )
         latents = torch.from_numpy(random.standard_normal((tokens, dim), dtype=np.float32))
         for number in writer.missing():
             with writer.shard(number) as shard:
                 for row in range(number * shard_rows, min((number + 1) * shard_rows, records)):
                     clip = random.integers(0, 256, (tokens, 1536), dtype=np.uint8)
                     stored = cache.to_stored(latents.roll(row, 0)[None], dtype)
-                    shard.add(f"v{row}", 0, clip, {kind: array[0] for kind, array in stored.items()})
+                    shard.add(
+                        f"v{row}", 0, clip, {kind: array[0] for kind, array in stored.items()}
+                    )
         writer.finish()
     finally:
         cache.SHARD_ROWS = before
@@ -73,17 +110,30 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
 def processor(device="cpu"):
     if device == "cuda":
         import torch
+
         return torch.cuda.get_device_name()
     try:
-        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        return next(
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
 def commit():
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    def git(*words):
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+
     try:
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/*.json") else "")
+        return git("rev-parse", "HEAD") + (
+            " with changes"
+            if git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/*.json")
+            else ""
+        )
     except OSError:
         return "unknown"
 
@@ -93,8 +143,17 @@ def machine(device="cpu"):
     import torch
 
     import ops
-    found = {"date": datetime.date.today().isoformat(), "commit": commit(), "device": processor(device), "cores": os.cpu_count(),
-             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "extension": ops.EXTENSION}
+
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "device": processor(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "extension": ops.EXTENSION,
+    }
     print("  ".join(f"{name}: {value}" for name, value in found.items()), flush=True)
     return found
 
@@ -103,7 +162,18 @@ def write(part, device, folder, found, settings, results):
     """FOLDER/PART-DEVICE-DATE.json"""
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / f"{part}-{device}-{found['date']}.json"
-    path.write_text(dumps({"command": " ".join(["python bench.py", part, *sys.argv[1:]]), **found, "settings": settings, "results": results}, indent=1) + "\n")
+    path.write_text(
+        dumps(
+            {
+                "command": " ".join(["python bench.py", part, *sys.argv[1:]]),
+                **found,
+                "settings": settings,
+                "results": results,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     print(f"written to {path}")
 
 
@@ -114,7 +184,10 @@ if __name__ == "__main__":
         print(__doc__.strip())
         sys.exit(0 if words and words[0] in ("-h", "--help") else 2)
     if words[0] not in PARTS:
-        raise config.InputError(f"bench.py measures {', '.join(PARTS)}, not {words[0]!r}{config.nearest(words[0], PARTS)}")
+        raise config.InputError(
+            f"bench.py measures {', '.join(PARTS)}, not"
+            f" {words[0]!r}{config.nearest(words[0], PARTS)}"
+        )
     path = ROOT / "benchmarks" / f"bench_{words[0]}.py"
     sys.argv = [str(path), *words[1:]]
     runpy.run_path(str(path), run_name="__main__")

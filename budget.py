@@ -1,37 +1,52 @@
-"""What a training step must do, part by part: operations and bytes, from the token counts. `python bench.py budget` prints it, docs/STEP.md
-discusses it, train.py takes its model FLOPs from here.
+"""What a training step must do, part by part: operations and bytes, from the token counts. `python
+bench.py budget` prints it, docs/STEP.md discusses it, train.py takes its model FLOPs from here.
 
-Operations are those of the model's matrix products and attention, two a multiply-add; a backward pass has twice the forward pass's. What is
-computed again (attention's scores in its backward pass, whole blocks with --recompute) is not counted: MFU is a share of useful work.
-Bytes are those of activations, weights and optimiser state that must go through memory when each kernel reads its inputs once and writes its
-outputs once: bfloat16 operands, float32 residual stream, norm fused with the addition before it.
+Operations are those of the model's matrix products and attention, two a multiply-add; a backward
+pass has twice the forward pass's. What is computed again (attention's scores in its backward pass,
+whole blocks with --recompute) is not counted: MFU is a share of useful work. Bytes are those of
+activations, weights and optimiser state that must go through memory when each kernel reads its
+inputs once and writes its outputs once: bfloat16 operands, float32 residual stream, norm fused with
+the addition before it.
 """
+
 import time
 from typing import NamedTuple
 
 import torch
 
-# Bytes a parameter: bf16 copy made (4 + 2), its gradient to float32 (2 + 4), norm (4), AdamW reads and writes weight, gradient and both moments (32).
+# Bytes a parameter: bf16 copy made (4 + 2), its gradient to float32 (2 + 4), norm (4), AdamW reads
+# and writes weight, gradient and both moments (32).
 OPTIMISER_BYTES = {"cast": 6, "gradients to float32": 6, "norm": 4, "AdamW": 32}
 
 
 class Part(NamedTuple):
     name: str
-    forward: float     # operations a clip
+    forward: float  # operations a clip
     activations: float  # bytes a clip, forward
-    weights: float     # bytes a step, forward
+    weights: float  # bytes a step, forward
 
 
 def transformer(name, spans, dim, depth, mlp_dim):
     """Blocks over spans of tokens that attend to themselves."""
-    tokens, matrices = depth * sum(spans), 4 * dim ** 2 + 2 * dim * mlp_dim
-    return [Part(f"{name}: matrices", 2 * tokens * matrices, tokens * (16 * dim + 4 * mlp_dim), depth * 2 * matrices),  # qkv 8 D, projection 4 D, fc1 2 D + 2 M, fc2 2 M + 2 D
-            Part(f"{name}: attention", depth * 4 * dim * sum(n ** 2 for n in spans), tokens * 8 * dim, 0),
-            Part(f"{name}: norms, sums, GELU", 0, tokens * (28 * dim + 4 * mlp_dim), 0)]  # norm 6 D, sum and norm 12 D, GELU 4 M, sum 10 D
+    tokens, matrices = depth * sum(spans), 4 * dim**2 + 2 * dim * mlp_dim
+    # qkv 8 D, projection 4 D, fc1 2 D + 2 M, fc2 2 M + 2 D
+    return [
+        Part(
+            f"{name}: matrices",
+            2 * tokens * matrices,
+            tokens * (16 * dim + 4 * mlp_dim),
+            depth * 2 * matrices,
+        ),
+        Part(f"{name}: attention", depth * 4 * dim * sum(n**2 for n in spans), tokens * 8 * dim, 0),
+        # norm 6 D, sum and norm 12 D, GELU 4 M, sum 10 D
+        Part(f"{name}: norms, sums, GELU", 0, tokens * (28 * dim + 4 * mlp_dim), 0),
+    ]
 
 
 def linear(name, tokens, dim_in, dim_out):
-    return Part(name, 2 * tokens * dim_in * dim_out, 2 * tokens * (dim_in + dim_out), 2 * dim_in * dim_out)
+    return Part(
+        name, 2 * tokens * dim_in * dim_out, 2 * tokens * (dim_in + dim_out), 2 * dim_in * dim_out
+    )
 
 
 def forward_parts(encoder, predictor, counts):
@@ -42,12 +57,17 @@ def forward_parts(encoder, predictor, counts):
     counts     (context, target) tokens of each mask family
     """
     context, target, dim = sum(c for c, _ in counts), sum(t for _, t in counts), predictor["dim"]
-    return [linear("patch embedding", context, encoder.patch_dim, encoder.dim),
-            *transformer("encoder", [c for c, _ in counts], encoder.dim, encoder.depth, encoder.mlp_dim),
-            linear("into the predictor", context, encoder.dim, dim),
-            *transformer("predictor", [c + t for c, t in counts], dim, predictor["depth"], 4 * dim),
-            linear("predictions", target, dim, predictor["dim_out"]),
-            Part("loss and its gradient", 0, target * predictor["dim_out"] * 6, 0)]  # prediction 2, target 2, gradient 2
+    return [
+        linear("patch embedding", context, encoder.patch_dim, encoder.dim),
+        *transformer(
+            "encoder", [c for c, _ in counts], encoder.dim, encoder.depth, encoder.mlp_dim
+        ),
+        linear("into the predictor", context, encoder.dim, dim),
+        *transformer("predictor", [c + t for c, t in counts], dim, predictor["depth"], 4 * dim),
+        linear("predictions", target, dim, predictor["dim_out"]),
+        # prediction 2, target 2, gradient 2
+        Part("loss and its gradient", 0, target * predictor["dim_out"] * 6, 0),
+    ]
 
 
 def step_flops(encoder, predictor, counts):
@@ -56,8 +76,13 @@ def step_flops(encoder, predictor, counts):
 
 
 def product_rate(device, dtype, side, least, seconds):
-    """Operations a second of products of two matrices of `side`: the fastest of at least `least`, and of as many as `seconds` hold."""
-    kind, wait = torch.bfloat16 if dtype == "bf16" else torch.float32, torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    """Operations a second of products of two matrices of `side`: the fastest of at least `least`,
+    and of as many as `seconds` hold.
+    """
+    kind, wait = (
+        torch.bfloat16 if dtype == "bf16" else torch.float32,
+        (torch.cuda.synchronize if device.type == "cuda" else lambda: None),
+    )
     a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
     times, begin = [], time.perf_counter()
     while len(times) < least or time.perf_counter() - begin < seconds:
@@ -66,29 +91,41 @@ def product_rate(device, dtype, side, least, seconds):
         a @ b
         wait()
         times.append(time.perf_counter() - start)
-    return 2 * side ** 3 / min(times)
+    return 2 * side**3 / min(times)
 
 
 def matrix_rate(device, dtype="bf16", seconds=0.2):
-    """Operations a second of large matrix products on `device`, the best of repeated runs over about `seconds`: what MFU is a share of.
+    """Operations a second of large matrix products on `device`, the best of repeated runs over
+    about `seconds`: what MFU is a share of.
 
     A GPU that draws its full power for minutes clocks lower than this.
     """
     if device.type == "cuda":
         return product_rate(device, dtype, 8192, 4, seconds)
-    rate = product_rate(device, dtype, 512, 8, seconds)  # beside another job single products are slowed down tenfold; the best of many is not
-    return product_rate(device, dtype, 2048, 4, 2 * seconds) if 2 * 2048 ** 3 / rate < 1 else rate  # a CPU that emulates bfloat16 would take minutes
+    # beside another job single products are slowed down tenfold; the best of many is not
+    rate = product_rate(device, dtype, 512, 8, seconds)
+    # a CPU that emulates bfloat16 would take minutes
+    return product_rate(device, dtype, 2048, 4, 2 * seconds) if 2 * 2048**3 / rate < 1 else rate
 
 
 def slow_bf16(device, dtype):
     """A line where this CPU multiplies matrices slower in bfloat16 than in float32; else None."""
-    if device.type == "cpu" and dtype == "bf16" and product_rate(device, "fp32", 512, 4, 0.05) > product_rate(device, "bf16", 512, 4, 0.05):
-        return "this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is the faster choice"
+    if (
+        device.type == "cpu"
+        and dtype == "bf16"
+        and product_rate(device, "fp32", 512, 4, 0.05) > product_rate(device, "bf16", 512, 4, 0.05)
+    ):
+        return (
+            "this processor multiplies matrices faster in float32 than in bfloat16: --dtype fp32 is"
+            " the faster choice"
+        )
     return None
 
 
 def fewer_threads(device, dtype, rate):
-    """A line where one thread of this CPU multiplies matrices about as fast as all of them, which do so at `rate`; else None."""
+    """A line where one thread of this CPU multiplies matrices about as fast as all of them, which
+    do so at `rate`; else None.
+    """
     threads = torch.get_num_threads()
     if threads == 1:
         return None
@@ -97,5 +134,8 @@ def fewer_threads(device, dtype, rate):
     torch.set_num_threads(threads)
     if rate > 1.15 * alone:
         return None
-    return (f"{threads} compute threads multiply matrices {rate / alone:.1f} times as fast as one: other jobs keep the cores busy; "
-            f"--compute_threads 1 may be the faster choice (the last bits depend on it)")
+    return (
+        f"{threads} compute threads multiply matrices {rate / alone:.1f} times as fast as one:"
+        " other jobs keep the cores busy; --compute_threads 1 may be the faster choice (the last"
+        " bits depend on it)"
+    )

@@ -3,11 +3,14 @@
     python cache_latents.py --data DIR --split train --teacher DIR_OR_CKPT --out CACHE
     torchrun --nproc_per_node 4 cache_latents.py ...        each rank makes every 4th shard
 
-    python cache_latents.py --verify CACHE          check every byte; add --repair to the first command to rebuild what is broken
+    python cache_latents.py --verify CACHE          check every byte; add --repair to the first
+                                                    command to rebuild what is broken
     python cache_latents.py --merge A B --out C     join caches of one view and one teacher
 
-Interrupt it when you like: the same command continues at the next shard, and the result is the same to the bit.
+Interrupt it when you like: the same command continues at the next shard, and the result is the same
+to the bit.
 """
+
 import dataclasses
 import itertools
 import json
@@ -22,81 +25,136 @@ from typing import Literal
 
 import config
 
-# ------------------------------------------------------------------------------------------------------------- settings
-data: str | None = None        # data folder (or CSV file): videos and their lists
-split = "train"                # which list: train, validation or test
+# ----------------------------------------------------------------------------------------- settings
+data: str | None = None  # data folder (or CSV file): videos and their lists
+split = "train"  # which list: train, validation or test
 splits_dir: str | None = None  # folder of the lists, where it is not the data folder
-teacher = ""                   # VideoMAE folder or .pth, a checkpoint of train.py, or none: clips alone, for stage 1
-out: str | None = None         # the cache to make, or to continue
-clips: Literal["auto", "on", "off"] = "auto"  # keep the clips too, so that training decodes no video; auto: where the disk has room
+# VideoMAE folder or .pth, a checkpoint of train.py, or none: clips alone, for stage 1
+teacher = ""
+out: str | None = None  # the cache to make, or to continue
+# keep the clips too, so that training decodes no video; auto: where the disk has room
+clips: Literal["auto", "on", "off"] = "auto"
 clips_from: str | None = None  # another cache: use its clips and ids instead of --data
-latents: Literal["f16", "i8"] = "f16"  # how latents are kept; i8 takes half the disk, a scale a clip and channel
-limit: int | None = None       # only the first so many rows of the list
-views: int = 1                 # clips a video: the plain one, then others with jittered crop and time
-frames: int | None = None      # frames a clip (default: the teacher's, else 16)
+# how latents are kept; i8 takes half the disk, a scale a clip and channel
+latents: Literal["f16", "i8"] = "f16"
+limit: int | None = None  # only the first so many rows of the list
+# clips a video: the plain one, then others with jittered crop and time
+views: int = 1
+frames: int | None = None  # frames a clip (default: the teacher's, else 16)
 resolution: int | None = None  # pixels of the clip's side (default: the teacher's, else 224)
-patch: int | None = None       # pixels of a patch's side (default: the teacher's, else 16)
-sampling: Literal["uniform", "stride"] | None = None  # frames spread over the whole video, or every stride-th about the middle (default: the teacher's, else uniform)
-stride: int | None = None      # for --sampling stride (default: the teacher's, else 4)
-crop: Literal["center", "squash"] | None = None  # the middle square, or the whole frame made square (default: the teacher's, else center)
-interpolation: Literal["bilinear", "bicubic", "area"] | None = None  # how frames are resized (default: the teacher's, else bilinear)
-longest_seconds = 60.0         # warn of a clip that spans more seconds: its frames lie far apart
-batch_size: int = 8            # clips a teacher batch; fixed row ranges of the list, so part of the cache's identity
-threads = max(1, (os.cpu_count() or 1) // config.local_ranks())  # decoding threads [all cores, shared by a machine's ranks]
-dtype: Literal["bf16", "fp32"] = "bf16"  # the teacher's compute, part of its identity; bf16 costs 1e-4 of the latents' variance (docs/DATA.md)
-device = "auto"                # auto, cpu, cuda or cuda:1
-verify: str | None = None      # instead: check every byte of this cache against its checksums; with --data, every video against its clips
-repair: bool = False           # check the cache at --out first, and rebuild what is broken in it
-merge: list[str] = []          # instead: join these caches of one view and teacher into --out; files are linked where they can be
-# -----------------------------------------------------------------------------------------------------------------------
-config.apply(globals(), least={"batch_size": 1, "threads": 1, "limit": 1, "views": 1, "frames": 1, "resolution": 1, "patch": 1, "stride": 1})
-config.check_paths(data=data, cache=[path for path in (clips_from, verify, *merge) if path], teacher=None if teacher.lower() == "none" else teacher)
+patch: int | None = None  # pixels of a patch's side (default: the teacher's, else 16)
+# frames spread over the whole video, or every stride-th about the middle (default: the teacher's,
+# else uniform)
+sampling: Literal["uniform", "stride"] | None = None
+stride: int | None = None  # for --sampling stride (default: the teacher's, else 4)
+# the middle square, or the whole frame made square (default: the teacher's, else center)
+crop: Literal["center", "squash"] | None = None
+# how frames are resized (default: the teacher's, else bilinear)
+interpolation: Literal["bilinear", "bicubic", "area"] | None = None
+longest_seconds = 60.0  # warn of a clip that spans more seconds: its frames lie far apart
+# clips a teacher batch; fixed row ranges of the list, so part of the cache's identity
+batch_size: int = 8
+# decoding threads [all cores, shared by a machine's ranks]
+threads = max(1, (os.cpu_count() or 1) // config.local_ranks())
+# the teacher's compute, part of its identity; bf16 costs 1e-4 of the latents' variance
+# (docs/DATA.md)
+dtype: Literal["bf16", "fp32"] = "bf16"
+device = "auto"  # auto, cpu, cuda or cuda:1
+# instead: check every byte of this cache against its checksums; with --data, every video against
+# its clips
+verify: str | None = None
+repair: bool = False  # check the cache at --out first, and rebuild what is broken in it
+# instead: join these caches of one view and teacher into --out; files are linked where they can be
+merge: list[str] = []
+# -------------------------------------------------------------------------------------------------
+config.apply(
+    globals(),
+    least={
+        "batch_size": 1,
+        "threads": 1,
+        "limit": 1,
+        "views": 1,
+        "frames": 1,
+        "resolution": 1,
+        "patch": 1,
+        "stride": 1,
+    },
+)
+config.check_paths(
+    data=data,
+    cache=[path for path in (clips_from, verify, *merge) if path],
+    teacher=None if teacher.lower() == "none" else teacher,
+)
 
-import numpy as np  # noqa: E402  after the settings, so that --help and a mistyped flag answer at once
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np  # after the settings, so that --help and a mistyped flag answer at once
+import torch
+from tqdm import tqdm
 
-import budget  # noqa: E402
-import cache  # noqa: E402
-import model  # noqa: E402
-import ops  # noqa: E402
-import ranks  # noqa: E402
-import upkeep  # noqa: E402
-from config import InputError  # noqa: E402
-from data import VideoError, load_split, odd_videos, prefetch, read_row  # noqa: E402
-from ranks import rank, world  # noqa: E402
-from views import View, grid_of  # noqa: E402
+import budget
+import cache
+import model
+import ops
+import ranks
+import upkeep
+from config import InputError
+from data import VideoError, load_split, odd_videos, prefetch, read_row
+from ranks import rank, world
+from views import View, grid_of
 
-files_bar = lambda files: tqdm(files, unit="file", dynamic_ncols=True)
+
+def files_bar(files):
+    return tqdm(files, unit="file", dynamic_ncols=True)
+
+
 if verify:
     if unused := sorted(config.given - {"verify", "data", "splits_dir", "threads"}):
-        raise InputError(f"--verify only looks; leave {', '.join(f'--{name}' for name in unused)} out")
+        raise InputError(
+            f"--verify only looks; leave {', '.join(f'--{name}' for name in unused)} out"
+        )
     problems, bad = upkeep.verify(verify, files_bar)
     remedy = problems and upkeep.remedy(verify, problems)
     if data and not problems:
         rows = load_split(data, cache.open_cache(verify).metadata["split"], splits_dir, print)
-        clips_bar = lambda records: tqdm(records, unit="clip", dynamic_ncols=True)
+
+        def clips_bar(records):
+            return tqdm(records, unit="clip", dynamic_ncols=True)
+
         problems = upkeep.verify_clips(verify, rows, threads, clips_bar)
         remedy = f"put back the videos that it was made from, or delete {verify} and make it again"
     for problem in problems:
         print(f"{verify}: {problem}")
     if bad:
-        print(f"{verify}: to rebuild: shards {', '.join(map(str, bad))} ({cache.SHARD_ROWS} rows of the list each)")
-    print(f"{verify}: {f'problems: {len(problems)}; {remedy}' if problems else 'every checksum, count and id fits'}")
+        print(
+            f"{verify}: to rebuild: shards {', '.join(map(str, bad))} ({cache.SHARD_ROWS} rows of"
+            " the list each)"
+        )
+    found = (
+        f"problems: {len(problems)}; {remedy}" if problems else "every checksum, count and id fits"
+    )
+    print(f"{verify}: {found}")
     sys.exit(1 if problems else 0)
 if merge:
     if out is None or len(merge) < 2:
         raise InputError("--merge takes two caches or more, and --out the one to make")
     if unused := sorted(config.given - {"merge", "out"}):
-        raise InputError(f"--merge joins caches as they are; leave {', '.join(f'--{name}' for name in unused)} out")
+        raise InputError(
+            "--merge joins caches as they are; leave"
+            f" {', '.join(f'--{name}' for name in unused)} out"
+        )
     metadata = upkeep.merge(merge, out, files_bar)
-    print(f"{out}: {metadata['count']} records of {len(merge)} caches, {metadata['failures']} failures")
+    print(
+        f"{out}: {metadata['count']} records of {len(merge)} caches, {metadata['failures']}"
+        " failures"
+    )
     sys.exit(0)
 
 log = print if rank == 0 else lambda *line, **how: None
 if out is None or teacher == "" or (data is None and clips_from is None):
-    raise InputError("give --out, --teacher (or --teacher none) and --data (or --clips_from); see --help")
-device = model.pick_device(ranks.start(device, timedelta(days=7)))  # ranks wait for the slowest one's last shard
+    raise InputError(
+        "give --out, --teacher (or --teacher none) and --data (or --clips_from); see --help"
+    )
+# ranks wait for the slowest one's last shard
+device = model.pick_device(ranks.start(device, timedelta(days=7)))
 log(ops.extension_line(device), flush=True)
 odd_videos.watch(longest_seconds, tqdm.write)
 
@@ -104,8 +162,20 @@ if clips == "off" and teacher.lower() == "none":
     raise InputError("--teacher none keeps nothing but clips; leave --clips off out")
 if latents == "i8" and teacher.lower() == "none":
     raise InputError("--teacher none keeps no latents; leave --latents out")
-of_clips = ("data", "frames", "resolution", "patch", "sampling", "stride", "crop", "interpolation", "limit")
-shared = {"split", "views"} & config.given | {name for name in of_clips if globals()[name] is not None}
+of_clips = (
+    "data",
+    "frames",
+    "resolution",
+    "patch",
+    "sampling",
+    "stride",
+    "crop",
+    "interpolation",
+    "limit",
+)
+shared = {"split", "views"} & config.given | {
+    name for name in of_clips if globals()[name] is not None
+}
 if clips_from and (shared or clips == "on"):
     names = ", ".join(f"--{name}" for name in sorted(shared)) or "--clips on"
     raise InputError(f"--clips_from takes clips, ids and view from {clips_from}; leave {names} out")
@@ -124,31 +194,54 @@ else:
     if encoder:  # a checkpoint of train.py says how its clips were cut
         view = view.cut_as(encoder.view)
     asked = {"sampling": sampling, "stride": stride, "crop": crop, "interpolation": interpolation}
-    view = dataclasses.replace(view, **{name: value for name, value in asked.items() if value is not None})
+    view = dataclasses.replace(
+        view, **{name: value for name, value in asked.items() if value is not None}
+    )
     patch, tubelet = patch or (shape.patch if shape else 16), shape.tubelet if shape else 2
 if shape:
-    takes = {"frames": shape.frames, "resolution": shape.size, "patch": shape.patch, "tubelet": shape.tubelet}
+    takes = {
+        "frames": shape.frames,
+        "resolution": shape.size,
+        "patch": shape.patch,
+        "tubelet": shape.tubelet,
+    }
     have = {"frames": view.frames, "resolution": view.size, "patch": patch, "tubelet": tubelet}
     for name in takes:
         if takes[name] != have[name]:
-            raise InputError(f"the teacher {teacher} takes {name} {takes[name]}, but the clips have {have[name]}; change "
-                             f"{'--clips_from' if source else f'--{name}'}")
+            raise InputError(
+                f"the teacher {teacher} takes {name} {takes[name]}, but the clips have"
+                f" {have[name]}; change {'--clips_from' if source else f'--{name}'}"
+            )
     if line := encoder.other_view(view):
         log(line)
-tokens, patch_dim = int(torch.tensor(grid_of(view, patch, tubelet)).prod()), 3 * tubelet * patch * patch
+tokens, patch_dim = (
+    int(torch.tensor(grid_of(view, patch, tubelet)).prod()),
+    3 * tubelet * patch * patch,
+)
 
 if source:
     ids, views = [source.ids.fields(row) for row in range(len(source))], source.metadata["views"]
     if not source.has_patches:
-        raise InputError(f"the cache {clips_from} holds no clips (--clips off) to take; give --data instead")
+        raise InputError(
+            f"the cache {clips_from} holds no clips (--clips off) to take; give --data instead"
+        )
 else:
     videos = load_split(data, split, splits_dir, log)[:limit]
-    ids = [(video.id, number) for video in videos for number in range(views)]  # a video's views lie side by side, and are cut from one decode
+    # a video's views lie side by side, and are cut from one decode
+    ids = [(video.id, number) for video in videos for number in range(views)]
 
-# ---- what is decided once, by rank 0: whether clips are kept, whether the disk has room, which shards are to be made
+# ---- what is decided once, by rank 0: whether clips are kept, whether the disk has room, which
+# shards are to be made
 kept_bytes = {"f16": 2 * shape.dim, "i8": shape.dim}[latents] if encoder else 0
-latent_bytes, clip_bytes = tokens * kept_bytes + (4 * (shape.dim + tokens) if encoder and latents == "i8" else 0), tokens * patch_dim  # a record
-rows_of = lambda number: range(number * cache.SHARD_ROWS, min((number + 1) * cache.SHARD_ROWS, len(ids)))
+# a record
+latent_bytes, clip_bytes = (
+    tokens * kept_bytes + (4 * (shape.dim + tokens) if encoder and latents == "i8" else 0),
+    tokens * patch_dim,
+)
+
+
+def rows_of(number):
+    return range(number * cache.SHARD_ROWS, min((number + 1) * cache.SHARD_ROWS, len(ids)))
 
 
 def clips_of(together):
@@ -167,30 +260,55 @@ def clips_of(together):
 
 
 def check_disk_space(rows, keep_clips, free):
-    statistics = -(-rows // cache.SHARD_ROWS) * 8 * tokens * shape.dim if encoder else 0  # of each shard, until the cache is whole
+    # of each shard, until the cache is whole
+    statistics = -(-rows // cache.SHARD_ROWS) * 8 * tokens * shape.dim if encoder else 0
     needed = rows * (latent_bytes + keep_clips * clip_bytes) + statistics
-    log(f"disk: {needed / 1e9:.2f} GB needed ({rows * latent_bytes / 1e9:.2f} latents, {rows * keep_clips * clip_bytes / 1e9:.2f} clips, {statistics / 1e9:.2f} while it "
-        f"is being made), {free / 1e9:.1f} GB free")
+    log(
+        f"disk: {needed / 1e9:.2f} GB needed ({rows * latent_bytes / 1e9:.2f} latents,"
+        f" {rows * keep_clips * clip_bytes / 1e9:.2f} clips, {statistics / 1e9:.2f} while it is"
+        f" being made), {free / 1e9:.1f} GB free"
+    )
     if needed > free:
-        raise InputError(f"{out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; free some, or try --latents i8, --clips off or --limit")
+        raise InputError(
+            f"{out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; free"
+            " some, or try --latents i8, --clips off or --limit"
+        )
 
 
 def plan_with(keep_clips):
     return {
-        "split": source.metadata["split"] if source else split, "list_count": len(ids), "list_sha256": cache.list_digest(ids),
+        "split": source.metadata["split"] if source else split,
+        "list_count": len(ids),
+        "list_sha256": cache.list_digest(ids),
         "teacher": encoder and {"name": encoder.name, "dim": shape.dim, **encoder.identity},
-        "view": view.to_dict(), "view_hash": view.hash(), "views": views, "patch": patch, "tubelet": tubelet,
-        "dtype": {"f16": "float16", "i8": "int8"}[latents], "batch_size": batch_size, "latent_shape": [tokens, shape.dim] if shape else None,
-        "patch_shape": [tokens, patch_dim], "clips": bool(keep_clips), "clips_from": os.path.relpath(os.path.realpath(clips_from), os.path.realpath(out)) if source else None}
+        "view": view.to_dict(),
+        "view_hash": view.hash(),
+        "views": views,
+        "patch": patch,
+        "tubelet": tubelet,
+        "dtype": {"f16": "float16", "i8": "int8"}[latents],
+        "batch_size": batch_size,
+        "latent_shape": [tokens, shape.dim] if shape else None,
+        "patch_shape": [tokens, patch_dim],
+        "clips": bool(keep_clips),
+        "clips_from": (
+            os.path.relpath(os.path.realpath(clips_from), os.path.realpath(out)) if source else None
+        ),
+    }
 
 
 def check_sources(made):
-    """Raises InputError where a video was replaced, or its stretch changed, since its record was made. Files that are gone now tell nothing."""
+    """Raises InputError where a video was replaced, or its stretch changed, since its record was
+    made. Files that are gone now tell nothing.
+    """
     now = [cache.source_mark(video) for video in videos]
     changed = [row for row, mark in made if mark and now[row // views] not in (0, mark)]
     if changed:
-        raise InputError(f"{out} holds {len(changed)} records of videos whose file has another size now, or whose start and end were changed, {ids[changed[0]][0]!r} among them: "
-                         "bring back what they were made from, or delete the cache and make it again")
+        raise InputError(
+            f"{out} holds {len(changed)} records of videos whose file has another size now, or"
+            f" whose start and end were changed, {ids[changed[0]][0]!r} among them: bring back what"
+            " they were made from, or delete the cache and make it again"
+        )
 
 
 def decide():
@@ -202,10 +320,15 @@ def decide():
     if source or not shape:
         keep_clips = not source
     elif clips == "auto":
-        keep_clips = begun["clips"] if begun else len(ids) * (latent_bytes + clip_bytes) < 0.95 * free
+        keep_clips = (
+            begun["clips"] if begun else len(ids) * (latent_bytes + clip_bytes) < 0.95 * free
+        )
     else:
         keep_clips = clips == "on"
-    log(f"clips: {f'those of {clips_from}' if source else 'kept' if keep_clips else 'left out, training will decode the videos'}")
+    if source:
+        log(f"clips: those of {clips_from}")
+    else:
+        log(f"clips: {'kept' if keep_clips else 'left out, training will decode the videos'}")
     if not begun:
         check_disk_space(len(ids), keep_clips, free)
     writer = cache.Writer(out, plan_with(keep_clips), files_bar)
@@ -214,14 +337,24 @@ def decide():
     if begun and not source:
         check_sources(writer.made())
     if repair:
-        problems = upkeep.reopen(writer, ids, lambda row: not isinstance(clips_of([row])[0], VideoError))
+        problems = upkeep.reopen(
+            writer, ids, lambda row: not isinstance(clips_of([row])[0], VideoError)
+        )
         for problem in problems:
             log(f"{out}: {problem}")
-        log(f"{out}: problems to repair: {len(problems)}" if problems else f"{out}: every checksum, count and id fits; nothing to repair")
+        log(
+            f"{out}: problems to repair: {len(problems)}"
+            if problems
+            else f"{out}: every checksum, count and id fits; nothing to repair"
+        )
     writer.tidy()
     missing = None if writer.finished else writer.missing()
     if begun and missing:  # what is there is replaced, a shard a rank at a time
-        new = [number for number in missing if not any((writer.folder / name).exists() for name in cache.shard_names(number))]
+        new = [
+            number
+            for number in missing
+            if not any((writer.folder / name).exists() for name in cache.shard_names(number))
+        ]
         replaced = min(world, len(missing) - len(new)) * min(cache.SHARD_ROWS, len(ids))
         check_disk_space(sum(len(rows_of(number)) for number in new) + replaced, keep_clips, free)
     locks.append(writer)
@@ -232,7 +365,12 @@ locks = []  # rank 0's Writer, whose lock lasts as long as it does
 keep_clips, missing = ranks.first(decide)
 if missing is None:
     whole = cache.open_cache(out)
-    left = f"; {whole.metadata['failures']} were left out: --repair takes up those that can be decoded now" if whole.metadata["failures"] else ""
+    left = (
+        f"; {whole.metadata['failures']} were left out: --repair takes up those that can be"
+        " decoded now"
+        if whole.metadata["failures"]
+        else ""
+    )
     log(f"{out} is already whole: {len(whole)} records{left}")
     ranks.leave()
 
@@ -243,8 +381,15 @@ to_make = sum(len(rows_of(number)) for number in missing)
 if encoder:
     log(f"teacher {teacher}: {encoder.takes(view)}")
     if "config" not in writer.plan["teacher"]:
-        log(f"{out} was begun by an older version, which did not note the shape of its teacher: it cannot be compared")
-log(f"teacher {teacher} on {device}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)} to make; view {view.hash()}", flush=True)
+        log(
+            f"{out} was begun by an older version, which did not note the shape of its teacher: it"
+            " cannot be compared"
+        )
+log(
+    f"teacher {teacher} on {device}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)}"
+    f" to make; view {view.hash()}",
+    flush=True,
+)
 mine = missing[rank::world]
 
 
@@ -262,21 +407,38 @@ def keep(shard, rows, clips, stored, lost):
         if isinstance(clip, VideoError):
             shard.fail(row, *ids[row], str(clip))
         else:
-            shard.add(*ids[row], clip, stored and {kind: array[done] for kind, array in stored.items()}, lost[done], 0 if source else cache.source_mark(videos[row // views]))
+            shard.add(
+                *ids[row],
+                clip,
+                stored and {kind: array[done] for kind, array in stored.items()},
+                lost[done],
+                0 if source else cache.source_mark(videos[row // views]),
+            )
             done += 1
 
 
-# Decoding, the teacher, writing, and flushing with its checksum each have threads of their own; this one sees to the teacher.
+# Decoding, the teacher, writing, and flushing with its checksum each have threads of their own;
+# this one sees to the teacher.
 share = sum(len(rows_of(number)) for number in mine)
 done_before = len(ids) - to_make if world == 1 else 0
-bar = tqdm(total=share + done_before, initial=done_before, unit="clip", dynamic_ncols=True, disable=rank > 0, desc=f"rank 0 of {world}" if world > 1 else None)
-stream = itertools.chain.from_iterable(prefetch(clips_of, groups(), threads, max(threads, 2 * batch_size // views)))
+bar = tqdm(
+    total=share + done_before,
+    initial=done_before,
+    unit="clip",
+    dynamic_ncols=True,
+    disable=rank > 0,
+    desc=f"rank 0 of {world}" if world > 1 else None,
+)
+stream = itertools.chain.from_iterable(
+    prefetch(clips_of, groups(), threads, max(threads, 2 * batch_size // views))
+)
 begin, waited, shard, finishing = time.perf_counter(), 0.0, None, None
 with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
     try:
         for number in mine:
             shard, writing = writer.shard(number), deque()
-            for start in rows_of(number)[::batch_size]:  # a teacher batch: these rows and no others, wherever a run began
+            # a teacher batch: these rows and no others, wherever a run began
+            for start in rows_of(number)[::batch_size]:
                 rows = range(start, min(start + batch_size, rows_of(number).stop))
                 tick = time.perf_counter()
                 batch = [next(stream) for _ in rows]
@@ -284,8 +446,15 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
                 good = [clip for clip in batch if not isinstance(clip, VideoError)]
                 stored, lost = None, [0.0] * len(good)
                 if encoder and good:
-                    made = model.teacher_latents(encoder, torch.from_numpy(np.stack(good)).to(device))  # [b, N, D]
-                    names = [ids[row][0] for row, clip in zip(rows, batch) if not isinstance(clip, VideoError)]
+                    # [b, N, D]
+                    made = model.teacher_latents(
+                        encoder, torch.from_numpy(np.stack(good)).to(device)
+                    )
+                    names = [
+                        ids[row][0]
+                        for row, clip in zip(rows, batch)
+                        if not isinstance(clip, VideoError)
+                    ]
                     stored = cache.to_stored(made, writer.plan["dtype"], names)
                     if latents == "i8":
                         error = torch.from_numpy(cache.from_stored(stored)).to(device) - made
@@ -294,7 +463,9 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
                 if len(writing) > 2:
                     writing.popleft().result()
                 bar.update(len(rows))
-                bar.set_postfix_str(f"waiting for video {waited / (time.perf_counter() - begin):.0%}", refresh=False)
+                bar.set_postfix_str(
+                    f"waiting for video {waited / (time.perf_counter() - begin):.0%}", refresh=False
+                )
             for job in writing:
                 job.result()
             if finishing:
@@ -311,14 +482,32 @@ bar.close()
 taken = time.perf_counter() - begin
 broken = set().union(*ranks.gather(odd_videos.broken))  # every shard is there
 if to_make:
-    log(f"{to_make / (time.perf_counter() - begin):.1f} clips/s; rank 0 waited for video {waited / taken:.0%} of its time")
+    log(
+        f"{to_make / (time.perf_counter() - begin):.1f} clips/s; rank 0 waited for video"
+        f" {waited / taken:.0%} of its time"
+    )
 if rank == 0:
     metadata = writer.finish()
     size = sum(file.stat().st_size for file in writer.folder.iterdir()) / 1e9
     if "lost_variance" in metadata:
-        log(f"{out}: int8 lost {metadata['lost_variance']:.1e} of the latents' variance about their per-position mean: a perfect prediction of what is kept has R2 "
-            f"{1 - metadata['lost_variance']:.6f} on the exact ones")
-    log(f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape {json.dumps(metadata['latent_shape'])}"
-        + (f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}" if metadata["failures"] else "")
-        + (f"; {len(broken)} videos end long before what they, or the list, say, have holes or are damaged" if broken else ""))
+        log(
+            f"{out}: int8 lost {metadata['lost_variance']:.1e} of the latents' variance about their"
+            " per-position mean: a perfect prediction of what is kept has R2"
+            f" {1 - metadata['lost_variance']:.6f} on the exact ones"
+        )
+    log(
+        f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape"
+        f" {json.dumps(metadata['latent_shape'])}"
+        + (
+            f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}"
+            if metadata["failures"]
+            else ""
+        )
+        + (
+            f"; {len(broken)} videos end long before what they, or the list, say, have holes or are"
+            " damaged"
+            if broken
+            else ""
+        )
+    )
 ranks.leave()

@@ -1,7 +1,9 @@
 """Videos: which there are, how a clip is cut out of one, patches, and batches for training.
 
-av is imported only where a video is decoded, so that training from a cache with clips runs without it.
+av is imported only where a video is decoded, so that training from a cache with clips runs without
+it.
 """
+
 import contextlib
 import csv
 import dataclasses
@@ -27,7 +29,7 @@ from einops import rearrange
 import ops
 from cache import fingerprint, source_mark
 from config import InputError
-from views import View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  data.View and the others are public names here
+from views import View, frame_numbers, grid_of, random_half, sample_id  # noqa: F401  public here
 
 SPLITS = ("train", "validation", "test")
 # What FFmpeg's demuxers read as video, less what is mostly sound, pictures or games. A file's
@@ -39,32 +41,45 @@ VIDEO_SUFFIXES = tuple(
 )
 VIDEO_FOLDERS = ("", "videos", "20bn-something-something-v2")
 MAX_PIXELS = 64 * 2**20  # a frame larger than this is taken for a broken header
-HELD_BYTES = 64 * 2**20  # of packets, kept between counting and decoding; a larger video is read twice
+# of packets, kept between counting and decoding; a larger video is read twice
+HELD_BYTES = 64 * 2**20
 
 
 class VideoError(InputError):
     """A video that gives no clip; the message says which and why."""
 
 
-# ----------------------------------------------------------------------------------------------------------------- lists
+# -------------------------------------------------------------------------------------------- lists
+
 
 class Row(NamedTuple):
     id: str
-    path: str | None   # None where the list names a video that the folder lacks
+    path: str | None  # None where the list names a video that the folder lacks
     label: str | None  # SSv2: the template without brackets; None in unlabelled lists
     start: float | None = None  # seconds from the file's first frame on: the row is this
-    end: float | None = None    # stretch of it; None: from the beginning, to the end
+    end: float | None = None  # stretch of it; None: from the beginning, to the end
 
 
 def list_names(split):
-    return [*(f"{place}{name}{split}.json" for place in ("", "labels/") for name in ("", "something-something-v2-")), f"{split}.csv"]
+    return [
+        *(
+            f"{place}{name}{split}.json"
+            for place in ("", "labels/")
+            for name in ("", "something-something-v2-")
+        ),
+        f"{split}.csv",
+    ]
 
 
-BESIDE_CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ssv2")  # where SSv2's own lists may lie
+# where SSv2's own lists may lie
+BESIDE_CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ssv2")
 
 
 def find_list(folder, split, splits_dir=None):
-    """The list file of `split`: in splits_dir, where that is given; else in the data folder or, where that has neither lists nor subfolders of splits, in BESIDE_CODE; or None."""
+    """The list file of `split`: in splits_dir, where that is given; else in the data folder or,
+    where that has neither lists nor subfolders of splits, in BESIDE_CODE; or None.
+    """
+
     def first_of(place, split):
         paths = [os.path.join(place, name) for name in list_names(split)] if place else ()
         return next(filter(os.path.isfile, paths), None)
@@ -86,12 +101,16 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
                 Without a list: a folder of videos, see search; its subfolder named by the split,
                 or else a tenth of the ids, drawn by their hash, as 'validation' and the rest as
                 'train'. A CSV file itself is split in the same way.
-    split       'train', 'validation' or 'test'; 'train+validation', as a merged cache has it, is one after the other
+    split       'train', 'validation' or 'test'; 'train+validation', as a merged cache has it, is
+                one after the other
     log         called with a line on the file that was used, and one on what was not used and why
-    Raises InputError, naming file and row, on a missing or malformed list, an id that is no plain name, or no video at all.
+    Raises InputError, naming file and row, on a missing or malformed list, an id that is no plain
+    name, or no video at all.
     """
     if "+" in split:
-        rows = [row for part in split.split("+") for row in load_split(folder, part, splits_dir, log)]
+        rows = [
+            row for part in split.split("+") for row in load_split(folder, part, splits_dir, log)
+        ]
         if len({row.id for row in rows}) < len(rows):
             raise InputError(f"the splits {split} of {folder} share ids")
         return rows
@@ -99,41 +118,66 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     if os.path.isfile(folder):
         check_list_file(folder)
         if splits_dir:
-            raise InputError(f"--data {folder} is a list itself; leave --splits_dir out, or give the folder of the videos as --data")
+            raise InputError(
+                f"--data {folder} is a list itself; leave --splits_dir out, or give the folder of"
+                " the videos as --data"
+            )
         rows, own = read_csv(folder, log=log), split_of_name(folder)
         if own and own != split:
-            raise InputError(f"--data {folder} is, by its name, the list of the split {own!r}, and {split!r} is asked for; "
-                             f"give the folder, with a list a split, or another name")
+            raise InputError(
+                f"--data {folder} is, by its name, the list of the split {own!r}, and {split!r} is"
+                " asked for; give the folder, with a list a split, or another name"
+            )
         count = len(rows)
         rows = rows if own else hashed_split(rows, split)
-        left = "" if own else f", split by a hash of the id; {count - len(rows)} rows are the other split's"
+        left = (
+            ""
+            if own
+            else f", split by a hash of the id; {count - len(rows)} rows are the other split's"
+        )
         log(f"{split}: {len(rows)} rows of {folder}{left}")
     elif not os.path.isdir(folder):
-        raise InputError(f"there is no data folder {folder}; --data names the folder that holds the videos and their lists")
+        raise InputError(
+            f"there is no data folder {folder}; --data names the folder that holds the videos and"
+            " their lists"
+        )
     elif path := find_list(folder, split, splits_dir):
         rows = read_list(path, folder, log)
         here = sum(row.path is not None for row in rows)
         if path.startswith(BESIDE_CODE + os.sep) and not splits_dir and here < len(rows) / 2:
-            raise InputError(f"{path}, beside the code, lists {len(rows)} videos, of which {folder} holds {here}: say --splits_dir {BESIDE_CODE} if it is meant, "
-                             f"else move it away")
+            raise InputError(
+                f"{path}, beside the code, lists {len(rows)} videos, of which {folder} holds"
+                f" {here}: say --splits_dir {BESIDE_CODE} if it is meant, else move it away"
+            )
         log(f"{split}: {len(rows)} rows of {path}")
     elif splits_dir or any(find_list(folder, other) for other in SPLITS):
-        raise InputError(f"no list for the split {split!r}: looked for {', '.join(list_names(split))} in "
-                         f"{f'--splits_dir {splits_dir}' if splits_dir else f'{folder} and ssv2/ beside the code'}")
+        places = (
+            f"--splits_dir {splits_dir}" if splits_dir else f"{folder} and ssv2/ beside the code"
+        )
+        names = ", ".join(list_names(split))
+        raise InputError(f"no list for the split {split!r}: looked for {names} in {places}")
     else:
         rows = rows_without_list(folder, split, log)
     if not rows:
-        raise InputError(f"no video of {folder} falls into the split {split!r}: without lists a tenth is held out by a hash of the name, and these "
-                         "are too few; make subfolders train/ and validation/, or train.csv and validation.csv")
+        raise InputError(
+            f"no video of {folder} falls into the split {split!r}: without lists a tenth is held"
+            " out by a hash of the name, and these are too few; make subfolders train/ and"
+            " validation/, or train.csv and validation.csv"
+        )
     if not any(row.path for row in rows):
-        raise InputError(f"none of the {len(rows)} videos of the split {split!r} is in {folder}; looked in it, "
-                         f"{' and '.join(f'{name}/' for name in VIDEO_FOLDERS[1:])} for {' '.join(VIDEO_SUFFIXES)}")
+        raise InputError(
+            f"none of the {len(rows)} videos of the split {split!r} is in {folder}; looked in it,"
+            f" {' and '.join(f'{name}/' for name in VIDEO_FOLDERS[1:])} for"
+            f" {' '.join(VIDEO_SUFFIXES)}"
+        )
     refuse_shared_frames(folder, split, splits_dir, rows, log)
     seen = set()
     for row in rows:
         if row.id in seen:
-            raise InputError(f"the split {split!r} of {folder} holds the id {row.id!r} twice; "
-                             "ids must be unique (a CSV may have a column `id`)")
+            raise InputError(
+                f"the split {split!r} of {folder} holds the id {row.id!r} twice; "
+                "ids must be unique (a CSV may have a column `id`)"
+            )
         seen.add(row.id)
     places = [row[1:2] + row[3:] for row in rows if row.path]  # path, start, end
     if again := len(places) - len(set(places)):
@@ -145,7 +189,9 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
 
 
 def split_of_name(path):
-    """The split that a list is called after, val.csv or my_train.csv; None of a name that has a word for none, or for two."""
+    """The split that a list is called after, val.csv or my_train.csv; None of a name that has a
+    word for none, or for two.
+    """
     words = splits_in([os.path.splitext(os.path.basename(path))[0]])
     return next(iter(words)) if len(words) == 1 else None
 
@@ -195,20 +241,24 @@ def refuse_shared_frames(folder, split, splits_dir, rows, log):
                 continue  # a test list may be the validation list
             if overlap(row, twin):
                 raise InputError(
-                    f"{row.path} is in the split {split!r} as {row.id!r} and in the split {other!r} "
-                    f"as {twin.id!r}, from {max(row.start or 0, twin.start or 0):g} s on in both: "
-                    "held-out frames are none that were trained on"
+                    f"{row.path} is in the split {split!r} as {row.id!r} and in the split {other!r}"
+                    f" as {twin.id!r}, from {max(row.start or 0, twin.start or 0):g} s on in both:"
+                    " held-out frames are none that were trained on"
                 )
 
 
 def overlap(one, other):
-    """Whether two Rows of one file have frames in common: a millisecond, to which lists round, is none."""
+    """Whether two Rows of one file have frames in common: a millisecond, to which lists round, is
+    none.
+    """
     ends = [row.end for row in (one, other) if row.end is not None]
     return max(one.start or 0, other.start or 0) + 1e-3 < min(ends, default=math.inf)
 
 
 def content_of(path):
-    """What tells a file from any but its copies: its size, and a hash of sixteen places in it; its path where it cannot be read."""
+    """What tells a file from any but its copies: its size, and a hash of sixteen places in it; its
+    path where it cannot be read.
+    """
     if not os.path.isfile(path):
         return path
     try:
@@ -308,7 +358,9 @@ SPLIT_WORD = re.compile(rf"({'|'.join(SPLIT_WORDS)})(?:set|list)?\d*")
 
 
 def splits_in(names):
-    """{split: the first of `names` that has a word for it}: of videos/train, val_256, k400_train.csv, testlist01.txt."""
+    """{split: the first of `names` that has a word for it}: of videos/train, val_256,
+    k400_train.csv, testlist01.txt.
+    """
     found = {}
     for name in sorted(names):
         name = re.sub(r" (videos?|clips?|set|data|split)\b", "", name, flags=re.IGNORECASE)
@@ -319,28 +371,37 @@ def splits_in(names):
 
 
 def refuse_hidden_splits(folder, found, unused):
-    """Raises InputError where a split by a hash would mix what looks like splits of its own: folders as
-    videos/train and videos/val, or lists by other names than those that are looked for."""
+    """Raises InputError where a split by a hash would mix what looks like splits of its own:
+    folders as videos/train and videos/val, or lists by other names than those that are looked
+    for."""
     folders = splits_in({os.path.dirname(name) for name in found})
     stems = {os.path.basename(name) for name in found}
     files = (os.path.splitext(name) for name in unused.get(NO_VIDEO, ()))
-    lists = splits_in(stem + suffix for stem, suffix in files if suffix.lower() in LIST_SUFFIXES and os.path.basename(stem) not in stems)
+    lists = splits_in(
+        stem + suffix
+        for stem, suffix in files
+        if suffix.lower() in LIST_SUFFIXES and os.path.basename(stem) not in stems
+    )
     firsts = [splits_in([re.split("[-_.]", stem)[0]]) for stem in stems]  # train_00.mp4, val_00.mp4
     if all(firsts) and len({next(iter(first)) for first in firsts}) > 1:
         raise InputError(
-            f"the videos of {folder} are called after splits, as {min(stems)!r}, and there is no list: "
-            "write train.csv and validation.csv, or put them into subfolders train/ and validation/"
+            f"the videos of {folder} are called after splits, as {min(stems)!r}, and there is no"
+            " list: write train.csv and validation.csv, or put them into subfolders train/ and"
+            " validation/"
         )
     if len(folders) > 1:
         raise InputError(
-            f"{folder} holds folders called {' and '.join(sorted(folders.values()))}, and no list: "
-            "splits are the subfolders train/, validation/ (or val/) and test/ of --data itself; "
-            "name the folder that they are in, or rename them, or write train.csv and validation.csv"
+            f"{folder} holds folders called {' and '.join(sorted(folders.values()))}, and no list:"
+            " splits are the subfolders train/, validation/ (or val/) and test/ of --data itself;"
+            " name the folder that they are in, or rename them, or write train.csv and"
+            " validation.csv"
         )
     if len(lists) > 1:
         raise InputError(
-            f"{folder} holds {' and '.join(sorted(lists.values()))}, which are not read under these names (move them away, if they are no lists); "
-            f"lists are {', '.join(list_names('train')[:2])} or train.csv, and likewise for validation and test"
+            f"{folder} holds {' and '.join(sorted(lists.values()))}, which are not read under these"
+            " names (move them away, if they are no lists); lists are"
+            f" {', '.join(list_names('train')[:2])} or train.csv, and likewise for validation and"
+            " test"
         )
 
 
@@ -396,8 +457,11 @@ def search(folder):
                 leave_out("of equal ids", f"{path}: {os.path.basename(found[stem])} has that id")
             else:
                 found[stem] = os.path.join(place, name)
-    parts = split_folders(folder).values()  # what is in them is taken under the name that it has there
-    for stem, other in same_files(dict(sorted(found.items(), key=lambda entry: entry[0].partition("/")[0] not in parts))):
+    # what is in them is taken under the name that it has there
+    parts = split_folders(folder).values()
+    for stem, other in same_files(
+        dict(sorted(found.items(), key=lambda entry: entry[0].partition("/")[0] not in parts))
+    ):
         leave_out("under two names", f"{stem}: the file is that of {other}")
         del found[stem]
     return found, unused
@@ -453,7 +517,10 @@ def find_videos(folder, log=lambda line: None):
 def hashed_split(rows, split):
     if split not in ("train", "validation"):
         raise InputError(f"data without lists has the splits train and validation, not {split!r}")
-    held_out = lambda row: hashlib.sha256(row.id.encode()).digest()[0] < 26
+
+    def held_out(row):
+        return hashlib.sha256(row.id.encode()).digest()[0] < 26
+
     return [row for row in rows if held_out(row) == (split == "validation")]
 
 
@@ -464,8 +531,10 @@ def is_clean(name):
 
 def check_id(name, where):
     if not name or name in (".", "..") or re.search(r"[/\\]", name) or not is_clean(name):
-        raise InputError(f"{where}: the id {name!r} is no plain file name; an id has no slashes, control characters or broken "
-                         f"UTF-8, with which it could leave the video folder")
+        raise InputError(
+            f"{where}: the id {name!r} is no plain file name; an id has no slashes, control"
+            " characters or broken UTF-8, with which it could leave the video folder"
+        )
     return name
 
 
@@ -476,15 +545,25 @@ def read_json(path, videos, log=lambda line: None):
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not a readable JSON list: {error}") from None
     if not isinstance(entries, list):
-        raise InputError(f"{path} holds {'an object' if isinstance(entries, dict) else type(entries).__name__}, as a label table "
-                         f"does; a split list is a JSON list of objects with an \"id\"")
+        raise InputError(
+            f"{path} holds {'an object' if isinstance(entries, dict) else type(entries).__name__},"
+            " as a label table "
+            f'does; a split list is a JSON list of objects with an "id"'
+        )
     rows, keys = [], set()
     for number, entry in enumerate(entries):
         where = f"{path}, row {number}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), (str, int)) or isinstance(entry["id"], bool):
-            raise InputError(f"{where}: {json.dumps(entry)[:80]} is not an object with an \"id\"")
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("id"), (str, int))
+            or isinstance(entry["id"], bool)
+        ):
+            raise InputError(f'{where}: {json.dumps(entry)[:80]} is not an object with an "id"')
         if "start" in entry or "end" in entry:
-            raise InputError(f"{where} is a stretch of a video; a JSON list has none: use a CSV with the columns path,start,end,label")
+            raise InputError(
+                f"{where} is a stretch of a video; a JSON list has none: use a CSV with the columns"
+                " path,start,end,label"
+            )
         keys |= entry.keys()
         name = check_id(str(entry["id"]), where)
         label = entry.get("template", entry.get("label"))
@@ -536,14 +615,17 @@ def read_csv(path, folder=None, log=lambda line: None):
         )
     for column in [*ignored, *({"label"} & set(columns))]:
         if re.match(r"(start|end|begin|stop)(_|$)|.*_(start|end)$", column):
-            raise InputError(f"{path} has a column {column}, which is not read: call it start or end, in seconds, or leave it out")
+            raise InputError(
+                f"{path} has a column {column}, which is not read: call it start or end, in"
+                " seconds, or leave it out"
+            )
         place = columns.index(column)
         parts = {fields[place].lower() for _, fields in lines if len(fields) > place}
         named_so = column in ("split", "subset", "partition") or parts <= set(SPLIT_WORDS)
         if named_so and len(parts) > 1:
             raise InputError(
-                f"{path} has a column {column} of {', '.join(sorted(parts)[:3])}, which is not read: "
-                "write train.csv and validation.csv"
+                f"{path} has a column {column} of {', '.join(sorted(parts)[:3])}, which is not"
+                " read: write train.csv and validation.csv"
             )
     rows, bad = [], []
     for number, fields in lines:
@@ -641,7 +723,8 @@ def mark(time):
     return np.format_float_positional(round(time, 3), trim="-")
 
 
-# -------------------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------- decoding
+
 
 class OddVideos:
     """Says what is odd about videos that can be decoded, by `log`.
@@ -673,7 +756,9 @@ class OddVideos:
     def note_tracks(self, path, count):
         with self.lock:
             if self.log and not self.tracks:
-                self.log(f"warning: {path} has {count} video tracks, and one is used. Said once a run")
+                self.log(
+                    f"warning: {path} has {count} video tracks, and one is used. Said once a run"
+                )
                 self.tracks = True
 
     def note_broken(self, path, what):
@@ -682,8 +767,8 @@ class OddVideos:
             self.broken.add(path)
             if self.log and not known and len(self.broken) <= 3:
                 self.log(
-                    f"warning: {path} {what}: was it cut short, or damaged? "
-                    f"Its clip is of what is there{'; more are not named' * (len(self.broken) == 3)}"
+                    f"warning: {path} {what}: was it cut short, or damaged? Its clip is of what is"
+                    f" there{'; more are not named' * (len(self.broken) == 3)}"
                 )
 
 
@@ -698,15 +783,19 @@ def read_row(row, views):
 
 
 def read_clip(path, view=View(), video_id=None, start=None, end=None):
-    """The clip that `view` cuts out of the video at `path`: uint8 [T, H, W, 3], RGB, T = view.frames, H = W = view.size.
+    """The clip that `view` cuts out of the video at `path`: uint8 [T, H, W, 3], RGB, T =
+    view.frames, H = W = view.size.
 
-    Its channels lie in planes (it is a transposed [T, 3, H, W]), as swscale makes them fastest and patches want them. video_id (the file's stem by default) decides the jitter of views > 0. Raises VideoError, naming the file.
+    Its channels lie in planes (it is a transposed [T, 3, H, W]), as swscale makes them fastest and
+    patches want them. video_id (the file's stem by default) decides the jitter of views > 0. Raises
+    VideoError, naming the file.
     """
     return read_clips(path, [view], video_id, start, end)[0]
 
 
 def read_clips(path, views, video_id=None, start=None, end=None):
-    """The clips that several views cut out of one video, from one decode; a list of what read_clip gives.
+    """The clips that several views cut out of one video, from one decode; a list of what read_clip
+    gives.
 
     start, end  seconds from the video's first frame on: the views see the frames with
                 start <= time < end, compared to half a millisecond, and no others
@@ -718,10 +807,12 @@ def read_clips(path, views, video_id=None, start=None, end=None):
     mirrored until it is upright.
     """
     import av
+
     name = os.path.splitext(os.path.basename(path))[0] if video_id is None else video_id
     clips = [None] * len(views)
     if isinstance(path, (str, os.PathLike)) and os.path.exists(path) and not os.path.isfile(path):
-        raise VideoError(f"{path} is no regular file")  # a pipe, a device or a folder would be read for ever, or not at all
+        # a pipe, a device or a folder would be read for ever, or not at all
+        raise VideoError(f"{path} is no regular file")
     try:
         stretch = Stretch(path)
         if start is not None or end is not None:
@@ -750,7 +841,11 @@ def read_clips(path, views, video_id=None, start=None, end=None):
             with open_video(stretch) as (stream, packets):
                 n = cut(packets, stream, views, clips, name, n, stretch)
         if any(clip is None for clip in clips):
-            raise VideoError(f"{path}: no frame could be decoded" if n == 0 else f"{path} decodes to another number of frames each time")
+            raise VideoError(
+                f"{path}: no frame could be decoded"
+                if n == 0
+                else f"{path} decodes to another number of frames each time"
+            )
         return clips
     except av.error.FFmpegError as error:
         check_disk(path)
@@ -765,7 +860,11 @@ def look_at_packets(stretch, stream, packets):
     """
     first = stretch.first if stretch.first is not None else stream.start_time or 0
     begin = max(first, stretch.low)
-    shown = sorted(entry for entry in packets if entry[0] < stretch.high and (stretch.first is None or entry[0] >= begin))
+    shown = sorted(
+        entry
+        for entry in packets
+        if entry[0] < stretch.high and (stretch.first is None or entry[0] >= begin)
+    )
     if not shown or not stream.time_base:
         return
     times, lasts = np.array(shown, np.int64).T
@@ -774,15 +873,19 @@ def look_at_packets(stretch, stream, packets):
     ends = times + np.maximum(lasts, usual)
     tick, length = float(stream.time_base), ends.max() - times[0]
     holes = gaps - np.concatenate([[0], lasts[:-1]])  # less what a frame is said to be shown
-    # A file that states how many frames it has (mp4, AVI) states their times with them: pauses, no holes.
+    # A file that states how many frames it has (mp4, AVI) states their times with them: pauses, no
+    # holes.
     if not stream.frames and holes.max() * tick > max(0.1 * length * tick + 0.5, 10 * usual * tick):
         after = (times[holes.argmax()] - gaps[holes.argmax()] - first) * tick
-        odd_videos.note_broken(stretch.path, f"has no frame for {holes.max() * tick:.3g} s after {after:.3g} s")
+        odd_videos.note_broken(
+            stretch.path, f"has no frame for {holes.max() * tick:.3g} s after {after:.3g} s"
+        )
     container, tag, lasts_by_sound = stream.container, stream.metadata.get("DURATION", ""), False
     if stretch.high < math.inf:
         due = stretch.high
     elif container.format.name == "avi" and stream.frames:
-        due = stream.frames  # a tick each, dropped ones too; its duration is a guess where the index is gone
+        # a tick each, dropped ones too; its duration is a guess where the index is gone
+        due = stream.frames
     elif stream.duration:
         due = first + stream.duration
     elif tag := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", tag):  # of matroska: counted from 0
@@ -793,14 +896,19 @@ def look_at_packets(stretch, stream, packets):
     else:
         return
     has, stated = ((time - begin) * tick for time in (ends.max(), due))
-    if has < 0.9 * stated - 0.5 and not (lasts_by_sound and reaches(container, begin * tick + 0.9 * stated - 0.5)):
+    if has < 0.9 * stated - 0.5 and not (
+        lasts_by_sound and reaches(container, begin * tick + 0.9 * stated - 0.5)
+    ):
         odd_videos.note_broken(stretch.path, f"ends after {has:.4g} s of {stated:.4g} s")
 
 
 def reaches(container, time):
     """Whether a packet of any of its streams is at `time` seconds or later."""
     container.seek(0)
-    return any(packet.pts is not None and packet.pts * packet.time_base >= time for packet in container.demux())
+    return any(
+        packet.pts is not None and packet.pts * packet.time_base >= time
+        for packet in container.demux()
+    )
 
 
 class Stretch(NamedTuple):
@@ -808,7 +916,6 @@ class Stretch(NamedTuple):
 
     Times are in ticks of the video's stream.
     """
-
 
     path: str
     first: int | None = (
@@ -848,9 +955,11 @@ def find_stretch(path, start, end):
         if first.pts is None:
             raise no_times(path)
         ticks = [
-            math.inf
-            if time is None
-            else first.pts + math.ceil((Fraction(time) - STRETCH_TOLERANCE) / stream.time_base)
+            (
+                math.inf
+                if time is None
+                else first.pts + math.ceil((Fraction(time) - STRETCH_TOLERANCE) / stream.time_base)
+            )
             for time in (start, end)
         ]
         return Stretch(path, first.pts, *ticks)
@@ -941,10 +1050,13 @@ def clip_of_frames(frames, view=View(), video_id=""):
     video_id decides the jitter of views > 0. Raises InputError on anything else.
     """
     import av
+
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
-        raise InputError(f"{frames.dtype} {list(frames.shape)} was given; clip_of_frames takes "
-                         "frames uint8 [n, H, W, 3], at least one")
+        raise InputError(
+            f"{frames.dtype} {list(frames.shape)} was given; clip_of_frames takes "
+            "frames uint8 [n, H, W, 3], at least one"
+        )
     random = None
     if view.view > 0:
         random = ops.Random(view.seed, 0, sample_id(video_id, view.view), ops.STREAMS["view"])
@@ -961,6 +1073,7 @@ def clip_of_frames(frames, view=View(), video_id=""):
 
 def video_stream(container, path):
     import av
+
     # Pictures beside the video, or beside sound alone, come as video streams too.
     cover = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
@@ -973,26 +1086,38 @@ def video_stream(container, path):
     if stream.codec_context is None:
         raise VideoError(f"{path} is in a codec that this build of FFmpeg does not know")
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-        raise VideoError(f"{path} states frames of {stream.codec_context.width}x{stream.codec_context.height}, more than {MAX_PIXELS} pixels")
+        raise VideoError(
+            f"{path} states frames of {stream.codec_context.width}x{stream.codec_context.height},"
+            f" more than {MAX_PIXELS} pixels"
+        )
     stream.codec_context.thread_count = 1  # parallelism is over videos
     return stream
 
 
 def shows(packet):
-    """Whether a packet carries a frame that is shown; the last one of a stream is empty and flushes the decoder."""
+    """Whether a packet carries a frame that is shown; the last one of a stream is empty and flushes
+    the decoder.
+    """
     return packet.size > 0 and not packet.is_discard
 
 
 def check_disk(path):
-    """After a video failed: read it plainly. A file that is not there is the video's fault; a failing disk or a folder that is gone is not, and
-    ends the run as OSError."""
+    """After a video failed: read it plainly. A file that is not there is the video's fault; a
+    failing disk or a folder that is gone is not, and ends the run as OSError."""
     os.stat(os.path.dirname(path) or ".")
     try:
         with open(path, "rb") as file:
             while file.read(1 << 22):
                 pass
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR):
+        if error.errno not in (
+            errno.ENOENT,
+            errno.EISDIR,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ELOOP,
+            errno.ENOTDIR,
+        ):
             raise
         raise VideoError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -1002,13 +1127,19 @@ def cut(packets, stream, views, clips, name, n, stretch):
 
     The clips go into `clips`; returns how many frames it turned out to have.
 
-    A view is done when its last frame has come and every packet so far has given its frame: then n is right as far as that view looks, and what
-    comes after does not matter. Else it is done at the end, where n was right, or left without a clip. No view's clip depends on the others.
+    A view is done when its last frame has come and every packet so far has given its frame: then n
+    is right as far as that view looks, and what comes after does not matter. Else it is done at the
+    end, where n was right, or left without a clip. No view's clip depends on the others.
     """
-    asked, made, takers = [i for i, clip in enumerate(clips) if clip is None], {}, {}  # takers: frame number -> [(view, place in its clip)]
+    # takers: frame number -> [(view, place in its clip)]
+    asked, made, takers = [i for i, clip in enumerate(clips) if clip is None], {}, {}
     places, last, times = {}, {}, {}  # times: view -> of the frames of its clip, in ticks
     for i in asked:
-        random = ops.Random(views[i].seed, 0, sample_id(name, views[i].view), ops.STREAMS["view"]) if views[i].view > 0 else None
+        random = (
+            ops.Random(views[i].seed, 0, sample_id(name, views[i].view), ops.STREAMS["view"])
+            if views[i].view > 0
+            else None
+        )
         numbers = frame_numbers(n, views[i], random).tolist()
         places[i], last[i] = (random.uniform(), random.uniform()) if random else None, numbers[-1]
         made[i] = np.empty((views[i].frames, 3, views[i].size, views[i].size), np.uint8)
@@ -1026,7 +1157,9 @@ def cut(packets, stream, views, clips, name, n, stretch):
             what = f"cannot be decoded, or not wholly, in {refused + corrupt} of {fed} packets"
             odd_videos.note_broken(stretch.path, what)
         if None not in times[i]:
-            odd_videos.note_span(stretch.path, float((times[i][-1] - times[i][0]) * stream.time_base))
+            odd_videos.note_span(
+                stretch.path, float((times[i][-1] - times[i][0]) * stream.time_base)
+            )
 
     for packet in packets:
         fed += shows(packet)
@@ -1058,7 +1191,8 @@ def cut(packets, stream, views, clips, name, n, stretch):
         if over:
             break
         if decoded and delay is None:
-            delay = fed - decoded if stream.codec_context.has_b_frames else 0  # packets that the codec holds back to reorder frames
+            # packets that the codec holds back to reorder frames
+            delay = fed - decoded if stream.codec_context.has_b_frames else 0
         if decoded and not refused and fed - decoded <= delay:
             for i in [i for i in asked if number > last[i]]:
                 finish(i)
@@ -1086,21 +1220,35 @@ def orientation(frame):
 
 
 class Scaler:
-    """Frames of one video as upright RGB. One swscale context, and one crop filter a shape, serve all of them."""
+    """Frames of one video as upright RGB.
+
+    One swscale context, and one crop filter a shape, serve all of them.
+    """
 
     def __init__(self, path, pixel_aspect=None):
         import av
+
         self.path, self.reformatter, self.graphs = path, av.video.reformatter.VideoReformatter(), {}
         self.pixel_aspect = float(pixel_aspect or 1)  # width over height of a pixel as it is stored
-        # Without full chroma swscale takes, for widths that are multiples of 8 alone, a short cut that is two levels too dark; to planes (gbrp)
-        # the exact way is two and a half times as fast as to interleaved rgb24, with the same values.
-        self.exact = av.video.reformatter.Interpolation.FULL_CHR_H_INT | av.video.reformatter.Interpolation.ACCURATE_RND
+        # Without full chroma swscale takes, for widths that are multiples of 8 alone, a short cut
+        # that is two levels too dark; to planes (gbrp)
+        # the exact way is two and a half times as fast as to interleaved rgb24, with the same
+        # values.
+        self.exact = (
+            av.video.reformatter.Interpolation.FULL_CHR_H_INT
+            | av.video.reformatter.Interpolation.ACCURATE_RND
+        )
 
     def convert(self, frame, view, place):
-        """Planes uint8 [3, size, size] of red, green and blue, cropped at `place` (two fractions of the room there is), or in the middle."""
+        """Planes uint8 [3, size, size] of red, green and blue, cropped at `place` (two fractions of
+        the room there is), or in the middle.
+        """
         transposed, mirrored, upside_down = orientation(frame)
-        if max(frame.height * frame.width, view.size ** 2) > MAX_PIXELS:
-            raise VideoError(f"{self.path} has frames of {frame.width}x{frame.height}, more than {MAX_PIXELS} pixels")
+        if max(frame.height * frame.width, view.size**2) > MAX_PIXELS:
+            raise VideoError(
+                f"{self.path} has frames of {frame.width}x{frame.height}, more than {MAX_PIXELS}"
+                " pixels"
+            )
         if view.crop == "center":
             # The square that becomes size x size where the short side becomes short_side, in
             # pixels as they are shown: as high as those of the stored frame, and square.
@@ -1118,24 +1266,43 @@ class Scaler:
                     at[axis] = room - at[axis]
             frame = self.crop(frame, height, width, *at)
         how = type(self.exact)[view.interpolation.upper()] | self.exact
-        made = self.reformatter.reformat(frame, view.size, view.size, "gbrp", interpolation=how, dst_color_range="JPEG", threads=1)
-        planes = [np.frombuffer(made.planes[i], np.uint8).reshape(-1, made.planes[i].line_size)[:view.size, :view.size] for i in (2, 0, 1)]
+        made = self.reformatter.reformat(
+            frame,
+            view.size,
+            view.size,
+            "gbrp",
+            interpolation=how,
+            dst_color_range="JPEG",
+            threads=1,
+        )
+        planes = [
+            np.frombuffer(made.planes[i], np.uint8).reshape(-1, made.planes[i].line_size)[
+                : view.size, : view.size
+            ]
+            for i in (2, 0, 1)
+        ]
         if transposed:
             planes = [plane.T for plane in planes]
-        return [plane[::-1 if upside_down else 1, ::-1 if mirrored else 1] for plane in planes]
+        return [plane[:: -1 if upside_down else 1, :: -1 if mirrored else 1] for plane in planes]
 
     def crop(self, frame, height, width, y, x):
         """A part of a frame from (y, x) on, moved to where its chroma samples begin; no copy."""
         if (frame.height, frame.width) == (height, width):
             return frame
         import av
+
         x -= x % (16 // frame.format.chroma_width(16))
         y -= y % (16 // frame.format.chroma_height(16))
         key = frame.width, frame.height, frame.format.name, height, width, y, x
         if key not in self.graphs:
             graph = av.filter.Graph()
             graph.threads = 1
-            source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000))
+            source = graph.add_buffer(
+                width=frame.width,
+                height=frame.height,
+                format=frame.format,
+                time_base=frame.time_base or Fraction(1, 1000),
+            )
             crop = graph.add("crop", f"{width}:{height}:{x}:{y}:exact=1")
             sink = graph.add("buffersink")
             source.link_to(crop)
@@ -1146,26 +1313,48 @@ class Scaler:
         return self.graphs[key].pull()
 
 
-# --------------------------------------------------------------------------------------------------------------- patches
+# ------------------------------------------------------------------------------------------ patches
+
 
 def patchify(clip, patch=16, tubelet=2):
-    """Clip [..., T, H, W, 3] -> patches [..., N, 3 * tubelet * patch * patch]: token n = (t * h + y) * w + x, vector (channel, dt, dy, dx).
+    """Clip [..., T, H, W, 3] -> patches [..., N, 3 * tubelet * patch * patch]: token n = (t * h +
+    y) * w + x, vector (channel, dt, dy, dx).
 
-    That is how a Conv3d patch embedding flattens its kernel. Works on numpy arrays and tensors of any dtype.
+    That is how a Conv3d patch embedding flattens its kernel. Works on numpy arrays and tensors of
+    any dtype.
     """
-    return rearrange(clip, "... (t dt) (y dy) (x dx) c -> ... (t y x) (c dt dy dx)", dt=tubelet, dy=patch, dx=patch)
+    return rearrange(
+        clip,
+        "... (t dt) (y dy) (x dx) c -> ... (t y x) (c dt dy dx)",
+        dt=tubelet,
+        dy=patch,
+        dx=patch,
+    )
 
 
 def unpatchify(patches, grid=(8, 14, 14), patch=16, tubelet=2):
     """The inverse of patchify: patches [..., N, P] -> clip [..., T, H, W, 3]."""
     t, y, x = grid
-    return rearrange(patches, "... (t y x) (c dt dy dx) -> ... (t dt) (y dy) (x dx) c", t=t, y=y, x=x, dt=tubelet, dy=patch, dx=patch)
+    return rearrange(
+        patches,
+        "... (t y x) (c dt dy dx) -> ... (t dt) (y dy) (x dx) c",
+        t=t,
+        y=y,
+        x=x,
+        dt=tubelet,
+        dy=patch,
+        dx=patch,
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
+
 
 def prefetch(work, jobs, threads, ahead):
-    """work(job) of each job, in order, computed on `threads` threads at most `ahead` jobs early. Threads only: no shared memory."""
+    """work(job) of each job, in order, computed on `threads` threads at most `ahead` jobs early.
+
+    Threads only: no shared memory.
+    """
     with ThreadPoolExecutor(threads) as pool:
         pending = deque()
         try:
@@ -1182,10 +1371,17 @@ def prefetch(work, jobs, threads, ahead):
 
 class Videos:
     """Clips cut from the videos of a list under one view."""
+
     cache, latent_shape = None, None
 
     def __init__(self, rows, view, patch, tubelet=2):
-        self.rows, self.view, self.patch, self.tubelet, self.decodes = rows, view, patch, tubelet, True
+        self.rows, self.view, self.patch, self.tubelet, self.decodes = (
+            rows,
+            view,
+            patch,
+            tubelet,
+            True,
+        )
         self.grid = grid_of(view, patch, tubelet)
         self.patch_shape = math.prod(self.grid), 3 * tubelet * patch * patch
 
@@ -1198,33 +1394,54 @@ class Videos:
 
     def decode(self, i, out):
         """Write clip i's patches to the uint8 array `out` [N, P]. Raises VideoError."""
-        clip, = read_row(self.rows[i], [self.view])
+        (clip,) = read_row(self.rows[i], [self.view])
         ops.patchify_into(clip, out, self.patch, self.tubelet)
 
 
 class Records:
-    """Clips and latents of a cache; where it holds no clips they are decoded, from the paths of `rows`."""
+    """Clips and latents of a cache; where it holds no clips they are decoded, from the paths of
+    `rows`.
+    """
+
     CHECKED, CHECK_EVERY = 256, 16
 
     def __init__(self, cache, rows=None, changed_too=False):
         """changed_too: take rows whose file or stretch is another now, to look at their pixels."""
-        self.cache, self.view, self.patch, self.tubelet, self.decodes = cache, cache.view, cache.patch, cache.tubelet, not cache.has_patches
+        self.cache, self.view, self.patch, self.tubelet, self.decodes = (
+            cache,
+            cache.view,
+            cache.patch,
+            cache.tubelet,
+            not cache.has_patches,
+        )
         self.rows = {row.id: row for row in rows or ()}
         if self.decodes and not self.rows:
-            raise InputError(f"the cache {cache.folder} holds no clips (--clips off), so the videos are needed: give --data")
-        self.grid, self.patch_shape, self.latent_shape = grid_of(cache.view, cache.patch, cache.tubelet), tuple(cache.patch_shape), cache.latent_shape
+            raise InputError(
+                f"the cache {cache.folder} holds no clips (--clips off), so the videos are needed:"
+                " give --data"
+            )
+        self.grid, self.patch_shape, self.latent_shape = (
+            grid_of(cache.view, cache.patch, cache.tubelet),
+            tuple(cache.patch_shape),
+            cache.latent_shape,
+        )
         self.decoded = itertools.count()
         if self.decodes and not changed_too:
             self.refuse_changed()
 
     def refuse_changed(self):
-        """Raises InputError where a video has another size, or a row another stretch, than the cache was made from."""
+        """Raises InputError where a video has another size, or a row another stretch, than the
+        cache was made from.
+        """
         marks = {name: source_mark(row) for name, row in self.rows.items()}
         for i, mark in enumerate(self.cache.sources.tolist()):
             if mark and marks.get(name := self.name(i)[0], 0) not in (0, mark):
-                raise InputError(f"the video {name!r} has another size now, or its start and end were changed, since the cache {self.cache.folder} was made from it: "
-                                 f"it was replaced or encoded again. `python cache_latents.py --verify {self.cache.folder} --data ...` names all such videos; put them "
-                                 "back, or make the cache again")
+                raise InputError(
+                    f"the video {name!r} has another size now, or its start and end were changed,"
+                    f" since the cache {self.cache.folder} was made from it: it was replaced or"
+                    f" encoded again. `python cache_latents.py --verify {self.cache.folder} --data"
+                    " ...` names all such videos; put them back, or make the cache again"
+                )
 
     def __len__(self):
         return len(self.cache)
@@ -1233,43 +1450,64 @@ class Records:
         return self.cache.ids.fields(i)
 
     def decode(self, i, out, check=False):
-        """Write clip i's patches to the uint8 array `out` [N, P]; the first CHECKED, and one in CHECK_EVERY from there on, are compared with what the
-        cache was made from. Raises VideoError, and InputError on other pixels."""
+        """Write clip i's patches to the uint8 array `out` [N, P]; the first CHECKED, and one in
+        CHECK_EVERY from there on, are compared with what the cache was made from. Raises
+        VideoError, and InputError on other pixels."""
         name, number = self.name(i)
         row = self.rows.get(name)
         if row is None or row.path is None:
-            raise VideoError(f"the video of the id {name!r}, record {i} of {self.cache.folder}, is not in the data folder")
-        clip, = read_row(row, [dataclasses.replace(self.view, view=number)])
+            raise VideoError(
+                f"the video of the id {name!r}, record {i} of {self.cache.folder}, is not in the"
+                " data folder"
+            )
+        (clip,) = read_row(row, [dataclasses.replace(self.view, view=number)])
         ops.patchify_into(clip, out, self.patch, self.tubelet)
         count = next(self.decoded)
-        if (check or count < self.CHECKED or count % self.CHECK_EVERY == 0) and fingerprint(out) != self.cache.fingerprints[i]:
-            raise InputError(f"{row.path} is not the video {name!r} that the cache {self.cache.folder} was made from: its pixels differ, so it was replaced or "
-                             f"encoded again since (or another FFmpeg decodes it). `python cache_latents.py --verify {self.cache.folder} --data ...` names all such "
-                             "videos; put them back, or make the cache again")
+        if (check or count < self.CHECKED or count % self.CHECK_EVERY == 0) and fingerprint(
+            out
+        ) != self.cache.fingerprints[i]:
+            raise InputError(
+                f"{row.path} is not the video {name!r} that the cache {self.cache.folder} was made"
+                " from: its pixels differ, so it was replaced or encoded again since (or another"
+                f" FFmpeg decodes it). `python cache_latents.py --verify {self.cache.folder} --data"
+                " ...` names all such videos; put them back, or make the cache again"
+            )
 
 
 class Batch(NamedTuple):
-    ids: torch.Tensor      # int64 [B], sample ids
+    ids: torch.Tensor  # int64 [B], sample ids
     patches: torch.Tensor | None  # uint8 [B, N, P]
     latents: torch.Tensor | None  # float16 [B, N, D]
-    masks: dict            # {family: Masks} of these clips
+    masks: dict  # {family: Masks} of these clips
     records: np.ndarray | None = None  # int64 [B], which of the source's records these are
 
 
 def shuffled(n, batch_size, seed, steps, rank=0, world=1):
-    """(epoch, records int64 [batch_size / world]) of each step in `steps`: every epoch a new order of the n records, the last partial batch dropped.
+    """(epoch, records int64 [batch_size / world]) of each step in `steps`: every epoch a new order
+    of the n records, the last partial batch dropped.
 
-    A function of (n, batch_size, seed, step), of which a rank takes its part; no list of records is kept.
+    A function of (n, batch_size, seed, step), of which a rank takes its part; no list of records is
+    kept.
     """
     for step in steps:
         epoch, place = divmod(step, n // batch_size)
-        yield epoch, ops.permute(np.arange(place * batch_size, (place + 1) * batch_size)[rank * batch_size // world:(rank + 1) * batch_size // world], n, seed, epoch)
+        yield (
+            epoch,
+            ops.permute(
+                np.arange(place * batch_size, (place + 1) * batch_size)[
+                    rank * batch_size // world : (rank + 1) * batch_size // world
+                ],
+                n,
+                seed,
+                epoch,
+            ),
+        )
 
 
 def in_order(records, batch_size):
     """(0, records [<= batch_size]) one after another: a sampler for evaluation."""
     for start in range(0, len(records), batch_size):
-        yield 0, np.asarray(records[start:start + batch_size])
+        yield 0, np.asarray(records[start : start + batch_size])
 
 
 def keyed_sample(n, count, seed):
@@ -1285,52 +1523,90 @@ def keyed_sample(n, count, seed):
 def check_batch(n, batch_size):
     """Raises InputError where n clips do not make one batch."""
     if n < batch_size:
-        raise InputError(f"there are {n} clips, fewer than a batch of {batch_size}; lower --batch_size")
+        raise InputError(
+            f"there are {n} clips, fewer than a batch of {batch_size}; lower --batch_size"
+        )
 
 
 class Slots:
-    """Memory of one batch, used again and again: pinned where it goes on to a GPU, else numpy's, which asks for large pages."""
+    """Memory of one batch, used again and again: pinned where it goes on to a GPU, else numpy's,
+    which asks for large pages.
+    """
 
     def __init__(self, source, batch_size, with_latents, pin):
         def make(shape, dtype, numpys):
-            return torch.empty(batch_size, *shape, dtype=dtype, pin_memory=True) if pin else torch.from_numpy(np.empty((batch_size, *shape), numpys))
+            return (
+                torch.empty(batch_size, *shape, dtype=dtype, pin_memory=True)
+                if pin
+                else torch.from_numpy(np.empty((batch_size, *shape), numpys))
+            )
 
         self.patches = make(source.patch_shape, torch.uint8, np.uint8)
-        self.latents = make(source.latent_shape, torch.float16, np.float16) if with_latents else None
+        self.latents = (
+            make(source.latent_shape, torch.float16, np.float16) if with_latents else None
+        )
         self.copied = None  # a CUDA event: the copy to the GPU that still reads these
 
 
 @functools.lru_cache
 def copy_stream(device):
-    """The stream on which batches go over to a GPU: one for all, since the memory allocator keeps a pool for each."""
+    """The stream on which batches go over to a GPU: one for all, since the memory allocator keeps a
+    pool for each.
+    """
     return torch.cuda.Stream(device)
 
 
-def batches(source, sampler, families=(), seed=0, patches=None, latents=None, threads=4, ahead=2, device="cpu", failed=None, substitutes=False):
-    """Batches of clips with their masks, prepared by threads while the caller works on the one before. No processes: no shared memory.
+def batches(
+    source,
+    sampler,
+    families=(),
+    seed=0,
+    patches=None,
+    latents=None,
+    threads=4,
+    ahead=2,
+    device="cpu",
+    failed=None,
+    substitutes=False,
+):
+    """Batches of clips with their masks, prepared by threads while the caller works on the one
+    before. No processes: no shared memory.
 
     source       Videos or Records
     sampler      yields (epoch, records) a batch: shuffled() or in_order()
     families     mask families to draw, by `seed`, the batch's epoch and each clip's id
-    patches, latents  which rows the caller will look at: parts of a mask, ("context",), ("target",) or both; () none at all; None every row.
-                 Other rows hold what an earlier batch left there. A row that several families ask for is read once
+    patches, latents  which rows the caller will look at: parts of a mask, ("context",), ("target",)
+                      or both; () none at all; None every row.
+                 Other rows hold what an earlier batch left there. A row that several families ask
+                 for is read once
     threads      decoding and reading threads
     ahead        batches prepared early; memory for one more is kept
-    device       where the batches go; to a GPU on a stream beside the caller's, whole, since PCIe has the room: 116 MB for 24 clips
-    failed       called with (record, VideoError) in the order of the batches; by default the error is raised
-    substitutes  True (training): the place of a video that cannot be decoded goes to the next readable of records i + 1, i + 2, ..., which
-                 depends on i alone. False (evaluation): it is left out of its batch
-    A batch's tensors are the caller's until it asks for the next. Its content depends on seed, epoch and records alone. Raises InputError where 16
-    videos in a row fail, and, naming shard and row, where a cache cannot be read.
+    device       where the batches go; to a GPU on a stream beside the caller's, whole, since PCIe
+                 has the room: 116 MB for 24 clips
+    failed       called with (record, VideoError) in the order of the batches; by default the error
+                 is raised
+    substitutes  True (training): the place of a video that cannot be decoded goes to the next
+                 readable of records i + 1, i + 2, ..., which depends on i alone. False
+                 (evaluation): it is left out of its batch
+    A batch's tensors are the caller's until it asks for the next. Its content depends on seed,
+    epoch and records alone. Raises InputError where 16 videos in a row fail, and, naming shard and
+    row, where a cache cannot be read.
     """
     device, cache = torch.device(device), source.cache
     side = copy_stream(device) if device.type == "cuda" else None
     n = source.patch_shape[0]
     stored = {"patches": not source.decodes, "latents": source.latent_shape is not None}
-    reads = [kind for kind, rows in (("patches", patches), ("latents", latents)) if stored[kind] and rows != ()]  # from the cache
+    # from the cache
+    reads = [
+        kind
+        for kind, rows in (("patches", patches), ("latents", latents))
+        if stored[kind] and rows != ()
+    ]
 
     def decode(slots, place, i):
-        """Fill a place with clip i, or in training with the next readable one: (the record or None, the first error or None)."""
+        """Fill a place with clip i, or in training with the next readable one: (the record or None,
+        the first error or None).
+        """
         if slots.copied:
             slots.copied.synchronize()
         first = None
@@ -1346,9 +1622,17 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
     def plan(epoch, records):
         """(sample ids, masks, {kind: rows to read}) of a batch."""
         ids = torch.tensor([sample_id(*source.name(int(record))) for record in records])
-        masks, wanted = {family: ops.sample_masks(ids, epoch, seed, family, source.grid) for family in families}, {}
+        masks, wanted = (
+            {
+                family: ops.sample_masks(ids, epoch, seed, family, source.grid)
+                for family in families
+            },
+            {},
+        )
         for kind, parts in (("patches", patches), ("latents", latents)):
-            wanted[kind] = None if parts is None or not masks else torch.zeros(len(ids), n, dtype=torch.bool)
+            wanted[kind] = (
+                None if parts is None or not masks else torch.zeros(len(ids), n, dtype=torch.bool)
+            )
             for drawn in masks.values() if parts else ():
                 for part in parts:
                     wanted[kind].scatter_(1, getattr(drawn, part), True)
@@ -1371,20 +1655,29 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
                 if substitutes:
                     first = next(error for record, error in results if record is None)
                     raise InputError(f"16 videos in a row could not be decoded; the first: {first}")
-                for place, good in enumerate([place for place, (record, _) in enumerate(results) if record is not None]):
+                for place, good in enumerate(
+                    [place for place, (record, _) in enumerate(results) if record is not None]
+                ):
                     if place != good:
                         slots.patches[place] = slots.patches[good]
         if not len(kept):
             return None, errors
         ids, masks, wanted = planned.result() if planned and not errors else plan(epoch, kept)
         for kind in reads:
-            cache.read_rows(kind, kept, getattr(slots, kind)[:len(ids)], wanted[kind], threads)
-        clips, made = (None if x is None else x[:len(ids)] for x in (None if patches == () else slots.patches, slots.latents))
+            cache.read_rows(kind, kept, getattr(slots, kind)[: len(ids)], wanted[kind], threads)
+        clips, made = (
+            None if x is None else x[: len(ids)]
+            for x in (None if patches == () else slots.patches, slots.latents)
+        )
         if not side:
             return Batch(ids, clips, made, masks, np.asarray(kept, np.int64)), errors
         with torch.cuda.stream(side):
-            to = lambda x: None if x is None else x.to(device, non_blocking=True)
-            few = to(ids), {family: ops.Masks(*map(to, drawn)) for family, drawn in masks.items()}  # first: from pageable memory these wait for the stream
+
+            def to(x):
+                return None if x is None else x.to(device, non_blocking=True)
+
+            # first: from pageable memory these wait for the stream
+            few = to(ids), {family: ops.Masks(*map(to, drawn)) for family, drawn in masks.items()}
             batch = Batch(few[0], to(clips), to(made), few[1], np.asarray(kept, np.int64))
             slots.copied = side.record_event()
         return batch, errors
@@ -1398,12 +1691,21 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
         if batch and side:
             stream = torch.cuda.current_stream(device)
             stream.wait_event(slots.copied)
-            for x in (batch.ids, batch.patches, batch.latents, *(x for drawn in batch.masks.values() for x in drawn)):
+            for x in (
+                batch.ids,
+                batch.patches,
+                batch.latents,
+                *(x for drawn in batch.masks.values() for x in drawn),
+            ):
                 if x is not None:
                     x.record_stream(stream)
         return batch
 
-    with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as assembler, ThreadPoolExecutor(1) as planner:
+    with (
+        ThreadPoolExecutor(threads) as decoders,
+        ThreadPoolExecutor(1) as assembler,
+        ThreadPoolExecutor(1) as planner,
+    ):
         free, pending = deque(), deque()
         try:
             made = 0
@@ -1420,8 +1722,12 @@ def batches(source, sampler, families=(), seed=0, patches=None, latents=None, th
                 records = np.asarray(records)
                 planned = planner.submit(look_ahead, epoch, records) if reads else None
                 to_decode = enumerate(records.tolist()) if source.decodes and patches != () else ()
-                decoding = [decoders.submit(decode, slots, place, record) for place, record in to_decode]
-                pending.append((slots, assembler.submit(assemble, slots, epoch, records, decoding, planned)))
+                decoding = [
+                    decoders.submit(decode, slots, place, record) for place, record in to_decode
+                ]
+                pending.append(
+                    (slots, assembler.submit(assemble, slots, epoch, records, decoding, planned))
+                )
             while pending:
                 if batch := hand_over(*pending.popleft()):
                     yield batch

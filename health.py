@@ -1,4 +1,7 @@
-"""What a run looks at to see whether training is well: collapse of the features, the size of its updates, and where a number that is not finite comes from."""
+"""What a run looks at to see whether training is well: collapse of the features, the size of its
+updates, and where a number that is not finite comes from.
+"""
+
 import numpy as np
 import torch
 
@@ -12,17 +15,22 @@ def local(x):
 
 
 def moments(features):
-    """float64 [D + 1, D + 1] of feature vectors [..., D]: the sum of (x, 1)(x, 1)'. Those of parts and of ranks add up to those of the whole."""
+    """float64 [D + 1, D + 1] of feature vectors [..., D]: the sum of (x, 1)(x, 1)'.
+
+    Those of parts and of ranks add up to those of the whole.
+    """
     x = features.detach().reshape(-1, features.shape[-1]).double()
     x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
     return x.T @ x
 
 
 def collapse(sums):
-    """(standard deviation, effective rank) of the feature vectors of which `sums` are the moments; both fall towards 0 and 1 where features collapse.
+    """(standard deviation, effective rank) of the feature vectors of which `sums` are the moments;
+    both fall towards 0 and 1 where features collapse.
 
-    The first is the mean over channels. The second is Roy and Vetterli's (2007): exp of the entropy of the centred features' singular values, each as its
-    share of their sum; between 1 and D, and at most the number of vectors; 0 where all are the same.
+    The first is the mean over channels. The second is Roy and Vetterli's (2007): exp of the entropy
+    of the centred features' singular values, each as its share of their sum; between 1 and D, and
+    at most the number of vectors; 0 where all are the same.
     """
     sums = sums.cpu().numpy()
     mean = sums[-1, :-1] / sums[-1, -1]
@@ -32,16 +40,20 @@ def collapse(sums):
     noise = 1e-12 * np.abs(sums[:-1, :-1].diagonal()).max() / sums[-1, -1]  # of the subtraction
     singular = np.sqrt(np.where((values := np.linalg.eigvalsh(covariance)) > noise, values, 0))
     share = singular[singular > 0] / max(singular.sum(), 1e-300)
-    return float(np.sqrt(covariance.diagonal().clip(min=0)).mean()), float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0
+    return float(np.sqrt(covariance.diagonal().clip(min=0)).mean()), (
+        float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0
+    )
 
 
 @torch.no_grad()
 def update_ratio(optimizer):
-    """||change|| / ||weights|| of the last AdamW step over the matrices that decay: float64 [2], the squares of both, to be summed over the shards of FSDP2.
+    """||change|| / ||weights|| of the last AdamW step over the matrices that decay: float64 [2],
+    the squares of both, to be summed over the shards of FSDP2.
 
-    Worked out from the moments (Loshchilov and Hutter 2019, arXiv 1711.05101), so that no copy of the weights is kept: with u = lr * Adam's step and
-    c = lr * decay, before = (after + u) / (1 - c), and the change is -(c * after + u) / (1 - c). About 1e-3 is usual; far below, nothing is learnt any
-    more; far above, the weights are thrown about. A skipped step changed nothing.
+    Worked out from the moments (Loshchilov and Hutter 2019, arXiv 1711.05101), so that no copy of
+    the weights is kept: with u = lr * Adam's step and c = lr * decay, before = (after + u) / (1 -
+    c), and the change is -(c * after + u) / (1 - c). About 1e-3 is usual; far below, nothing is
+    learnt any more; far above, the weights are thrown about. A skipped step changed nothing.
     """
     squares = 0
     for group in optimizer.param_groups:
@@ -49,35 +61,67 @@ def update_ratio(optimizer):
         for parameter in group["params"] if group["decays"] else ():
             if not (state := optimizer.state.get(parameter)):
                 continue
-            t, whole = local(state["step"]), [local(x).flatten() for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-            pieces = zip(*(x.split(1 << 18) for x in whole)) if t.device.type == "cpu" else [whole]  # on a CPU in its cache: 5 times as fast
+            t, whole = (
+                local(state["step"]),
+                [local(x).flatten() for x in (parameter, state["exp_avg"], state["exp_avg_sq"])],
+            )
+            # on a CPU in its cache: 5 times as fast
+            pieces = zip(*(x.split(1 << 18) for x in whole)) if t.device.type == "cpu" else [whole]
             for after, mean, square in pieces:
-                u = square.sqrt().mul_((1 - b2 ** t).rsqrt()).add_(group["eps"])
-                torch.div(mean, u, out=u).mul_(group["lr"] / (1 - b1 ** t))
-                aa, au, uu = torch.dot(after, after).double(), torch.dot(after, u).double(), torch.dot(u, u).double()
-                squares = squares + torch.stack([(c * c * aa + 2 * c * au + uu) * (1 - optimizer.found_inf), aa + 2 * au + uu]) / (1 - c) ** 2
+                u = square.sqrt().mul_((1 - b2**t).rsqrt()).add_(group["eps"])
+                torch.div(mean, u, out=u).mul_(group["lr"] / (1 - b1**t))
+                aa, au, uu = (
+                    torch.dot(after, after).double(),
+                    torch.dot(after, u).double(),
+                    torch.dot(u, u).double(),
+                )
+                squares = (
+                    squares
+                    + torch.stack(
+                        [
+                            (c * c * aa + 2 * c * au + uu) * (1 - optimizer.found_inf),
+                            aa + 2 * au + uu,
+                        ]
+                    )
+                    / (1 - c) ** 2
+                )
     return squares
 
 
 def not_finite(named):
     """Names of the tensors that hold a value that is not finite, on this rank."""
-    return [name for name, tensor in named if tensor is not None and not local(tensor).isfinite().all()]
+    return [
+        name for name, tensor in named if tensor is not None and not local(tensor).isfinite().all()
+    ]
 
 
 def diagnose(salt, space, names, batch, loss):
-    """Where non-finite numbers of a step come from: {'weights', 'targets', 'clips', 'gradients'}, lists of parameter names and of clips' names.
+    """Where non-finite numbers of a step come from: {'weights', 'targets', 'clips', 'gradients'},
+    lists of parameter names and of clips' names.
 
-    names: of the batch's clips. targets: clips whose targets are not finite; clips: those whose predictions or loss are not; gradients: parameters
-    whose gradient, over this rank's clips, is not. The clips go through one by one, so that little memory is needed.
+    names: of the batch's clips. targets: clips whose targets are not finite; clips: those whose
+    predictions or loss are not; gradients: parameters whose gradient, over this rank's clips, is
+    not. The clips go through one by one, so that little memory is needed.
     """
-    found = {"weights": not_finite(salt.named_parameters()), "targets": [], "clips": [], "gradients": []}
+    found = {
+        "weights": not_finite(salt.named_parameters()),
+        "targets": [],
+        "clips": [],
+        "gradients": [],
+    }
     named, bad = dict(salt.named_parameters()), set()
     for i, name in enumerate(names):
         one = slice(i, i + 1)
         patches, latents = batch.patches[one], None if batch.latents is None else batch.latents[one]
-        drawn = {family: ops.Masks(both.context[one], both.target[one]) for family, both in batch.masks.items()}
+        drawn = {
+            family: ops.Masks(both.context[one], both.target[one])
+            for family, both in batch.masks.items()
+        }
         y, how = space.raw_targets(patches, latents)
-        targets = [ops.normalise_target(ops.masked_gather(y, both.target), index=both.target, **how) for both in drawn.values()]
+        targets = [
+            ops.normalise_target(ops.masked_gather(y, both.target), index=both.target, **how)
+            for both in drawn.values()
+        ]
         predictions = salt(patches, drawn)
         error, _, _, gradients = model.salt_loss(predictions, patches, latents, drawn, space, loss)
         torch.autograd.backward(list(predictions.values()), list(gradients.values()))
@@ -85,7 +129,10 @@ def diagnose(salt, space, names, batch, loss):
         salt.zero_grad(set_to_none=True)
         if not all(target.isfinite().all() for target in targets):
             found["targets"].append(name)
-        if not (error.isfinite() and all(prediction.isfinite().all() for prediction in predictions.values())):
+        if not (
+            error.isfinite()
+            and all(prediction.isfinite().all() for prediction in predictions.values())
+        ):
             found["clips"].append(name)
     found["gradients"] = [key for key in named if key in bad]
     return found
@@ -93,15 +140,33 @@ def diagnose(salt, space, names, batch, loss):
 
 def in_words(found, loss=float("nan")):
     """What a diagnosis of a step means, as one sentence; loss: that of the step itself."""
-    few = lambda names: ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    def few(names):
+        return ", ".join(map(str, names[:3])) + (
+            f" and {len(names) - 3} more" if len(names) > 3 else ""
+        )
+
     if found["weights"]:
-        return f"the weights themselves are not finite ({few(found['weights'])}); go back to an earlier checkpoint"
+        return (
+            f"the weights themselves are not finite ({few(found['weights'])}); go back to an"
+            " earlier checkpoint"
+        )
     if found["targets"]:
-        return f"the targets of {few(found['targets'])} are not finite; check the cache with `python cache_latents.py --verify`"
+        return (
+            f"the targets of {few(found['targets'])} are not finite; check the cache with `python"
+            " cache_latents.py --verify`"
+        )
     if found["clips"] or found["gradients"]:
         loss = f"the loss of {few(found['clips'])}" if found["clips"] else "no loss, but gradients"
         gradient = f"; the gradient of {few(found['gradients'])}" if found["gradients"] else ""
         return f"not finite: {loss}{gradient}; lower --lr, raise --warmup, or try --dtype fp32"
     if np.isfinite(loss):
-        return "neither the loss nor any entry of the gradient, but its norm: it overflows, or a VICReg penalty is not finite; lower --lr, raise --warmup, or lower the penalties' weights"
-    return "done again, that step is finite: the hardware may be failing, or the run is not deterministic; continue with --resume auto"
+        return (
+            "neither the loss nor any entry of the gradient, but its norm: it overflows, or a"
+            " VICReg penalty is not finite; lower --lr, raise --warmup, or lower the penalties'"
+            " weights"
+        )
+    return (
+        "done again, that step is finite: the hardware may be failing, or the run is not"
+        " deterministic; continue with --resume auto"
+    )

@@ -1,4 +1,7 @@
-"""What a run writes down as it goes: its log, metrics.jsonl, and what follows these (Weights & Biases, TensorBoard). Ranks other than 0 write nothing."""
+"""What a run writes down as it goes: its log, metrics.jsonl, and what follows these (Weights &
+Biases, TensorBoard). Ranks other than 0 write nothing.
+"""
+
 import atexit
 import contextlib
 import faulthandler
@@ -18,28 +21,36 @@ from ranks import rank
 
 
 class Log:
-    """run_logs/NAME_DATE_TIME_pidN.log of this start, and the terminal. Its last line is always `Process exiting.`, before it the status, and before
-    that what at_end() says. Two starts never share one: a number is added."""
+    """run_logs/NAME_DATE_TIME_pidN.log of this start, and the terminal. Its last line is always
+    `Process exiting.`, before it the status, and before that what at_end() says. Two starts never
+    share one: a number is added."""
 
     def __init__(self, folder, name):
         self.path = os.path.join(folder, runs.stamped(name))
         if rank:
             self.file = open(os.devnull, "w")
         else:
-            self.file, self.path = runs.exclusively(lambda path: open(path, "x", buffering=1), self.path, ".log")
+            self.file, self.path = runs.exclusively(
+                lambda path: open(path, "x", buffering=1), self.path, ".log"
+            )
         self.start = os.path.basename(self.path).removesuffix(".log")
         self.status, self.at_end, self.whole = "failed", lambda: (), True
-        faulthandler.enable(self.file if rank == 0 else sys.stderr)  # a crash in C++ or SIGBUS still says where
+        # a crash in C++ or SIGBUS still says where
+        faulthandler.enable(self.file if rank == 0 else sys.stderr)
         sys.excepthook = self.on_error
         atexit.register(self.close)
 
     def __call__(self, line):
         try:
             self.file.write(line + "\n")
-        except OSError as error:  # a full disk; the run goes on as long as its checkpoints have room
+        # a full disk; the run goes on as long as its checkpoints have room
+        except OSError as error:
             if self.whole:
                 self.whole = False
-                self(f"the log {self.path} cannot be written ({error.strerror}): what follows may stand here alone")
+                self(
+                    f"the log {self.path} cannot be written ({error.strerror}): what follows may"
+                    " stand here alone"
+                )
         try:
             if rank == 0:
                 tqdm.write(line)
@@ -48,7 +59,7 @@ class Log:
             sys.stdout = open(os.devnull, "w")
 
     def from_any(self, line):
-        """A line of one rank alone: on others than 0, which write no log, it goes to the terminal."""
+        """A line of one rank alone: of others than 0, which write no log, on the terminal."""
         if rank:
             print(f"rank {rank}: {line}", file=sys.stderr, flush=True)
         self(line)
@@ -82,8 +93,11 @@ def summary(losses, epoch_length):
     if len(epochs) > EPOCH_LINES:
         yield f"epochs: {len(epochs)}; the last {EPOCH_LINES}:"
     for start in epochs[-EPOCH_LINES:]:
-        part = losses[start:start + epoch_length]
-        yield f"epoch {start // epoch_length + 1}: average loss {average(part):.6f} over {len(part)} steps"
+        part = losses[start : start + epoch_length]
+        yield (
+            f"epoch {start // epoch_length + 1}: average loss {average(part):.6f} over {len(part)}"
+            " steps"
+        )
     if losses:
         yield f"average loss of the last {len(last)} steps: {average(last):.6f}"
     if len(finite) < len(losses):
@@ -91,39 +105,55 @@ def summary(losses, epoch_length):
 
 
 def trackers(wandb, tensorboard):
-    """(the module of Weights & Biases, TensorBoard's SummaryWriter), None for what is not asked for. Raises InputError where it is not installed."""
+    """(the module of Weights & Biases, TensorBoard's SummaryWriter), None for what is not asked
+    for. Raises InputError where it is not installed.
+    """
     service = writer = None
     if wandb:
         try:
             import wandb as service
         except ImportError:
-            raise InputError("--wandb needs Weights & Biases: pip install wandb, or leave the flag out") from None
+            raise InputError(
+                "--wandb needs Weights & Biases: pip install wandb, or leave the flag out"
+            ) from None
     if tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter as writer
         except ImportError:
-            raise InputError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out") from None
+            raise InputError(
+                "--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out"
+            ) from None
     return service, writer
 
 
 def without_infinities(entry):
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in entry.items()
+    }
 
 
 class Metrics:
-    """metrics.jsonl of a run's folder, an entry a line; entries of earlier starts are kept up to the step that this one goes on from, or -1.
+    """metrics.jsonl of a run's folder, an entry a line; entries of earlier starts are kept up to
+    the step that this one goes on from, or -1.
 
     history: the evaluations up to that step; those that the file lacks are written again.
     """
 
     def __init__(self, folder, step=-1, history=()):
-        self.path, self.followers = os.path.join(folder, "metrics.jsonl"), []  # followers: (function that takes an entry, function that ends it)
-        self.damaged = self.restored = self.last_step = 0  # lines of earlier starts that could not be kept; evaluations that were not there; the last line of a step
+        # followers: (function that takes an entry, function that ends it)
+        self.path, self.followers = os.path.join(folder, "metrics.jsonl"), []
+        # lines of earlier starts that could not be kept; evaluations that were not there; the last
+        # line of a step
+        self.damaged = self.restored = self.last_step = 0
         if rank == 0:
             kept = list(self.entries_to(step))
             there = {entry["step"] for entry in kept if "val_r2" in entry}
             lost = [without_infinities(entry) for entry in history if entry["step"] not in there]
-            self.restored, self.last_step = len(lost), max((entry["step"] for entry in kept if "loss" in entry), default=0)
+            self.restored, self.last_step = (
+                len(lost),
+                max((entry["step"] for entry in kept if "loss" in entry), default=0),
+            )
             if lost:
                 kept = sorted(kept + lost, key=lambda entry: entry["step"])
             write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
@@ -137,18 +167,39 @@ class Metrics:
                     entry = json.loads(line)
                     if entry["step"] <= step:
                         yield entry
-                except (ValueError, KeyError, TypeError):  # a killed run may leave a torn last line, a disk a damaged one
+                # a killed run may leave a torn last line, a disk a damaged one
+                except (ValueError, KeyError, TypeError):
                     self.damaged += bool(line.strip())
 
     def follow(self, run, settings, folder, wandb=None, tensorboard=False):
-        """Pass entries on to the Weights & Biases project `wandb` and to TensorBoard, those at hand first."""
+        """Pass entries on to the Weights & Biases project `wandb` and to TensorBoard, those at hand
+        first.
+        """
         service, writer = trackers(wandb, tensorboard)
         if service:
-            session = service.init(project=wandb, id=re.sub(r"[^\w.-]", "_", run), resume="allow", name=run, config=settings)
-            self.followers.append((lambda entry: session.log(entry, step=entry["step"]), session.finish))
+            session = service.init(
+                project=wandb,
+                id=re.sub(r"[^\w.-]", "_", run),
+                resume="allow",
+                name=run,
+                config=settings,
+            )
+            self.followers.append(
+                (lambda entry: session.log(entry, step=entry["step"]), session.finish)
+            )
         if writer:
-            writer = writer(os.path.join(folder, "tensorboard"), purge_step=0)  # what earlier starts wrote is written again below
-            self.followers.append((lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items() if not isinstance(value, str)], writer.close))
+            # what earlier starts wrote is written again below
+            writer = writer(os.path.join(folder, "tensorboard"), purge_step=0)
+            self.followers.append(
+                (
+                    lambda entry: [
+                        writer.add_scalar(name, value, entry["step"])
+                        for name, value in entry.items()
+                        if not isinstance(value, str)
+                    ],
+                    writer.close,
+                )
+            )
         for line in open(self.path) if self.followers else ():
             self.tell(json.loads(line))
 
@@ -169,5 +220,8 @@ class Metrics:
         try:
             self.file.write(json.dumps(entry) + "\n")
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error.strerror}); free some disk space and continue with --resume auto") from None
+            raise InputError(
+                f"{self.path} cannot be written ({error.strerror}); free some disk space and"
+                " continue with --resume auto"
+            ) from None
         self.tell(entry)

@@ -1,9 +1,12 @@
-"""The models, from the smallest module to the largest: attention, block, encoder, predictor, the two together with their loss;
-then optimiser groups, the held-out evaluation, and loading teachers and students.
+"""The models, from the smallest module to the largest: attention, block, encoder, predictor, the
+two together with their loss; then optimiser groups, the held-out evaluation, and loading teachers
+and students.
 
-The encoder is built as VideoMAE builds it (Tong et al. 2022, arXiv 2203.12602), so that its weights load from and export to
-`transformers` unchanged: pre-norm blocks, exact GELU, biases on q and v but none on k, a fixed 1-D sin-cos table, no cls token.
+The encoder is built as VideoMAE builds it (Tong et al. 2022, arXiv 2203.12602), so that its weights
+load from and export to `transformers` unchanged: pre-norm blocks, exact GELU, biases on q and v but
+none on k, a fixed 1-D sin-cos table, no cls token.
 """
+
 import dataclasses
 import functools
 import math
@@ -26,14 +29,20 @@ from config import InputError, nearest
 from ops import FAMILIES, sample_masks  # noqa: F401  part of this file's public names
 
 SIZES = {  # name: width, blocks, heads, patch, MLP width
-    "tiny": (192, 12, 3, 16, 768), "small": (384, 12, 6, 16, 1536), "base": (768, 12, 12, 16, 3072), "large": (1024, 24, 16, 16, 4096),
-    "huge": (1280, 32, 16, 16, 5120), "giant": (1408, 40, 16, 14, 6144)}
+    "tiny": (192, 12, 3, 16, 768),
+    "small": (384, 12, 6, 16, 1536),
+    "base": (768, 12, 12, 16, 3072),
+    "large": (1024, 24, 16, 16, 4096),
+    "huge": (1280, 32, 16, 16, 5120),
+    "giant": (1408, 40, 16, 14, 6144),
+}
 MAX_TABLE = 2**27  # numbers in a position table: 60 times those of giant
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """Shape of an encoder. mean and std normalise pixels in [0, 1], a value a colour channel."""
+
     dim: int = 1024
     depth: int = 24
     heads: int = 16
@@ -53,11 +62,19 @@ class EncoderConfig:
         object.__setattr__(self, "std", tuple(map(float, self.std)))
         for name in ("dim", "depth", "heads", "mlp_dim", "frames", "size", "patch", "tubelet"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"an encoder's {name} is a whole number of at least 1, not {getattr(self, name)!r}")
+                raise InputError(
+                    f"an encoder's {name} is a whole number of at least 1, not"
+                    f" {getattr(self, name)!r}"
+                )
         if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
-            raise InputError(f"an encoder's mean and std are three numbers each, std above 0; not {self.mean} and {self.std}")
+            raise InputError(
+                f"an encoder's mean and std are three numbers each, std above 0; not {self.mean}"
+                f" and {self.std}"
+            )
         if self.dim % self.heads:
-            raise InputError(f"an encoder's width ({self.dim}) must be a multiple of its heads ({self.heads})")
+            raise InputError(
+                f"an encoder's width ({self.dim}) must be a multiple of its heads ({self.heads})"
+            )
         views.grid_of(self, self.patch, self.tubelet)
 
     @property
@@ -76,28 +93,42 @@ class EncoderConfig:
 def config_of_size(name, **other):
     """EncoderConfig of a named size: tiny, small, base, large, huge or giant."""
     if name not in SIZES:
-        raise InputError(f"unknown size {name!r}{nearest(name, SIZES)}; there are {', '.join(SIZES)}")
+        raise InputError(
+            f"unknown size {name!r}{nearest(name, SIZES)}; there are {', '.join(SIZES)}"
+        )
     dim, depth, heads, patch, mlp_dim = SIZES[name]
-    return EncoderConfig(**{"dim": dim, "depth": depth, "heads": heads, "patch": patch, "mlp_dim": mlp_dim, **other})
+    return EncoderConfig(
+        **{"dim": dim, "depth": depth, "heads": heads, "patch": patch, "mlp_dim": mlp_dim, **other}
+    )
 
 
 def position_table(tokens, dim):
-    """float32 [tokens, dim]: sin on even, cos on odd channels of n / 10000^(2 (j // 2) / dim) (Vaswani et al. 2017, arXiv 1706.03762)."""
+    """float32 [tokens, dim]: sin on even, cos on odd channels of n / 10000^(2 (j // 2) / dim)
+    (Vaswani et al. 2017, arXiv 1706.03762).
+    """
     if tokens * dim > MAX_TABLE:
-        raise InputError(f"{tokens} tokens of width {dim} are more than any model here has; is its "
-                         "configuration damaged?")
+        raise InputError(
+            f"{tokens} tokens of width {dim} are more than any model here has; is its "
+            "configuration damaged?"
+        )
     angle = np.arange(tokens)[:, None] / np.power(10000.0, 2 * (np.arange(dim) // 2) / dim)
     angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
     return torch.from_numpy(angle.astype(np.float32))
 
 
 class Linear(nn.Linear):
-    """x W' + b, computed in the dtype of W, or of its working copy where cast_matrices has made one. Sums are in float32."""
+    """x W' + b, computed in the dtype of W, or of its working copy where cast_matrices has made
+    one. Sums are in float32.
+    """
+
     working = None  # bfloat16 [D, K]; its gradient goes on to the float32 weight
-    compute = None  # with FSDP2: the dtype that each pass casts to, since a matrix is whole only while its block runs
+    # with FSDP2: the dtype that each pass casts to, since a matrix is whole only while its block
+    # runs
+    compute = None
 
     def __getstate__(self):
-        return {**self.__dict__, "working": None}  # a copy of the module, or one on disk, makes its own
+        # a copy of the module, or one on disk, makes its own
+        return {**self.__dict__, "working": None}
 
     def _apply(self, fn, recurse=True):
         self.working = None  # or it would stay on the old device
@@ -108,7 +139,13 @@ class Linear(nn.Linear):
         super()._load_from_state_dict(*arguments, **named)
 
     def matrix(self):
-        return self.working if self.working is not None else self.weight if self.compute is None else self.weight.to(self.compute)
+        return (
+            self.working
+            if self.working is not None
+            else self.weight
+            if self.compute is None
+            else self.weight.to(self.compute)
+        )
 
     def matrix_dtype(self):
         return self.working.dtype if self.working is not None else self.compute or self.weight.dtype
@@ -119,10 +156,11 @@ class Linear(nn.Linear):
 
 
 def cast_matrices(module, dtype):
-    """Have a model compute with copies of its matrices in `dtype`, 'bf16', until the next call; 'fp32' drops them.
+    """Have a model compute with copies of its matrices in `dtype`, 'bf16', until the next call;
+    'fp32' drops them.
 
-    In training this is called once a step: each gradient is made in bfloat16, as under autocast, and added up in float32. Biases, norms and the
-    residual stream stay in float32.
+    In training this is called once a step: each gradient is made in bfloat16, as under autocast,
+    and added up in float32. Biases, norms and the residual stream stay in float32.
     """
     for linear in module.modules():
         if isinstance(linear, Linear) and hasattr(linear.weight, "full_tensor"):
@@ -132,7 +170,9 @@ def cast_matrices(module, dtype):
 
 
 class Attention(nn.Module):
-    """Self-attention within each of `lengths` tokens, [B, K, D] -> [B, K, D], with biases on q and v alone."""
+    """Self-attention within each of `lengths` tokens, [B, K, D] -> [B, K, D], with biases on q and
+    v alone.
+    """
 
     def __init__(self, dim, heads, qkv_bias=True):
         super().__init__()
@@ -143,18 +183,28 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x, lengths):
-        bias = None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        bias = (
+            None
+            if self.q_bias is None
+            else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        )
         qkv = rearrange(self.qkv(x, bias), "b n (qkv h d) -> b n qkv h d", qkv=3, h=self.heads)
         return self.proj(rearrange(ops.attention(qkv, lengths), "b n h d -> b n (h d)"))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block over tokens [B, K, D], of which each `lengths` in turn attend to each other."""
+    """A pre-norm transformer block over tokens [B, K, D], of which each `lengths` in turn attend to
+    each other.
+    """
 
     def __init__(self, dim, heads, mlp_dim, eps=1e-6, qkv_bias=True):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=eps), Attention(dim, heads, qkv_bias)
-        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(dim, eps=eps), Linear(dim, mlp_dim), Linear(mlp_dim, dim)
+        self.norm2, self.fc1, self.fc2 = (
+            nn.LayerNorm(dim, eps=eps),
+            Linear(dim, mlp_dim),
+            Linear(mlp_dim, dim),
+        )
 
     def forward(self, x, lengths):
         x = x + self.attn(self.norm1(x), lengths)
@@ -162,9 +212,15 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks, x, lengths, recompute=False):
-    """x [B, K, D] through the blocks; with recompute a block keeps nothing but its input for the backward pass, and runs again there."""
+    """x [B, K, D] through the blocks; with recompute a block keeps nothing but its input for the
+    backward pass, and runs again there.
+    """
     for block in blocks:
-        x = checkpoint(block, x, lengths, use_reentrant=False, preserve_rng_state=False) if recompute and torch.is_grad_enabled() else block(x, lengths)
+        x = (
+            checkpoint(block, x, lengths, use_reentrant=False, preserve_rng_state=False)
+            if recompute and torch.is_grad_enabled()
+            else block(x, lengths)
+        )
     return x
 
 
@@ -178,6 +234,7 @@ def init_weights(module):
 
 class Encoder(nn.Module):
     """ViT over gathered patches: only the tokens given are embedded. `view` cuts its clips."""
+
     recompute = False
     view_is_known = False  # whether `view` is what its training clips were cut by
 
@@ -186,13 +243,19 @@ class Encoder(nn.Module):
         self.config = config
         self.view = views.View(config.frames, config.size, config.size)  # a checkpoint's: its own
         self.patch_embed = Linear(config.patch_dim, config.dim)
-        self.register_buffer("position", position_table(config.tokens, config.dim), persistent=False)
-        self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.mlp_dim, config.eps, config.qkv_bias) for _ in range(config.depth))
+        self.register_buffer(
+            "position", position_table(config.tokens, config.dim), persistent=False
+        )
+        self.blocks = nn.ModuleList(
+            Block(config.dim, config.heads, config.mlp_dim, config.eps, config.qkv_bias)
+            for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(config.dim, eps=config.eps) if config.final_norm else nn.Identity()
         self.apply(init_weights)
 
     def normalise(self, patches, index=None):
-        """uint8 patches [B, N, P] at index int64 [B, K] (all N by default) -> (x / 255 - mean) / std by colour channel, [B, K, P].
+        """uint8 patches [B, N, P] at index int64 [B, K] (all N by default) -> (x / 255 - mean) /
+        std by colour channel, [B, K, P].
 
         In the dtype that the embedding computes in, or float32 where that is another than bfloat16.
         """
@@ -201,9 +264,11 @@ class Encoder(nn.Module):
         return ops.patch_normalise(patches, self.config.mean, self.config.std, index, dtype)
 
     def forward(self, patches, index=None, lengths=None):
-        """Normalised float patches [B, K, P] at positions index int64 [B, K] (all N in order by default) -> [B, K, D] float32.
+        """Normalised float patches [B, K, P] at positions index int64 [B, K] (all N in order by
+        default) -> [B, K, D] float32.
 
-        lengths: tokens of each mask where several share the pass (K in sum): tokens of one do not see those of another.
+        lengths: tokens of each mask where several share the pass (K in sum): tokens of one do not
+        see those of another.
         """
         x = self.patch_embed(patches) + (self.position if index is None else self.position[index])
         return self.norm(run_blocks(self.blocks, x, lengths or (x.shape[1],), self.recompute))
@@ -224,7 +289,7 @@ class Encoder(nn.Module):
         as_patches = clips.ndim in (2, 3)
         expected = (c.tokens, c.patch_dim) if as_patches else (c.frames, c.size, c.size, 3)
         alone = clips.ndim == len(expected)
-        if clips.dtype != torch.uint8 or tuple(clips.shape[not alone:]) != expected:
+        if clips.dtype != torch.uint8 or tuple(clips.shape[not alone :]) != expected:
             raise InputError(self.refusal(clips))
         clips = clips.to(self.position.device)
         patches = clips if as_patches else data.patchify(clips, c.patch, c.tubelet)
@@ -236,39 +301,58 @@ class Encoder(nn.Module):
         """A line on what it makes of a video that is cut by `view`."""
         c = self.config
         mean, std = (" ".join(f"{x:g}" for x in values) for values in (c.mean, c.std))
-        return (f"{c.frames} frames of {c.size} pixels, normalised by mean {mean}, std {std}; clips: {view.sampling} sampling, "
-                f"short side {view.short_side}, crop {view.crop}, {view.interpolation}")
+        return (
+            f"{c.frames} frames of {c.size} pixels, normalised by mean {mean}, std {std}; clips:"
+            f" {view.sampling} sampling, short side {view.short_side}, crop {view.crop},"
+            f" {view.interpolation}"
+        )
 
     def other_view(self, view):
-        """A line on a teacher whose training clips are known to be cut otherwise than by `view`; '' where they are not."""
+        """A line on a teacher whose training clips are known to be cut otherwise than by `view`; ''
+        where they are not.
+        """
         difference = self.view.difference(view) if self.view_is_known else ""
-        return difference and f"warning: the teacher's own clips were cut otherwise ({difference}): its latents of these are of clips unlike any it has seen"
+        return difference and (
+            f"warning: the teacher's own clips were cut otherwise ({difference}): its latents of"
+            " these are of clips unlike any it has seen"
+        )
 
     def refusal(self, clips):
         """Why `encode` does not take these clips, in a line."""
         c, shape = self.config, list(clips.shape)
         takes = f"{c.frames} of {c.size}x{c.size}"
         if clips.dtype not in (torch.uint8, np.uint8):
-            return (f"{clips.dtype} {shape} was given; encode takes uint8 frames, as "
-                    "data.read_clip makes them, and normalises them itself")
+            return (
+                f"{clips.dtype} {shape} was given; encode takes uint8 frames, as "
+                "data.read_clip makes them, and normalises them itself"
+            )
         if len(shape) in (4, 5) and shape[-1] == 3:
             frames, height, width = shape[-4:-1]
-            return (f"{frames} frames of {width}x{height} were given; this encoder takes {takes}: "
-                    "data.read_clip(path, encoder.view) cuts them, and "
-                    "data.clip_of_frames(frames, encoder.view) out of frames in memory")
-        return (f"an array {shape} was given; this encoder takes {takes} as "
-                f"[{c.frames}, {c.size}, {c.size}, 3], or their patches "
-                f"[{c.tokens}, {c.patch_dim}], with a batch axis in front or without")
+            return (
+                f"{frames} frames of {width}x{height} were given; this encoder takes {takes}: "
+                "data.read_clip(path, encoder.view) cuts them, and "
+                "data.clip_of_frames(frames, encoder.view) out of frames in memory"
+            )
+        return (
+            f"an array {shape} was given; this encoder takes {takes} as "
+            f"[{c.frames}, {c.size}, {c.size}, 3], or their patches "
+            f"[{c.tokens}, {c.patch_dim}], with a batch axis in front or without"
+        )
 
 
 class Predictor(nn.Module):
-    """Transformer that fills in the target positions from the encoded context; a learnt mask token a family."""
+    """Transformer that fills in the target positions from the encoded context; a learnt mask token
+    a family.
+    """
+
     recompute = False
 
     def __init__(self, dim_in, dim_out, tokens, families, dim=512, depth=12, heads=8, eps=1e-6):
         super().__init__()
         if dim % heads:
-            raise InputError(f"the predictor's width ({dim}) must be a multiple of its heads ({heads})")
+            raise InputError(
+                f"the predictor's width ({dim}) must be a multiple of its heads ({heads})"
+            )
         self.families = list(families)
         self.embed = Linear(dim_in, dim)
         self.mask_tokens = nn.Parameter(torch.zeros(len(self.families), dim))
@@ -280,27 +364,48 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_tokens, std=0.02)
 
     def forward(self, context, masks):
-        """context [B, sum Kc, dim_in] of masks {family: Masks} of the same clips -> {family: predictions [B, Kt, dim_out]} at masks.target."""
-        embedded = self.embed(context).split([drawn.context.shape[1] for drawn in masks.values()], dim=1)
+        """context [B, sum Kc, dim_in] of masks {family: Masks} of the same clips -> {family:
+        predictions [B, Kt, dim_out]} at masks.target.
+        """
+        embedded = self.embed(context).split(
+            [drawn.context.shape[1] for drawn in masks.values()], dim=1
+        )
         parts = []
         for (family, drawn), x in zip(masks.items(), embedded):
-            parts.append(x + self.position[drawn.context])                                                        # [B, Kc, dim]
-            parts.append(self.mask_tokens[self.families.index(family)] + self.position[drawn.target])           # [B, Kt, dim]
+            # [B, Kc, dim]
+            parts.append(x + self.position[drawn.context])
+            # [B, Kt, dim]
+            parts.append(
+                self.mask_tokens[self.families.index(family)] + self.position[drawn.target]
+            )
         sizes = [part.shape[1] for part in parts]
-        x = run_blocks(self.blocks, torch.cat(parts, dim=1), [seen + asked for seen, asked in zip(sizes[::2], sizes[1::2])], self.recompute)
-        return {family: self.proj(self.norm(asked)) for family, asked in zip(masks, x.split(sizes, dim=1)[1::2])}
+        x = run_blocks(
+            self.blocks,
+            torch.cat(parts, dim=1),
+            [seen + asked for seen, asked in zip(sizes[::2], sizes[1::2])],
+            self.recompute,
+        )
+        return {
+            family: self.proj(self.norm(asked))
+            for family, asked in zip(masks, x.split(sizes, dim=1)[1::2])
+        }
 
 
-# ------------------------------------------------------------------------------------------------- student and loss
+# --------------------------------------------------------------------------------- student and loss
+
 
 @dataclasses.dataclass
 class Space:
-    """The space in which targets are compared: what normalise_target needs, and the per-position mean that R2 is measured from.
+    """The space in which targets are compared: what normalise_target needs, and the per-position
+    mean that R2 is measured from.
 
-    target     'latents', or 'pixels': each patch to mean 0 and variance 1 (He et al. 2021, arXiv 2111.06377)
+    target     'latents', or 'pixels': each patch to mean 0 and variance 1 (He et al. 2021, arXiv
+               2111.06377)
     normalise  'none', 'layer_norm' or 'standardise'
-    mean, rstd of the raw latents, float32 [N, D] (standardise); zero: the mean predictor [N, D] in the space itself
+    mean, rstd of the raw latents, float32 [N, D] (standardise); zero: the mean predictor [N, D] in
+    the space itself
     """
+
     target: str
     normalise: str
     mean: torch.Tensor | None
@@ -308,10 +413,16 @@ class Space:
     zero: torch.Tensor
 
     def to(self, device):
-        return Space(self.target, self.normalise, *(x if x is None else x.to(device) for x in (self.mean, self.rstd, self.zero)))
+        return Space(
+            self.target,
+            self.normalise,
+            *(x if x is None else x.to(device) for x in (self.mean, self.rstd, self.zero)),
+        )
 
     def raw_targets(self, patches, latents):
-        """(y [B, N, D], how): the targets as they are stored, and the arguments by which ops.masked_mse takes them into this space."""
+        """(y [B, N, D], how): the targets as they are stored, and the arguments by which
+        ops.masked_mse takes them into this space.
+        """
         if self.target == "pixels":
             return patches, {"normalise": "layer_norm"}
         return latents, {"normalise": self.normalise, "mean": self.mean, "rstd": self.rstd}
@@ -356,7 +467,10 @@ class Space:
 
 
 class Salt(nn.Module):
-    """Student and predictor: predictions at the target positions of each family. All families go through in one pass."""
+    """Student and predictor: predictions at the target positions of each family.
+
+    All families go through in one pass.
+    """
 
     def __init__(self, student, predictor):
         super().__init__()
@@ -366,22 +480,33 @@ class Salt(nn.Module):
         """patches uint8 [B, N, P], masks {family: Masks} -> {family: predictions [B, Kt, D]}."""
         contexts = [drawn.context for drawn in masks.values()]
         index = torch.cat(contexts, dim=1)  # [B, sum Kc]
-        return self.predictor(self.student(self.student.normalise(patches, index), index, [context.shape[1] for context in contexts]), masks)
+        return self.predictor(
+            self.student(
+                self.student.normalise(patches, index),
+                index,
+                [context.shape[1] for context in contexts],
+            ),
+            masks,
+        )
 
 
 @torch.no_grad()
 def salt_loss(predictions, patches, latents, masks, space, kind="mse", weight=1.0):
-    """The SALT loss: the mean over families of the error at target positions; its gradient, and what R2 needs.
+    """The SALT loss: the mean over families of the error at target positions; its gradient, and
+    what R2 needs.
 
-    Returns (loss, squared, spread, gradients): squared and spread are the squared errors of the predictions and of the per-position
-    mean, summed over the same target tokens, both in the loss's space, so that R2 = 1 - squared / spread. gradients is
-    {family: weight * d loss / d prediction}, made in the same pass, for torch.autograd.backward(predictions, gradients).
+    Returns (loss, squared, spread, gradients): squared and spread are the squared errors of the
+    predictions and of the per-position mean, summed over the same target tokens, both in the loss's
+    space, so that R2 = 1 - squared / spread. gradients is {family: weight * d loss / d prediction},
+    made in the same pass, for torch.autograd.backward(predictions, gradients).
     """
     loss, squared, spread, gradients = 0, 0, 0, {}
     y, how = space.raw_targets(patches, latents)
     for family, prediction in predictions.items():
         target = masks[family].target
-        error, gradients[family] = ops.masked_mse_with_grad(prediction, y, target, kind, weight=weight / len(predictions), **how)
+        error, gradients[family] = ops.masked_mse_with_grad(
+            prediction, y, target, kind, weight=weight / len(predictions), **how
+        )
         plain = error if kind == "mse" else ops.masked_mse(prediction, y, target, **how)
         squared = squared + plain * prediction.numel()
         spread = spread + ops.masked_mse(space.zero[target], y, target, **how) * prediction.numel()
@@ -390,9 +515,11 @@ def salt_loss(predictions, patches, latents, masks, space, kind="mse", weight=1.
 
 
 def vicreg(prediction, eps=1e-4):
-    """Variance and covariance penalties of VICReg (Bardes et al. 2021, arXiv 2105.04906) over all predicted tokens [B, K, D].
+    """Variance and covariance penalties of VICReg (Bardes et al. 2021, arXiv 2105.04906) over all
+    predicted tokens [B, K, D].
 
-    variance: mean over channels of max(0, 1 - std); covariance: squared off-diagonal entries, summed, over D.
+    variance: mean over channels of max(0, 1 - std); covariance: squared off-diagonal entries,
+    summed, over D.
     """
     x = rearrange(prediction.float(), "b k d -> (b k) d")
     variance = F.relu(1 - (x.var(0) + eps).sqrt()).mean()
@@ -402,16 +529,21 @@ def vicreg(prediction, eps=1e-4):
 
 
 def update(optimizer, parameters, clip, loss=None):
-    """One AdamW step with the gradients scaled down to the global norm `clip` (0: as they are); none at all where a gradient, or `loss`, is not finite.
+    """One AdamW step with the gradients scaled down to the global norm `clip` (0: as they are);
+    none at all where a gradient, or `loss`, is not finite.
 
-    One pass over the gradients makes their norm, and one by PyTorch's fused kernel updates: it takes the factor (`grad_scale`) and whether to leave
-    everything alone (`found_inf`) from the device, so that nothing waits. Gradients are dropped. Returns the norm before clipping, float32 scalar.
+    One pass over the gradients makes their norm, and one by PyTorch's fused kernel updates: it
+    takes the factor (`grad_scale`) and whether to leave everything alone (`found_inf`) from the
+    device, so that nothing waits. Gradients are dropped. Returns the norm before clipping, float32
+    scalar.
     """
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # of FSDP2's shards
     optimizer.grad_scale = (norm / clip).clamp(min=1) if clip else torch.ones_like(norm)
-    optimizer.found_inf = (~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())).float()
+    optimizer.found_inf = (
+        ~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())
+    ).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -424,9 +556,12 @@ def move_average(average, module, decay):
 
 
 def shard(module, device):
-    """Split a Salt over all ranks by FSDP2: each block, and what is outside of the blocks, is gathered while it runs. Weights are gathered in float32."""
+    """Split a Salt over all ranks by FSDP2: each block, and what is outside of the blocks, is
+    gathered while it runs. Weights are gathered in float32.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in (*module.student.blocks, *module.predictor.blocks):
         fully_shard(block, mesh=mesh)
@@ -434,23 +569,43 @@ def shard(module, device):
 
 
 def parameter_groups(module, weight_decay):
-    """AdamW groups: decay on matrices alone; biases, norms, every other 1-D parameter and the mask tokens stay without."""
-    decayed = lambda name, parameter: parameter.dim() >= 2 and not name.endswith("mask_tokens")
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return [{"params": [p for n, p in named if decayed(n, p)], "weight_decay": weight_decay, "decays": True},
-            {"params": [p for n, p in named if not decayed(n, p)], "weight_decay": 0.0, "decays": False}]
+    """AdamW groups: decay on matrices alone; biases, norms, every other 1-D parameter and the mask
+    tokens stay without.
+    """
+
+    def decayed(name, parameter):
+        return parameter.dim() >= 2 and not name.endswith("mask_tokens")
+
+    named = [
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+    return [
+        {
+            "params": [p for n, p in named if decayed(n, p)],
+            "weight_decay": weight_decay,
+            "decays": True,
+        },
+        {
+            "params": [p for n, p in named if not decayed(n, p)],
+            "weight_decay": 0.0,
+            "decays": False,
+        },
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
+
 
 @torch.no_grad()
 def clip_errors(salt, space, batch, families, own=None):
     """Held-out errors of one data.Batch in `space`, with those of its masks that are of `families`.
 
     own: the space that salt predicts in, where that is another; none or standardise.
-    Returns {family: {'squared', 'spread', 'background', 'elements'}}, float64 [B] each: the squared error, summed over a clip's
-    target elements, of the predictions, of the per-position mean and of the mean of the clip's own context targets; how many
-    elements those were.
+    Returns {family: {'squared', 'spread', 'background', 'elements'}}, float64 [B] each: the squared
+    error, summed over a clip's target elements, of the predictions, of the per-position mean and of
+    the mean of the clip's own context targets; how many elements those were.
     """
     training = salt.training
     salt.eval()
@@ -462,11 +617,25 @@ def clip_errors(salt, space, batch, families, own=None):
             predictions[family] = own.convert(predictions[family], drawn.target, space)
     (y, how), found = space.raw_targets(batch.patches, batch.latents), {}
     for family, drawn in masks.items():
-        context = ops.normalise_target(ops.masked_gather(y, drawn.context), index=drawn.context, **how)  # [B, Kc, D]
+        # [B, Kc, D]
+        context = ops.normalise_target(
+            ops.masked_gather(y, drawn.context), index=drawn.context, **how
+        )
         background = context.mean(1, keepdim=True).expand(-1, drawn.target.shape[1], -1)
-        guesses = {"squared": predictions[family], "spread": space.zero[drawn.target], "background": background}
-        errors = {name: ops.masked_mse(guess, y, drawn.target, per_token=True, **how)[1] for name, guess in guesses.items()}  # [B, Kt], means over D
-        found[family] = {name: (error.double().sum(1) * y.shape[2]).cpu().numpy() for name, error in errors.items()}
+        guesses = {
+            "squared": predictions[family],
+            "spread": space.zero[drawn.target],
+            "background": background,
+        }
+        # [B, Kt], means over D
+        errors = {
+            name: ops.masked_mse(guess, y, drawn.target, per_token=True, **how)[1]
+            for name, guess in guesses.items()
+        }
+        found[family] = {
+            name: (error.double().sum(1) * y.shape[2]).cpu().numpy()
+            for name, error in errors.items()
+        }
         found[family]["elements"] = np.full(len(y), drawn.target.shape[1] * y.shape[2], np.float64)
     return found
 
@@ -475,7 +644,10 @@ def join_errors(parts):
     """The errors of many batches as those of one."""
     if not parts:
         raise InputError("there is no held-out clip to evaluate on")
-    return {family: {name: np.concatenate([part[family][name] for part in parts]) for name in rows} for family, rows in parts[0].items()}
+    return {
+        family: {name: np.concatenate([part[family][name] for part in parts]) for name in rows}
+        for family, rows in parts[0].items()
+    }
 
 
 def mse(rows):
@@ -512,13 +684,22 @@ def interval(statistic, *columns):
     Returns None where there is none: of one unit, or of units that are all alike.
     """
     from scipy import stats
+
     count = len(columns[0])
     if count < 2:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of units that are alike: no interval
-        found = stats.bootstrap(columns, statistic, paired=True, vectorized=True, n_resamples=2000,
-                                method="BCa", rng=0, batch=max(1, 2**22 // count))
+        found = stats.bootstrap(
+            columns,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=2000,
+            method="BCa",
+            rng=0,
+            batch=max(1, 2**22 // count),
+        )
     ends = [float(found.confidence_interval.low), float(found.confidence_interval.high)]
     return ends if np.isfinite(ends).all() else None
 
@@ -528,17 +709,20 @@ def show_interval(ends, form=".3f"):
     return "-" if ends is None else f"[{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
-# ----------------------------------------------------------------------------------------------- teachers and students
+# ---------------------------------------------------------------------------- teachers and students
 
-TEACHER_DTYPE = "bf16"  # compute of a teacher that train.py runs on the fly: cache_latents.py's default
+# compute of a teacher that train.py runs on the fly: cache_latents.py's default
+TEACHER_DTYPE = "bf16"
 
 
 def load_teacher(path, device="cpu", dtype="fp32"):
-    """A frozen Encoder in eval mode that computes in `dtype`, 'fp32' or 'bf16', with .name, .sha256 (of its weights file) and .identity, from
+    """A frozen Encoder in eval mode that computes in `dtype`, 'fp32' or 'bf16', with .name, .sha256
+    (of its weights file) and .identity, from
 
     - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin,
       pre-training, fine-tuned, or written by export_transformers;
-    - an original VideoMAE .pth: the weights bare or under model, module or state_dict, with or without the prefix encoder.;
+    - an original VideoMAE .pth: the weights bare or under model, module or state_dict, with or
+      without the prefix encoder.;
     - a checkpoint of train.py.
     Raises InputError, naming what does not fit.
     """
@@ -550,15 +734,29 @@ def load_teacher(path, device="cpu", dtype="fp32"):
         if "salt_vla" in saved:
             encoder = student_of(weights.load_checkpoint(path), path)
         else:  # 64 channels a head, but for huge and giant
-            heads_of = lambda dim, depth: next((size[2] for size in SIZES.values() if size[:2] == (dim, depth)), max(1, dim // 64))
+
+            def heads_of(dim, depth):
+                return next(
+                    (size[2] for size in SIZES.values() if size[:2] == (dim, depth)),
+                    max(1, dim // 64),
+                )
+
             found = from_file(path, weights.read_videomae, saved, path, heads_of)
             encoder = build_encoder(path, *found)
     else:
-        raise InputError(f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json, model.safetensors), a "
-                         f"VideoMAE .pth or a checkpoint of train.py")
+        raise InputError(
+            f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json,"
+            " model.safetensors), a VideoMAE .pth or a checkpoint of train.py"
+        )
     encoder.name, encoder.sha256 = path.name, sha256(file)
     c = plain(encoder.config)
-    encoder.identity = {"sha256": encoder.sha256, "mean": list(c.pop("mean")), "std": list(c.pop("std")), "compute": dtype, "config": c}
+    encoder.identity = {
+        "sha256": encoder.sha256,
+        "mean": list(c.pop("mean")),
+        "std": list(c.pop("std")),
+        "compute": dtype,
+        "config": c,
+    }
     encoder = encoder.to(device).float().eval().requires_grad_(False)
     cast_matrices(encoder, dtype)
     return encoder
@@ -566,7 +764,9 @@ def load_teacher(path, device="cpu", dtype="fp32"):
 
 @torch.no_grad()
 def teacher_latents(teacher, clips):
-    """A teacher's latents of uint8 clips or patches, [B, N, D]: the same in caching, training and evaluation, so without TF32 whatever is set."""
+    """A teacher's latents of uint8 clips or patches, [B, N, D]: the same in caching, training and
+    evaluation, so without TF32 whatever is set.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -576,7 +776,9 @@ def teacher_latents(teacher, clips):
 
 
 def from_file(path, make, *arguments, **fields):
-    """make(...) of what a file says, with anything that does not fit as one line that names the file."""
+    """make(...) of what a file says, with anything that does not fit as one line that names the
+    file.
+    """
     try:
         return make(*arguments, **fields)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -593,8 +795,10 @@ def load_encoder(path, device="cpu", ema=False):
     """
     if (Path(path) / "config.json").is_file():
         if ema:
-            raise InputError(f"{path} is an exported encoder, which holds no moving average beside "
-                             "its weights; leave ema out")
+            raise InputError(
+                f"{path} is an exported encoder, which holds no moving average beside "
+                "its weights; leave ema out"
+            )
         encoder, _ = encoder_of_folder(Path(path))
     else:
         encoder = student_of(weights.load_checkpoint(path, ema), path)
@@ -631,9 +835,16 @@ def export_transformers(encoder, folder):
     other code picks, crops and resizes give other features.
     """
     folder = Path(folder)
-    held = [name for name in ("config.json", "model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
+    held = [
+        name
+        for name in ("config.json", "model.safetensors", "pytorch_model.bin")
+        if (folder / name).exists()
+    ]
     if held or folder.is_file():
-        raise InputError(f"{folder} {f'holds a {held[0]}' if held else 'is a file'}; export the encoder into a new folder")
+        raise InputError(
+            f"{folder} {f'holds a {held[0]}' if held else 'is a file'}; export the encoder into a"
+            " new folder"
+        )
     weights.write_transformers(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
 
 
@@ -659,7 +870,10 @@ def load_weights(module, state, path, assign=False):
         if name not in state:
             raise InputError(f"{path} lacks the weight {name}")
         if state[name].shape != expected[name].shape:
-            raise InputError(f"{path}: {name} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}")
+            raise InputError(
+                f"{path}: {name} has shape {list(state[name].shape)}, expected"
+                f" {list(expected[name].shape)}"
+            )
     module.load_state_dict({name: state[name] for name in expected}, assign=assign)
 
 
@@ -683,7 +897,10 @@ def load_salt(path, device="cpu", ema=False):
 
 
 def pick_device(name):
-    """torch.device of 'auto', 'cpu', 'cuda' or 'cuda:1'. Raises InputError where there is no such GPU."""
+    """torch.device of 'auto', 'cpu', 'cuda' or 'cuda:1'.
+
+    Raises InputError where there is no such GPU.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -693,6 +910,8 @@ def pick_device(name):
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device is {name!r}; it takes auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu, or "
-                         f"check the driver and the torch build")
+        raise InputError(
+            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use"
+            " --device cpu, or check the driver and the torch build"
+        )
     return device

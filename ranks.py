@@ -1,7 +1,10 @@
-"""Several processes under torchrun: who is who, which device is whose, and what they tell each other.
+"""Several processes under torchrun: who is who, which device is whose, and what they tell each
+other.
 
-With one process nothing here does anything. Collectives of tensors on a GPU go through NCCL, all others (and what the hosts agree on) through gloo.
+With one process nothing here does anything. Collectives of tensors on a GPU go through NCCL, all
+others (and what the hosts agree on) through gloo.
 """
+
 import atexit
 import contextlib
 import os
@@ -13,18 +16,38 @@ import torch.distributed as dist
 
 from config import InputError
 
-NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+NUMBERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_PORT",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+)
 
 
 def read_environment():
-    """(rank, world). Raises InputError where what torchrun sets is there in part, or is no number."""
+    """(rank, world).
+
+    Raises InputError where what torchrun sets is there in part, or is no number.
+    """
     told = {name: os.environ[name] for name in (*NUMBERS, "MASTER_ADDR") if name in os.environ}
     wrong = [name for name in NUMBERS if not told.get(name, "1").isdecimal()]
-    rank, world = (int(told.get(name, default)) if not wrong else 0 for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    absent = [name for name in (*NUMBERS[:5], "MASTER_ADDR") if name not in told] if world > 1 else []
+    rank, world = (
+        int(told.get(name, default)) if not wrong else 0
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
+    absent = (
+        [name for name in (*NUMBERS[:5], "MASTER_ADDR") if name not in told] if world > 1 else []
+    )
     if wrong or absent or not rank < world:
-        raise InputError(f"the environment says {' '.join(f'{name}={value!r}' for name, value in told.items())}, of which one is missing or wrong"
-                         f"{f' ({chr(44).join(wrong + absent)})' if wrong or absent else ''}; start with torchrun, which sets all of them, or unset them")
+        raise InputError(
+            f"the environment says {' '.join(f'{name}={value!r}' for name, value in told.items())},"
+            " of which one is missing or"
+            f" wrong{f' ({chr(44).join(wrong + absent)})' if wrong or absent else ''}; start with"
+            " torchrun, which sets all of them, or unset them"
+        )
     return rank, world
 
 
@@ -32,7 +55,8 @@ rank, world = read_environment()
 
 
 def start(device, timeout=timedelta(minutes=30)):
-    """Join the other processes. Returns the name of this one's device: `device` as it is given, or under torchrun its own GPU.
+    """Join the other processes. Returns the name of this one's device: `device` as it is given, or
+    under torchrun its own GPU.
 
     Raises InputError where a machine has more ranks than GPUs.
     """
@@ -40,29 +64,54 @@ def start(device, timeout=timedelta(minutes=30)):
         return device
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device.startswith("cuda:"):
-        raise InputError(f"--device {device}: under torchrun each rank takes the GPU of its number; give --device cuda, and CUDA_VISIBLE_DEVICES to choose among them")
+        raise InputError(
+            f"--device {device}: under torchrun each rank takes the GPU of its number; give"
+            " --device cuda, and CUDA_VISIBLE_DEVICES to choose among them"
+        )
     if device == "cuda" or device == "auto" and torch.cuda.is_available():
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > count:  # so that every rank of the machine says so, not the last ones
-            raise InputError(f"{os.environ['LOCAL_WORLD_SIZE']} ranks were started on a machine with {count} GPUs; lower --nproc_per_node, or give --device cpu")
+        # so that every rank of the machine says so, not the last ones
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > count:
+            raise InputError(
+                f"{os.environ['LOCAL_WORLD_SIZE']} ranks were started on a machine with {count}"
+                " GPUs; lower --nproc_per_node, or give --device cpu"
+            )
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+        store=fresh_store(timeout),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )
     return device
 
 
 def fresh_store(timeout):
     """torchrun's store, under a prefix of this start's own.
 
-    torchrun (2.13) keeps one store over its restarts, and gloo would find the addresses that the dead ranks left there and wait for them: 1 restart in 7 hung.
+    torchrun (2.13) keeps one store over its restarts, and gloo would find the addresses that the
+    dead ranks left there and wait for them: 1 restart in 7 hung.
     """
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=rank == 0 and not kept, timeout=timeout)
-    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}"  # a change of members counts as no restart, so starts with these are counted, too
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world,
+        is_master=rank == 0 and not kept,
+        timeout=timeout,
+    )
+    # a change of members counts as no restart, so starts with these are counted, too
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}"
     return dist.PrefixStore(f"{attempt}/{(store.add(attempt, 1) - 1) // world}", store)
 
 
 def leave(code=0):
-    """End this process. Under torchrun at once, when all ranks are here: threads of gloo have been seen to abort a process that takes itself down in the usual way."""
+    """End this process.
+
+    Under torchrun at once, when all ranks are here: threads of gloo have been seen to abort a
+    process that takes itself down in the usual way.
+    """
     if world == 1:
         sys.exit(code)
     dist.barrier()
@@ -72,27 +121,35 @@ def leave(code=0):
 
 
 def first(work):
-    """What work() returns on rank 0, on every rank. Where it fails there, rank 0 says why and the others end without a word."""
+    """What work() returns on rank 0, on every rank.
+
+    Where it fails there, rank 0 says why and the others end without a word.
+    """
     if world == 1:
         return work()
     made = [None, False]
     if rank == 0:
         try:
             made[0] = work()
-        except BaseException:  # whatever it is, a signal's SystemExit too: the others wait for word; it goes on
+        # whatever it is, a signal's SystemExit too: the others wait for word; it goes on
+        except BaseException:
             with contextlib.suppress(RuntimeError):  # of a rank that is gone
                 dist.broadcast_object_list([None, True])
             raise
     dist.broadcast_object_list(made)
     if made[1]:
-        with contextlib.suppress(RuntimeError):  # of rank 0's end: torchrun ends all ranks with the first, and rank 0 has still to say why
+        # of rank 0's end: torchrun ends all ranks with the first, and rank 0 has still to say why
+        with contextlib.suppress(RuntimeError):
             dist.broadcast_object_list(made)
         os._exit(1)
     return made[0]
 
 
 def gather(value):
-    """[value of rank 0, of rank 1, ...], on every rank. Values are pickled: plain types and numpy arrays."""
+    """[value of rank 0, of rank 1, ...], on every rank.
+
+    Values are pickled: plain types and numpy arrays.
+    """
     if world == 1:
         return [value]
     values = [None] * world
@@ -101,7 +158,10 @@ def gather(value):
 
 
 def agree(*flags):
-    """Each flag as a bool that is the same on every rank: whether any of them has it set. Hosts alone talk; no GPU waits."""
+    """Each flag as a bool that is the same on every rank: whether any of them has it set.
+
+    Hosts alone talk; no GPU waits.
+    """
     if world == 1:
         return flags
     flags = torch.tensor(flags, dtype=torch.uint8)
@@ -110,7 +170,9 @@ def agree(*flags):
 
 
 def whole(state):
-    """A state_dict whose sharded tensors (FSDP2) are gathered, one after another, into main memory; every rank must call it, rank 0 keeps them."""
+    """A state_dict whose sharded tensors (FSDP2) are gathered, one after another, into main memory;
+    every rank must call it, rank 0 keeps them.
+    """
     if isinstance(state, dict):
         return {name: whole(value) for name, value in state.items()}
     if isinstance(state, list):
@@ -122,10 +184,20 @@ def whole(state):
 
 
 def split_like(optimizer, state):
-    """An optimiser's whole state_dict with its moments split as the optimiser's parameters are (FSDP2)."""
+    """An optimiser's whole state_dict with its moments split as the optimiser's parameters are
+    (FSDP2).
+    """
     from torch.distributed.tensor import distribute_tensor
+
     parameters, made = [p for group in optimizer.param_groups for p in group["params"]], {}
     for number, entry in state["state"].items():
         like = parameters[number]
-        made[number] = {name: distribute_tensor(x.to(like.device), like.device_mesh, like.placements) if x.shape == like.shape and x.dim() else x for name, x in entry.items()}
+        made[number] = {
+            name: (
+                distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+                if x.shape == like.shape and x.dim()
+                else x
+            )
+            for name, x in entry.items()
+        }
     return {**state, "state": made}

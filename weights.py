@@ -1,7 +1,10 @@
-"""Weights on disk: torch files, read without running what is in them; our checkpoints; the two formats of VideoMAE.
+"""Weights on disk: torch files, read without running what is in them; our checkpoints; the two
+formats of VideoMAE.
 
-The readers give weights under the names of model.Encoder, and the fields of its EncoderConfig; model.py builds the module.
+The readers give weights under the names of model.Encoder, and the fields of its EncoderConfig;
+model.py builds the module.
 """
+
 import argparse
 import json
 import math
@@ -18,10 +21,23 @@ import torch
 
 from config import InputError
 
-# ----------------------------------------------------------------------------------------------------------- torch files
+# -------------------------------------------------------------------------------------- torch files
 
-DAMAGE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error,
-          zipfile.BadZipFile, pickle.UnpicklingError)  # all that a damaged file has been seen to raise
+DAMAGE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    # all that a damaged file has been seen to raise
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+
 
 def load_pickle(path):
     """A torch file as tensors and plain types; code in it is refused."""
@@ -31,34 +47,57 @@ def load_pickle(path):
                 stated = sum(info.file_size for info in archive.infolist())
                 size = os.path.getsize(path)
                 if stated > size:  # torch packs nothing; this may unpack to more than memory
-                    raise InputError(f"{path} has {size} bytes and states {stated} of content; it "
-                                     "is no file of weights as torch writes them")
+                    raise InputError(
+                        f"{path} has {size} bytes and states {stated} of content; it "
+                        "is no file of weights as torch writes them"
+                    )
                 if broken := archive.testzip():
-                    raise InputError(f"{path} is damaged: the checksum of {broken} is wrong; use another copy")
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # VideoMAE files hold their arguments as one
-            warnings.simplefilter("ignore")  # of odd pickle protocols: what cannot be loaded is an error below
+                    raise InputError(
+                        f"{path} is damaged: the checksum of {broken} is wrong; use another copy"
+                    )
+        # VideoMAE files hold their arguments as one
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # of odd pickle protocols: what cannot be loaded is an error below
+            warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|Unsupported operand) (\S+)", str(error))
-        raise InputError(f"{path} is no file of plain weights{f' (it asks for {found[1]})' if found else ''} and was not loaded, "
-                         f"since it could run code") from None
+        raise InputError(
+            f"{path} is no file of plain weights{f' (it asks for {found[1]})' if found else ''} and"
+            " was not loaded, since it could run code"
+        ) from None
     except InputError:
         raise
     except DAMAGE as error:
-        raise InputError(f"{path} cannot be read as a torch file: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise InputError(
+            f"{path} cannot be read as a torch file:"
+            f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
     if not isinstance(saved, dict):
         raise InputError(f"{path} holds {type(saved).__name__}, not a dictionary of weights")
     return saved
 
 
-# ------------------------------------------------------------------------------------------------------- our checkpoints
+# ---------------------------------------------------------------------------------- our checkpoints
 
 CHECKPOINT_VERSION = 1
-CHECKPOINT_PARTS = ("student", "predictor", "encoder_config", "predictor_config", "space", "settings", "view", "identity", "teacher", "step")
+CHECKPOINT_PARTS = (
+    "student",
+    "predictor",
+    "encoder_config",
+    "predictor_config",
+    "space",
+    "settings",
+    "view",
+    "identity",
+    "teacher",
+    "step",
+)
 
 
 def save_checkpoint(path, content, previous=None):
-    """torch.save beside `path`, flush to the disk, rename; what was there becomes `previous`, where one is named.
+    """torch.save beside `path`, flush to the disk, rename; what was there becomes `previous`, where
+    one is named.
 
     Raises InputError where the disk is full; the old file then stands.
     """
@@ -79,14 +118,22 @@ def save_checkpoint(path, content, previous=None):
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         if "CUDA" in str(error):  # of a kernel before, seen only now
             raise
-        full = isinstance(error, RuntimeError) and shutil.disk_usage(os.path.dirname(path) or ".").free < 1 << 20
+        full = (
+            isinstance(error, RuntimeError)
+            and shutil.disk_usage(os.path.dirname(path) or ".").free < 1 << 20
+        )
         Path(part).unlink(missing_ok=True)
-        raise InputError(f"the checkpoint {path} could not be written ({'No space left on device' if full else str(error).splitlines()[0]}); see to its disk and "
-                         f"continue with --resume auto") from None
+        raise InputError(
+            f"the checkpoint {path} could not be written"
+            f" ({'No space left on device' if full else str(error).splitlines()[0]}); see to its"
+            " disk and continue with --resume auto"
+        ) from None
 
 
 def load_checkpoint(path, ema=False):
-    """The content of best.pth or last.pth; with ema its moving average stands in place of student and predictor. Raises InputError on anything else."""
+    """The content of best.pth or last.pth; with ema its moving average stands in place of student
+    and predictor. Raises InputError on anything else.
+    """
     if Path(path).is_dir():
         raise InputError(f"{path} is a folder; name its best.pth or last.pth")
     if not Path(path).is_file():
@@ -94,17 +141,26 @@ def load_checkpoint(path, ema=False):
     saved = load_pickle(path)
     if saved.get("salt_vla") != CHECKPOINT_VERSION:
         found = saved.get("salt_vla")
-        raise InputError(f"{path} is not a checkpoint of train.py" if found is None else
-                         f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_VERSION}")
+        raise InputError(
+            f"{path} is not a checkpoint of train.py"
+            if found is None
+            else f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_VERSION}"
+        )
     if missing := [name for name in CHECKPOINT_PARTS if name not in saved]:
-        raise InputError(f"{path} lacks {', '.join(missing)}; it is no whole checkpoint of train.py")
+        raise InputError(
+            f"{path} lacks {', '.join(missing)}; it is no whole checkpoint of train.py"
+        )
     if ema and "ema" not in saved:
-        raise InputError(f"{path} holds no moving average of the weights: it was trained without --ema")
+        raise InputError(
+            f"{path} holds no moving average of the weights: it was trained without --ema"
+        )
     return saved | saved["ema"] if ema else saved
 
 
 def step_and_run(path):
-    """(step, name of its run or None) of a checkpoint, from its small parts alone, unchecked; infinity for a file that cannot be read."""
+    """(step, name of its run or None) of a checkpoint, from its small parts alone, unchecked;
+    infinity for a file that cannot be read.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(content["step"]), content.get("run")
@@ -112,15 +168,37 @@ def step_and_run(path):
         return math.inf, None
 
 
-# -------------------------------------------------------------------------------------------------------------- VideoMAE
+# ----------------------------------------------------------------------------------------- VideoMAE
 
 SAVED_NAMES = {  # original VideoMAE names -> ours, after the block number
-    "norm1.": "norm1.", "norm2.": "norm2.", "attn.qkv.weight": "attn.qkv.weight", "attn.q_bias": "attn.q_bias", "attn.v_bias": "attn.v_bias",
-    "attn.proj.": "attn.proj.", "mlp.fc1.": "fc1.", "mlp.fc2.": "fc2."}
-BESIDE_BLOCKS = ("patch_embed.proj.", "norm.", "head.", "fc_norm.", "decoder.", "mask_token", "encoder_to_decoder.")  # names of it that are known; the last five are no encoder's
+    "norm1.": "norm1.",
+    "norm2.": "norm2.",
+    "attn.qkv.weight": "attn.qkv.weight",
+    "attn.q_bias": "attn.q_bias",
+    "attn.v_bias": "attn.v_bias",
+    "attn.proj.": "attn.proj.",
+    "mlp.fc1.": "fc1.",
+    "mlp.fc2.": "fc2.",
+}
+# names of it that are known; the last five are no encoder's
+BESIDE_BLOCKS = (
+    "patch_embed.proj.",
+    "norm.",
+    "head.",
+    "fc_norm.",
+    "decoder.",
+    "mask_token",
+    "encoder_to_decoder.",
+)
 TRANSFORMERS_NAMES = {  # ours -> `transformers`, after the block number
-    "norm1.": "layernorm_before.", "norm2.": "layernorm_after.", "attn.proj.": "attention.output.dense.", "fc1.": "intermediate.dense.",
-    "fc2.": "output.dense.", "attn.q_bias": "attention.attention.q_bias", "attn.v_bias": "attention.attention.v_bias"}
+    "norm1.": "layernorm_before.",
+    "norm2.": "layernorm_after.",
+    "attn.proj.": "attention.output.dense.",
+    "fc1.": "intermediate.dense.",
+    "fc2.": "output.dense.",
+    "attn.q_bias": "attention.attention.q_bias",
+    "attn.v_bias": "attention.attention.v_bias",
+}
 
 
 def whole(state, path):
@@ -138,7 +216,8 @@ def whole(state, path):
     return found
 
 
-PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")  # that may say mean and std
+# that may say mean and std
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
 def read_json(path):
@@ -151,20 +230,27 @@ def read_json(path):
 def read_transformers(folder):
     """What a VideoMAE folder in `transformers` format holds; transformers is not imported.
 
-    Returns (EncoderConfig fields, weights under our names, weights file, View fields or None, whether
-    they are those of its training clips, which a processor does not say in full).
+    Returns (EncoderConfig fields, weights under our names, weights file, View fields or None,
+    whether they are those of its training clips, which a processor does not say in full).
     """
     try:
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
             raise InputError(f"{folder / 'config.json'} is no JSON object")
         if config.get("model_type") != "videomae":
-            raise InputError(f"{folder / 'config.json'} describes the model type {config.get('model_type')!r}; a teacher is a videomae")
+            raise InputError(
+                f"{folder / 'config.json'} describes the model type {config.get('model_type')!r}; a"
+                " teacher is a videomae"
+            )
         said = [read_json(path) for name in PROCESSORS if (path := folder / name).is_file()]
-        said = [each.get("video_processor", each.get("image_processor", each)) for each in said]  # of processor_config.json
+        # of processor_config.json
+        said = [each.get("video_processor", each.get("image_processor", each)) for each in said]
         pixels = next((each for each in said if "image_mean" in each), said[0] if said else {})
     except FileNotFoundError:
-        raise InputError(f"{folder} has no config.json; a teacher folder holds config.json and model.safetensors or pytorch_model.bin") from None
+        raise InputError(
+            f"{folder} has no config.json; a teacher folder holds config.json and model.safetensors"
+            " or pytorch_model.bin"
+        ) from None
     except ValueError as error:
         if isinstance(error, InputError):
             raise
@@ -172,6 +258,7 @@ def read_transformers(folder):
     if (weights := folder / "model.safetensors").is_file():
         from safetensors import SafetensorError
         from safetensors.torch import load_file
+
         try:
             state = load_file(weights)
         except SafetensorError as error:
@@ -181,68 +268,135 @@ def read_transformers(folder):
     else:
         raise InputError(f"{folder} has no model.safetensors and no pytorch_model.bin")
     if config.get("hidden_act", "gelu") != "gelu":
-        raise InputError(f"{folder / 'config.json'}: hidden_act is {config['hidden_act']!r}; only exact gelu is supported")
+        raise InputError(
+            f"{folder / 'config.json'}: hidden_act is {config['hidden_act']!r}; only exact gelu is"
+            " supported"
+        )
 
-    state = {name.removeprefix("videomae."): tensor.float()
-             for name, tensor in whole(state, weights).items() if not name.startswith("decoder")}
-    ours = {"patch_embed.weight": take(state, "embeddings.patch_embeddings.projection.weight", weights).flatten(1),
-            "patch_embed.bias": take(state, "embeddings.patch_embeddings.projection.bias", weights)}
-    if unknown := [name for name in state if name.startswith("embeddings.") and not name.startswith("embeddings.patch_embeddings.projection.")]:
-        raise InputError(f"{weights} has the weight {unknown[0]}, which a VideoMAE encoder lacks; its positions are sines")
+    state = {
+        name.removeprefix("videomae."): tensor.float()
+        for name, tensor in whole(state, weights).items()
+        if not name.startswith("decoder")
+    }
+    ours = {
+        "patch_embed.weight": (
+            take(state, "embeddings.patch_embeddings.projection.weight", weights).flatten(1)
+        ),
+        "patch_embed.bias": take(state, "embeddings.patch_embeddings.projection.bias", weights),
+    }
+    if unknown := [
+        name
+        for name in state
+        if name.startswith("embeddings.")
+        and not name.startswith("embeddings.patch_embeddings.projection.")
+    ]:
+        raise InputError(
+            f"{weights} has the weight {unknown[0]}, which a VideoMAE encoder lacks; its positions"
+            " are sines"
+        )
     depth = config.get("num_hidden_layers", 12)
     first = "encoder.layer.0.attention.attention."
-    biases = next(((q, v) for q, v in (("q_bias", "v_bias"), ("query.bias", "value.bias")) if first + q in state), None)
+    biases = next(
+        (
+            (q, v)
+            for q, v in (("q_bias", "v_bias"), ("query.bias", "value.bias"))
+            if first + q in state
+        ),
+        None,
+    )
     for i in range(depth):
         theirs = f"encoder.layer.{i}."
         attention = theirs + "attention.attention."
-        ours[f"blocks.{i}.attn.qkv.weight"] = torch.cat([take(state, f"{attention}{part}.weight", weights) for part in ("query", "key", "value")])
+        ours[f"blocks.{i}.attn.qkv.weight"] = torch.cat(
+            [
+                take(state, f"{attention}{part}.weight", weights)
+                for part in ("query", "key", "value")
+            ]
+        )
         if biases:
-            ours[f"blocks.{i}.attn.q_bias"], ours[f"blocks.{i}.attn.v_bias"] = (take(state, attention + name, weights) for name in biases)
+            ours[f"blocks.{i}.attn.q_bias"], ours[f"blocks.{i}.attn.v_bias"] = (
+                take(state, attention + name, weights) for name in biases
+            )
         for mine, name in TRANSFORMERS_NAMES.items():
             if name.endswith("."):
                 for kind in ("weight", "bias"):
                     ours[f"blocks.{i}.{mine}{kind}"] = take(state, f"{theirs}{name}{kind}", weights)
     final_norm = not config.get("use_mean_pooling", True)
     if final_norm:
-        ours["norm.weight"], ours["norm.bias"] = (take(state, f"layernorm.{kind}", weights) for kind in ("weight", "bias"))
+        ours["norm.weight"], ours["norm.bias"] = (
+            take(state, f"layernorm.{kind}", weights) for kind in ("weight", "bias")
+        )
+
     def square(value):
         if isinstance(value, (list, tuple)) and len(set(value)) == 1:
             return value[0]
         if not isinstance(value, int):
-            raise InputError(f"{folder / 'config.json'}: images and patches must be square, not {value}")
+            raise InputError(
+                f"{folder / 'config.json'}: images and patches must be square, not {value}"
+            )
         return value
 
-    fields = {"dim": config.get("hidden_size", 768), "depth": depth, "heads": config.get("num_attention_heads", 12),
-              "mlp_dim": config.get("intermediate_size", 3072),
-              "frames": config.get("num_frames", 16), "size": square(config.get("image_size", 224)), "patch": square(config.get("patch_size", 16)),
-              "tubelet": config.get("tubelet_size", 2), "eps": config.get("layer_norm_eps", 1e-12), "qkv_bias": biases is not None,
-              "final_norm": final_norm}
-    fields |= {mine: pixels[theirs] for mine, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in pixels}
+    fields = {
+        "dim": config.get("hidden_size", 768),
+        "depth": depth,
+        "heads": config.get("num_attention_heads", 12),
+        "mlp_dim": config.get("intermediate_size", 3072),
+        "frames": config.get("num_frames", 16),
+        "size": square(config.get("image_size", 224)),
+        "patch": square(config.get("patch_size", 16)),
+        "tubelet": config.get("tubelet_size", 2),
+        "eps": config.get("layer_norm_eps", 1e-12),
+        "qkv_bias": biases is not None,
+        "final_norm": final_norm,
+    }
+    fields |= {
+        mine: pixels[theirs]
+        for mine, theirs in (("mean", "image_mean"), ("std", "image_std"))
+        if theirs in pixels
+    }
     if pixels.get("do_normalize") is False:
         fields |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    if pixels.get("do_rescale") is False or not math.isclose(pixels.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise InputError(f"{folder} scales pixels otherwise than by 1/255 (do_rescale, rescale_factor, of its {' or '.join(PROCESSORS)}); write the same scale into image_mean "
-                         f"and image_std")
+    if pixels.get("do_rescale") is False or not math.isclose(
+        pixels.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6
+    ):
+        raise InputError(
+            f"{folder} scales pixels otherwise than by 1/255 (do_rescale, rescale_factor, of its"
+            f" {' or '.join(PROCESSORS)}); write the same scale into image_mean and image_std"
+        )
     view = config.get("salt_view")
     return fields, ours, weights, view or view_of(pixels, fields), view is not None
 
 
 def view_of(pixels, fields):
-    """View fields of a processor's resizing and cropping to the encoder's frames, as far as a View can say it; None where it cannot, or nothing is said.
+    """View fields of a processor's resizing and cropping to the encoder's frames, as far as a View
+    can say it; None where it cannot, or nothing is said.
 
-    VideoMAE's defaults: the short side resized to 224 by bilinear interpolation, the middle 224 x 224 of it.
+    VideoMAE's defaults: the short side resized to 224 by bilinear interpolation, the middle 224 x
+    224 of it.
     """
     side, edges = fields["size"], pixels.get("size", 224)
     edges = edges if isinstance(edges, dict) else {"shortest_edge": edges}
     kept = pixels.get("crop_size", 224) if pixels.get("do_center_crop") is not False else side
     kept = kept if isinstance(kept, dict) else {"height": kept, "width": kept}
     how = {0: None, 2: "bilinear", 3: "bicubic", 4: "area"}.get(pixels.get("resample", 2))
-    if not pixels.keys() & {"size", "crop_size", "resample", "do_center_crop"} or not how or set(kept.values()) != {side}:
+    if (
+        not pixels.keys() & {"size", "crop_size", "resample", "do_center_crop"}
+        or not how
+        or set(kept.values()) != {side}
+    ):
         return None
     if "shortest_edge" in edges:
-        cut = {"short_side": edges["shortest_edge"], "crop": "center"} if pixels.get("do_center_crop") is not False else None
+        cut = (
+            {"short_side": edges["shortest_edge"], "crop": "center"}
+            if pixels.get("do_center_crop") is not False
+            else None
+        )
     else:
-        cut = {"short_side": side, "crop": "squash"} if (edges.get("height"), edges.get("width")) == (side, side) else None
+        cut = (
+            {"short_side": side, "crop": "squash"}
+            if (edges.get("height"), edges.get("width")) == (side, side)
+            else None
+        )
     return cut and {"frames": fields["frames"], "size": side, "interpolation": how, **cut}
 
 
@@ -255,32 +409,68 @@ def take(state, name, path):
 def read_videomae(saved, path, heads_of):
     """(EncoderConfig fields, weights under our names) of an original VideoMAE .pth.
 
-    heads_of(width, depth) gives the heads, which it does not state; frames and size come from its arguments, else are 16 and 224.
+    heads_of(width, depth) gives the heads, which it does not state; frames and size come from its
+    arguments, else are 16 and 224.
     """
     arguments = saved.get("args") or {}
     arguments = arguments if isinstance(arguments, dict) else vars(arguments)
-    state = next((saved[key] for key in ("model", "module", "state_dict") if isinstance(saved.get(key), dict)), saved)
+    state = next(
+        (
+            saved[key]
+            for key in ("model", "module", "state_dict")
+            if isinstance(saved.get(key), dict)
+        ),
+        saved,
+    )
     state = {name.removeprefix("module."): tensor for name, tensor in whole(state, path).items()}
     if any(name.startswith("encoder.") for name in state):
-        state = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+        state = {
+            name.removeprefix("encoder."): tensor
+            for name, tensor in state.items()
+            if name.startswith("encoder.")
+        }
     kernel = take(state, "patch_embed.proj.weight", path)  # [D, 3, tubelet, patch, patch]
-    dim, depth = kernel.shape[0], len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    ours = {"patch_embed.weight": kernel.flatten(1).float(), "patch_embed.bias": take(state, "patch_embed.proj.bias", path).float()}
+    dim, depth = (
+        kernel.shape[0],
+        len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+    )
+    ours = {
+        "patch_embed.weight": kernel.flatten(1).float(),
+        "patch_embed.bias": take(state, "patch_embed.proj.bias", path).float(),
+    }
     for name, tensor in state.items():
         if name.startswith("blocks."):
             _, number, rest = name.split(".", 2)
             mine = next((new for old, new in SAVED_NAMES.items() if rest.startswith(old)), None)
             if mine is None:
                 raise InputError(f"{path} has the weight {name}, which a VideoMAE encoder lacks")
-            ours[f"blocks.{number}.{mine}{rest.rsplit('.', 1)[1] if mine.endswith('.') else ''}"] = tensor.float()
+            ours[
+                f"blocks.{number}.{mine}{rest.rsplit('.', 1)[1] if mine.endswith('.') else ''}"
+            ] = tensor.float()
         elif not name.startswith(BESIDE_BLOCKS):
-            raise InputError(f"{path} has the weight {name}, which a VideoMAE encoder lacks; its positions are sines")
+            raise InputError(
+                f"{path} has the weight {name}, which a VideoMAE encoder lacks; its positions are"
+                " sines"
+            )
     final_norm = "norm.weight" in state
     if final_norm:
-        ours["norm.weight"], ours["norm.bias"] = state["norm.weight"].float(), take(state, "norm.bias", path).float()
-    fields = {"dim": dim, "depth": depth, "heads": heads_of(dim, depth), "mlp_dim": take(ours, "blocks.0.fc1.weight", path).shape[0],
-              "frames": arguments.get("num_frames", 16), "size": arguments.get("input_size", 224), "patch": kernel.shape[-1],
-              "tubelet": kernel.shape[2], "eps": 1e-6, "qkv_bias": "blocks.0.attn.q_bias" in state, "final_norm": final_norm}
+        ours["norm.weight"], ours["norm.bias"] = (
+            state["norm.weight"].float(),
+            take(state, "norm.bias", path).float(),
+        )
+    fields = {
+        "dim": dim,
+        "depth": depth,
+        "heads": heads_of(dim, depth),
+        "mlp_dim": take(ours, "blocks.0.fc1.weight", path).shape[0],
+        "frames": arguments.get("num_frames", 16),
+        "size": arguments.get("input_size", 224),
+        "patch": kernel.shape[-1],
+        "tubelet": kernel.shape[2],
+        "eps": 1e-6,
+        "qkv_bias": "blocks.0.attn.q_bias" in state,
+        "final_norm": final_norm,
+    }
     return fields, ours
 
 
@@ -292,13 +482,16 @@ def write_transformers(c, weights, folder, view):
     resizes and crops, near to the view but not as swscale does.
     """
     from safetensors.torch import save_file
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {}
     for name, tensor in weights.items():
         tensor = tensor.detach().cpu().contiguous()
         if name == "patch_embed.weight":
-            state["embeddings.patch_embeddings.projection.weight"] = tensor.view(c.dim, 3, c.tubelet, c.patch, c.patch)
+            state["embeddings.patch_embeddings.projection.weight"] = tensor.view(
+                c.dim, 3, c.tubelet, c.patch, c.patch
+            )
         elif name == "patch_embed.bias":
             state["embeddings.patch_embeddings.projection.bias"] = tensor
         elif name.startswith("norm."):
@@ -307,22 +500,56 @@ def write_transformers(c, weights, folder, view):
             _, number, rest = name.split(".", 2)
             if rest == "attn.qkv.weight":
                 for part, rows in zip(("query", "key", "value"), tensor.chunk(3)):
-                    state[f"encoder.layer.{number}.attention.attention.{part}.weight"] = rows.contiguous()
+                    state[f"encoder.layer.{number}.attention.attention.{part}.weight"] = (
+                        rows.contiguous()
+                    )
             else:
-                old, new = next((old, new) for old, new in TRANSFORMERS_NAMES.items() if rest.startswith(old))
-                state[f"encoder.layer.{number}.{new}{rest[len(old):]}"] = tensor
+                old, new = next(
+                    (old, new) for old, new in TRANSFORMERS_NAMES.items() if rest.startswith(old)
+                )
+                state[f"encoder.layer.{number}.{new}{rest[len(old) :]}"] = tensor
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["VideoMAEModel"], "model_type": "videomae", "hidden_size": c.dim, "num_hidden_layers": c.depth,
-        "num_attention_heads": c.heads, "intermediate_size": c.mlp_dim, "num_frames": c.frames, "image_size": c.size, "patch_size": c.patch,
-        "tubelet_size": c.tubelet, "num_channels": 3, "layer_norm_eps": c.eps, "qkv_bias": c.qkv_bias, "use_mean_pooling": not c.final_norm,
-        "hidden_act": "gelu", "salt_view": view}, indent=1))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["VideoMAEModel"],
+                "model_type": "videomae",
+                "hidden_size": c.dim,
+                "num_hidden_layers": c.depth,
+                "num_attention_heads": c.heads,
+                "intermediate_size": c.mlp_dim,
+                "num_frames": c.frames,
+                "image_size": c.size,
+                "patch_size": c.patch,
+                "tubelet_size": c.tubelet,
+                "num_channels": 3,
+                "layer_norm_eps": c.eps,
+                "qkv_bias": c.qkv_bias,
+                "use_mean_pooling": not c.final_norm,
+                "hidden_act": "gelu",
+                "salt_view": view,
+            },
+            indent=1,
+        )
+    )
     square = {"height": c.size, "width": c.size}
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "VideoMAEImageProcessor",
-        "do_resize": True,
-        "size": square if view["crop"] == "squash" else {"shortest_edge": c.size},
-        "resample": 3 if view["interpolation"] == "bicubic" else 2,  # PIL's numbers; 2 is bilinear
-        "do_center_crop": True, "crop_size": square,
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": c.mean, "image_std": c.std}, indent=1))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "VideoMAEImageProcessor",
+                "do_resize": True,
+                "size": square if view["crop"] == "squash" else {"shortest_edge": c.size},
+                "resample": (
+                    3 if view["interpolation"] == "bicubic" else 2
+                ),  # PIL's numbers; 2 is bilinear
+                "do_center_crop": True,
+                "crop_size": square,
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": c.mean,
+                "image_std": c.std,
+            },
+            indent=1,
+        )
+    )

@@ -35,30 +35,40 @@ File::~File() {
 
 void File::advise(int64_t start, int64_t bytes) const {
 #if defined(POSIX_FADV_WILLNEED)
-  constexpr int64_t PIECE = 128 << 10;  // Linux reads no more of one request than the device's read_ahead_kb, which is 128 by default
-  for (int64_t at = start; at < start + bytes; at += PIECE) ::posix_fadvise(fd, at, start + bytes - at < PIECE ? start + bytes - at : PIECE, POSIX_FADV_WILLNEED);
+  constexpr int64_t PIECE = 128 << 10;  // Linux reads no more of one request than the device's
+                                        // read_ahead_kb, which is 128 by default
+  for (int64_t at = start; at < start + bytes; at += PIECE)
+    ::posix_fadvise(fd, at, start + bytes - at < PIECE ? start + bytes - at : PIECE,
+                    POSIX_FADV_WILLNEED);
 #endif
 }
 
 namespace {
 
-constexpr int64_t ROWS_A_TASK = 392;  // a quarter of a default record: with more threads than records none waits long for the last one
-constexpr int64_t GAP = 4;            // pread: unwanted rows that cost less to read along than a call of their own; 2 to 8 measure the same
-constexpr int64_t AHEAD = 6;          // rows prefetched, as in cpu.cpp
+constexpr int64_t ROWS_A_TASK = 392;  // a quarter of a default record: with more threads than
+                                      // records none waits long for the last one
+constexpr int64_t GAP = 4;    // pread: unwanted rows that cost less to read along than a call of
+                              // their own; 2 to 8 measure the same
+constexpr int64_t AHEAD = 6;  // rows prefetched, as in cpu.cpp
 
-// Whether the pages of [start, end) are in memory now. False: nothing is known, or an error waits there.
+// Whether the pages of [start, end) are in memory now. False: nothing is known, or an error waits
+// there.
 bool populate(const File& file, int64_t start, int64_t end) {
 #if defined(__linux__)
 #ifndef MADV_POPULATE_READ
   constexpr int MADV_POPULATE_READ = 22;
 #endif
   struct stat status;
-  // A file that was cut short: past its end there is SIGBUS, and before that, in the last page, zeros that no row ever held.
-  if (!file.map || end > file.mapped || ::fstat(file.fd, &status) != 0 || status.st_size < end) return false;
+  // A file that was cut short: past its end there is SIGBUS, and before that, in the last page,
+  // zeros that no row ever held.
+  if (!file.map || end > file.mapped || ::fstat(file.fd, &status) != 0 || status.st_size < end)
+    return false;
   static const int64_t page = ::sysconf(_SC_PAGESIZE);
   const int64_t first = start / page * page;
   int failed;
-  do failed = ::madvise(const_cast<char*>(file.map) + first, static_cast<size_t>(end - first), MADV_POPULATE_READ);
+  do
+    failed = ::madvise(const_cast<char*>(file.map) + first, static_cast<size_t>(end - first),
+                       MADV_POPULATE_READ);
   while (failed && errno == EINTR);
   return !failed;
 #else
@@ -66,15 +76,18 @@ bool populate(const File& file, int64_t start, int64_t end) {
 #endif
 }
 
-// memcpy past the caches: a batch is larger than they are, and would push out what the step is working on.
+// memcpy past the caches: a batch is larger than they are, and would push out what the step is
+// working on.
 inline void copy_row(char* to, const char* from, int64_t bytes) {
 #if defined(__SSE2__)
   if (reinterpret_cast<uintptr_t>(to) % 16 == 0 && bytes % 64 == 0) {
     for (int64_t i = 0; i < bytes; i += 64) {
       const __m128i* source = reinterpret_cast<const __m128i*>(from + i);
       __m128i* target = reinterpret_cast<__m128i*>(to + i);
-      const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1), c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
-      _mm_stream_si128(target, a), _mm_stream_si128(target + 1, b), _mm_stream_si128(target + 2, c), _mm_stream_si128(target + 3, d);
+      const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1),
+                    c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
+      _mm_stream_si128(target, a), _mm_stream_si128(target + 1, b), _mm_stream_si128(target + 2, c),
+          _mm_stream_si128(target + 3, d);
     }
     return;
   }
@@ -84,8 +97,9 @@ inline void copy_row(char* to, const char* from, int64_t bytes) {
 
 inline void put_row(const Record& record, int64_t row, const char* from, int64_t row_bytes) {
   if (record.scale)
-    dequantise_row(reinterpret_cast<const int8_t*>(from), record.scale, record.tokens ? record.tokens[row] : 1.0f,
-                   row_bytes, reinterpret_cast<uint16_t*>(record.out) + row * row_bytes);
+    dequantise_row(reinterpret_cast<const int8_t*>(from), record.scale,
+                   record.tokens ? record.tokens[row] : 1.0f, row_bytes,
+                   reinterpret_cast<uint16_t*>(record.out) + row * row_bytes);
   else
     copy_row(record.out + row * row_bytes, from, row_bytes);
 }
@@ -111,7 +125,8 @@ bool read_fully(int fd, char* to, int64_t bytes, int64_t at, int* number) {
 }
 
 // Rows [begin, end) of one record, as far as they are wanted; false on an error.
-bool read_part(const Record& record, int64_t begin, int64_t end, int64_t row_bytes, std::vector<int32_t>& list, std::vector<char>& buffer, ReadError* error) {
+bool read_part(const Record& record, int64_t begin, int64_t end, int64_t row_bytes,
+               std::vector<int32_t>& list, std::vector<char>& buffer, ReadError* error) {
   list.clear();
   for (int64_t n = begin; n < end; ++n)
     if (!record.wanted || record.wanted[n]) list.push_back(static_cast<int32_t>(n));
@@ -132,7 +147,8 @@ bool read_part(const Record& record, int64_t begin, int64_t end, int64_t row_byt
         error->row = first;
         return false;
       }
-      for (size_t k = i; k < j; ++k) put_row(record, list[k], buffer.data() + (list[k] - first) * row_bytes, row_bytes);
+      for (size_t k = i; k < j; ++k)
+        put_row(record, list[k], buffer.data() + (list[k] - first) * row_bytes, row_bytes);
     }
   }
 #if defined(__SSE2__)
@@ -143,8 +159,10 @@ bool read_part(const Record& record, int64_t begin, int64_t end, int64_t row_byt
 
 }  // namespace
 
-ReadError read_rows(const std::vector<Record>& records, int64_t rows, int64_t row_bytes, int threads) {
-  const int64_t parts = (rows + ROWS_A_TASK - 1) / ROWS_A_TASK, tasks = static_cast<int64_t>(records.size()) * parts;
+ReadError read_rows(const std::vector<Record>& records, int64_t rows, int64_t row_bytes,
+                    int threads) {
+  const int64_t parts = (rows + ROWS_A_TASK - 1) / ROWS_A_TASK,
+                tasks = static_cast<int64_t>(records.size()) * parts;
   std::atomic<int64_t> next{0};
   std::mutex lock;
   ReadError first;
@@ -152,16 +170,19 @@ ReadError read_rows(const std::vector<Record>& records, int64_t rows, int64_t ro
     std::vector<int32_t> list;
     std::vector<char> buffer;
     for (int64_t task; (task = next++) < tasks;) {
-      const int64_t r = task / parts, begin = task % parts * ROWS_A_TASK, end = begin + ROWS_A_TASK < rows ? begin + ROWS_A_TASK : rows;
+      const int64_t r = task / parts, begin = task % parts * ROWS_A_TASK,
+                    end = begin + ROWS_A_TASK < rows ? begin + ROWS_A_TASK : rows;
       ReadError error;
       try {
-        if (read_part(records[static_cast<size_t>(r)], begin, end, row_bytes, list, buffer, &error)) continue;
+        if (read_part(records[static_cast<size_t>(r)], begin, end, row_bytes, list, buffer, &error))
+          continue;
       } catch (const std::bad_alloc&) {
         error.row = begin, error.number = ENOMEM;
       }
       error.record = r;
       const std::lock_guard<std::mutex> hold(lock);
-      if (first.record < 0 || r < first.record || (r == first.record && error.row < first.row)) first = error;
+      if (first.record < 0 || r < first.record || (r == first.record && error.row < first.row))
+        first = error;
       next = tasks;  // the others stop too
     }
   };

@@ -1,7 +1,9 @@
-// masked_mse on the GPU: one warp a prediction row, one pass over prediction and target row, the gradient written in the same pass.
-// Bytes: B * K * D * (2 * sizeof(prediction) + sizeof(target)), and 4 * B * K of per-token errors that the mean reads; layer_norm reads the
-// target row three times, twice from cache, and standardise mean and rstd [N, D], which stay in L2. The limit is memory bandwidth.
-// Sums run in an order fixed by the shape alone, so that every run gives the same bits.
+// masked_mse on the GPU: one warp a prediction row, one pass over prediction and target row, the
+// gradient written in the same pass. Bytes: B * K * D * (2 * sizeof(prediction) + sizeof(target)),
+// and 4 * B * K of per-token errors that the mean reads; layer_norm reads the target row three
+// times, twice from cache, and standardise mean and rstd [N, D], which stay in L2. The limit is
+// memory bandwidth. Sums run in an order fixed by the shape alone, so that every run gives the same
+// bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -11,11 +13,26 @@
 namespace salt {
 namespace {
 
-template <typename A> __device__ __forceinline__ A load(uint8_t x) { return static_cast<A>(__fdiv_rn(static_cast<float>(x), 255.0f)); }
-template <typename A> __device__ __forceinline__ A load(__half x) { return static_cast<A>(__half2float(x)); }
-template <typename A> __device__ __forceinline__ A load(__nv_bfloat16 x) { return static_cast<A>(__bfloat162float(x)); }
-template <typename A> __device__ __forceinline__ A load(float x) { return static_cast<A>(x); }
-template <typename A> __device__ __forceinline__ A load(double x) { return static_cast<A>(x); }
+template <typename A>
+__device__ __forceinline__ A load(uint8_t x) {
+  return static_cast<A>(__fdiv_rn(static_cast<float>(x), 255.0f));
+}
+template <typename A>
+__device__ __forceinline__ A load(__half x) {
+  return static_cast<A>(__half2float(x));
+}
+template <typename A>
+__device__ __forceinline__ A load(__nv_bfloat16 x) {
+  return static_cast<A>(__bfloat162float(x));
+}
+template <typename A>
+__device__ __forceinline__ A load(float x) {
+  return static_cast<A>(x);
+}
+template <typename A>
+__device__ __forceinline__ A load(double x) {
+  return static_cast<A>(x);
+}
 __device__ __forceinline__ void store(float& out, float x) { out = x; }
 __device__ __forceinline__ void store(double& out, double x) { out = x; }
 __device__ __forceinline__ void store(__nv_bfloat16& out, float x) { out = __float2bfloat16_rn(x); }
@@ -28,7 +45,9 @@ __device__ __forceinline__ A warp_sum(A x) {
 
 template <typename P, typename Y, typename A, int VEC>
 __global__ void __launch_bounds__(WARP* WARPS, 4) loss_kernel(Loss a) {
-  constexpr int UNROLL = VEC > 4 ? 2 : 4;  // 2 to 3 KB of loads in flight a warp, with 20 warps or more a multiprocessor
+  constexpr int UNROLL =
+      VEC > 4 ? 2
+              : 4;  // 2 to 3 KB of loads in flight a warp, with 20 warps or more a multiprocessor
   const int lane = threadIdx.x % WARP, D = static_cast<int>(a.D);
   const A scale = static_cast<A>(a.scale * slope_factor(a.kind)), count = static_cast<A>(a.D);
   FOR_CLIPS(b, a.B) FOR_ROWS(k, a.K) {
@@ -56,7 +75,8 @@ __global__ void __launch_bounds__(WARP* WARPS, 4) loss_kernel(Loss a) {
       }
       factor = 1 / sqrt(warp_sum(squares) / count + static_cast<A>(LAYER_NORM_EPS));
     }
-    const A *mean = static_cast<const A*>(a.mean) + position * a.D, *rstd = static_cast<const A*>(a.rstd) + position * a.D;
+    const A *mean = static_cast<const A*>(a.mean) + position * a.D,
+            *rstd = static_cast<const A*>(a.rstd) + position * a.D;
 
     A error = 0;
     for (int first = lane * VEC; first < D; first += WARP * VEC * UNROLL) {
@@ -79,9 +99,11 @@ __global__ void __launch_bounds__(WARP* WARPS, 4) loss_kernel(Loss a) {
 #pragma unroll
           for (int v = 0; v < VEC; ++v) wanted.value[v] = (wanted.value[v] - center) * factor;
         } else if (a.normalise == Normalise::standardise) {
-          const Pack<A, VEC> m = *reinterpret_cast<const Pack<A, VEC>*>(mean + d), s = *reinterpret_cast<const Pack<A, VEC>*>(rstd + d);
+          const Pack<A, VEC> m = *reinterpret_cast<const Pack<A, VEC>*>(mean + d),
+                             s = *reinterpret_cast<const Pack<A, VEC>*>(rstd + d);
 #pragma unroll
-          for (int v = 0; v < VEC; ++v) wanted.value[v] = (wanted.value[v] - m.value[v]) * s.value[v];
+          for (int v = 0; v < VEC; ++v)
+            wanted.value[v] = (wanted.value[v] - m.value[v]) * s.value[v];
         }
         Pack<P, VEC> slope;
 #pragma unroll
@@ -102,7 +124,8 @@ template <typename P, typename Y, typename A>
 void launch(const Loss& a, CUstream_st* stream) {
   constexpr int VEC = 16 / sizeof(P);
   const dim3 grid = grid_of(a.B, a.K, WARPS);
-  if (a.D % VEC == 0 && aligned(a.prediction, 16) && aligned(a.gradient, 16) && aligned(a.target, alignof(Pack<Y, VEC>)) && aligned(a.mean, 16) && aligned(a.rstd, 16))
+  if (a.D % VEC == 0 && aligned(a.prediction, 16) && aligned(a.gradient, 16) &&
+      aligned(a.target, alignof(Pack<Y, VEC>)) && aligned(a.mean, 16) && aligned(a.rstd, 16))
     loss_kernel<P, Y, A, VEC><<<grid, WARP * WARPS, 0, stream>>>(a);
   else
     loss_kernel<P, Y, A, 1><<<grid, WARP * WARPS, 0, stream>>>(a);
@@ -111,18 +134,24 @@ void launch(const Loss& a, CUstream_st* stream) {
 template <typename P, typename A>
 void launch_target(const Loss& a, CUstream_st* stream) {
   switch (a.target_type) {
-    case Type::u8: return launch<P, uint8_t, A>(a, stream);
-    case Type::f16: return launch<P, __half, A>(a, stream);
-    case Type::bf16: return launch<P, __nv_bfloat16, A>(a, stream);
-    case Type::f32: return launch<P, float, A>(a, stream);
-    case Type::f64: return launch<P, double, A>(a, stream);
+    case Type::u8:
+      return launch<P, uint8_t, A>(a, stream);
+    case Type::f16:
+      return launch<P, __half, A>(a, stream);
+    case Type::bf16:
+      return launch<P, __nv_bfloat16, A>(a, stream);
+    case Type::f32:
+      return launch<P, float, A>(a, stream);
+    case Type::f64:
+      return launch<P, double, A>(a, stream);
   }
 }
 
 constexpr int MEAN_THREADS = 1024;
 
 template <typename A>
-__global__ void __launch_bounds__(MEAN_THREADS) mean_kernel(const A* x, int64_t count, bool aligned, A* mean) {
+__global__ void __launch_bounds__(MEAN_THREADS)
+    mean_kernel(const A* x, int64_t count, bool aligned, A* mean) {
   __shared__ A warps[WARP];
   const int64_t packs = aligned ? count / 4 : 0;
   A sum = 0;
@@ -145,19 +174,29 @@ __global__ void __launch_bounds__(MEAN_THREADS) mean_kernel(const A* x, int64_t 
 
 int loss_cuda(const Loss& a, CUstream_st* stream) {
   switch (a.prediction_type) {
-    case Type::bf16: launch_target<__nv_bfloat16, float>(a, stream); break;
-    case Type::f32: launch_target<float, float>(a, stream); break;
-    case Type::f64: launch_target<double, double>(a, stream); break;
-    case Type::u8: case Type::f16: return cudaErrorInvalidValue;  // refused by the caller
+    case Type::bf16:
+      launch_target<__nv_bfloat16, float>(a, stream);
+      break;
+    case Type::f32:
+      launch_target<float, float>(a, stream);
+      break;
+    case Type::f64:
+      launch_target<double, double>(a, stream);
+      break;
+    case Type::u8:
+    case Type::f16:
+      return cudaErrorInvalidValue;  // refused by the caller
   }
   return cudaGetLastError();
 }
 
 int mean_cuda(const void* x, int64_t count, Type type, void* mean, CUstream_st* stream) {
   if (type == Type::f64)
-    mean_kernel<<<1, MEAN_THREADS, 0, stream>>>(static_cast<const double*>(x), count, aligned(x, 16), static_cast<double*>(mean));
+    mean_kernel<<<1, MEAN_THREADS, 0, stream>>>(static_cast<const double*>(x), count,
+                                                aligned(x, 16), static_cast<double*>(mean));
   else
-    mean_kernel<<<1, MEAN_THREADS, 0, stream>>>(static_cast<const float*>(x), count, aligned(x, 16), static_cast<float*>(mean));
+    mean_kernel<<<1, MEAN_THREADS, 0, stream>>>(static_cast<const float*>(x), count, aligned(x, 16),
+                                                static_cast<float*>(mean));
   return cudaGetLastError();
 }
 

@@ -1,15 +1,19 @@
-// Drawing the context and target tokens of one clip. The same code runs on the host and on the device; ops.sample_masks_reference
-// is the same in Python, and all three agree bit for bit, so whatever order numbers are drawn in here is part of the format.
+// Drawing the context and target tokens of one clip. The same code runs on the host and on the
+// device; ops.sample_masks_reference is the same in Python, and all three agree bit for bit, so
+// whatever order numbers are drawn in here is part of the format.
 //
 //   in   spec (below), (seed, epoch, sample id)
-//   out  context[spec.context], target[spec.target]: sorted token numbers n = (t * H + y) * W + x, disjoint
+//   out  context[spec.context], target[spec.target]: sorted token numbers n = (t * H + y) * W + x,
+//   disjoint
 //
-// The union and its complement are bitmaps of N bits: blocks are set a row at a time, counting is popcount, and listing visits the
-// set bits alone. Bytes: 8 * (context + target) written a clip; 3 N / 8 + 4 N of scratch. The limit is integer arithmetic: (tokens
-// dropped) / 4 Philox blocks and about three visits to each token.
+// The union and its complement are bitmaps of N bits: blocks are set a row at a time, counting is
+// popcount, and listing visits the set bits alone. Bytes: 8 * (context + target) written a clip; 3
+// N / 8 + 4 N of scratch. The limit is integer arithmetic: (tokens dropped) / 4 Philox blocks and
+// about three visits to each token.
 //
-// A clip is drawn by a team: one thread on the host (Serial, below), one warp on the device (masks.cu). All of a team's lanes run the
-// same path; `team.lane` and `team.size` share out the loops over words, rows and tokens, and only a lottery's draws are one after another.
+// A clip is drawn by a team: one thread on the host (Serial, below), one warp on the device
+// (masks.cu). All of a team's lanes run the same path; `team.lane` and `team.size` share out the
+// loops over words, rows and tokens, and only a lottery's draws are one after another.
 #pragma once
 #include "philox.h"
 
@@ -19,20 +23,25 @@ struct MaskSpec {
   int32_t T, H, W;                 // token grid
   int32_t context, target;         // how many of each
   int32_t min_blocks, max_blocks;  // blocks in the union
-  int32_t redraws;                 // further draws allowed where the union or its complement is too small
-  int32_t n_sizes;                 // > 0: a clip takes one (h, w) of `sizes` for all its blocks, which span all of time;
-  const int32_t* sizes;            //      [n_sizes, 2]
-  int32_t low[3], high[3];         // n_sizes == 0: each block draws (t, h, w), low <= size <= high
-  uint32_t stream;                 // the family's Philox stream
+  int32_t redraws;  // further draws allowed where the union or its complement is too small
+  int32_t n_sizes;  // > 0: a clip takes one (h, w) of `sizes` for all its blocks, which span all of
+                    // time;
+  const int32_t* sizes;     //      [n_sizes, 2]
+  int32_t low[3], high[3];  // n_sizes == 0: each block draws (t, h, w), low <= size <= high
+  uint32_t stream;          // the family's Philox stream
 };
 
 SALT_HD int32_t tokens(const MaskSpec& spec) { return spec.T * spec.H * spec.W; }
-SALT_HD int32_t mask_words(const MaskSpec& spec) { return (tokens(spec) + 63) / 64; }  // uint64 words of one bitmap
+SALT_HD int32_t mask_words(const MaskSpec& spec) {
+  return (tokens(spec) + 63) / 64;
+}  // uint64 words of one bitmap
 
-// Scratch of one team, in bytes: three bitmaps (and a word that reading past a plane may touch), numbers, and a pool of tokens.
+// Scratch of one team, in bytes: three bitmaps (and a word that reading past a plane may touch),
+// numbers, and a pool of tokens.
 template <class Team>
 SALT_HD int64_t mask_scratch(const MaskSpec& spec) {
-  return 8 * (3 * static_cast<int64_t>(mask_words(spec)) + 1) + 16 * Team::blocks + 4 * ((static_cast<int64_t>(tokens(spec)) + 1) / 2 * 2);
+  return 8 * (3 * static_cast<int64_t>(mask_words(spec)) + 1) + 16 * Team::blocks +
+         4 * ((static_cast<int64_t>(tokens(spec)) + 1) / 2 * 2);
 }
 
 // One thread that does it all.
@@ -43,7 +52,8 @@ struct Serial {
   SALT_HD int32_t sum(int32_t x) const { return x; }
   SALT_HD void set(uint64_t* word, uint64_t mask) const { *word |= mask; }
   SALT_HD void fill(const Philox& philox, uint32_t first_block, uint32_t* out) const {
-    for (int32_t i = 0; i < blocks; ++i) philox.block(first_block + static_cast<uint32_t>(i), out + i, blocks);
+    for (int32_t i = 0; i < blocks; ++i)
+      philox.block(first_block + static_cast<uint32_t>(i), out + i, blocks);
   }
 #if !defined(__CUDA_ARCH__)
   static SALT_HD int32_t count(uint64_t x) { return __builtin_popcountll(x); }
@@ -53,13 +63,15 @@ struct Serial {
   SALT_HD int32_t list(const uint64_t* bits, int32_t words, Integer* out) const {
     int32_t found = 0;
     for (int32_t i = 0; i < words; ++i)
-      for (uint64_t rest = bits[i]; rest; rest &= rest - 1) out[found++] = static_cast<Integer>(64 * i + __builtin_ctzll(rest));
+      for (uint64_t rest = bits[i]; rest; rest &= rest - 1)
+        out[found++] = static_cast<Integer>(64 * i + __builtin_ctzll(rest));
     return found;
   }
 #endif
 };
 
-// The numbers of one Philox stream in order, made `Team::blocks` blocks at a time: number q of a batch lies at (q % 4) * blocks + q / 4.
+// The numbers of one Philox stream in order, made `Team::blocks` blocks at a time: number q of a
+// batch lies at (q % 4) * blocks + q / 4.
 template <class Team>
 struct Numbers {
   static constexpr int32_t SIZE = 4 * Team::blocks;
@@ -80,9 +92,12 @@ struct Numbers {
     return SIZE - used;
   }
 
-  // Number q of the batch, as a whole number in [0, n): the high half of number * n. A value's probability is off 1/n by less than 2^-32.
+  // Number q of the batch, as a whole number in [0, n): the high half of number * n. A value's
+  // probability is off 1/n by less than 2^-32.
   SALT_HD int32_t peek(int32_t q, int32_t n) const {
-    return static_cast<int32_t>((static_cast<uint64_t>(buffer[(q & 3) * Team::blocks + (q >> 2)]) * static_cast<uint32_t>(n)) >> 32);
+    return static_cast<int32_t>((static_cast<uint64_t>(buffer[(q & 3) * Team::blocks + (q >> 2)]) *
+                                 static_cast<uint32_t>(n)) >>
+                                32);
   }
 
   SALT_HD int32_t below(const Team& team, int32_t n) {
@@ -96,7 +111,8 @@ template <class Team>
 SALT_HD void set_bits(const Team& team, uint64_t* bits, int32_t start, int32_t length) {
   for (; length > 0; start += 64, length -= 64) {
     const int32_t word = start >> 6, offset = start & 63;
-    const uint64_t mask = length < 64 ? (uint64_t{1} << length) - 1 : ~uint64_t{0}, beyond = mask >> 1 >> (63 - offset);
+    const uint64_t mask = length < 64 ? (uint64_t{1} << length) - 1 : ~uint64_t{0},
+                   beyond = mask >> 1 >> (63 - offset);
     team.set(bits + word, mask << offset);
     if (Team::size == 1 || beyond) team.set(bits + word + 1, beyond);
   }
@@ -108,14 +124,17 @@ SALT_HD uint64_t bits_at(const uint64_t* bits, int32_t start) {
   return offset ? bits[word] >> offset | bits[word + 1] << (64 - offset) : bits[word];
 }
 
-// Move `count` tokens, drawn uniformly without replacement from the set `from`, to the set `to` (dropped where `to` is null).
+// Move `count` tokens, drawn uniformly without replacement from the set `from`, to the set `to`
+// (dropped where `to` is null).
 template <class Team>
-SALT_HD void move_tokens(const Team& team, Numbers<Team>& random, uint64_t* from, uint64_t* to, uint64_t* moved, int32_t* pool, int32_t words, int32_t count) {
+SALT_HD void move_tokens(const Team& team, Numbers<Team>& random, uint64_t* from, uint64_t* to,
+                         uint64_t* moved, int32_t* pool, int32_t words, int32_t count) {
   if (count <= 0) return;
   const int32_t size = team.list(from, words, pool);
   for (int32_t i = team.lane; i < words; i += Team::size) moved[i] = 0;
   team.sync();
-  for (int32_t done = 0; done < count;) {  // partial Fisher-Yates shuffle: the tokens drawn come to stand first
+  for (int32_t done = 0;
+       done < count;) {  // partial Fisher-Yates shuffle: the tokens drawn come to stand first
     const int32_t here = random.available(team), take = here < count - done ? here : count - done;
     if (team.lane == 0)
       for (int32_t i = done; i < done + take; ++i) {
@@ -126,7 +145,8 @@ SALT_HD void move_tokens(const Team& team, Numbers<Team>& random, uint64_t* from
     random.used += take, done += take;
   }
   team.sync();
-  for (int32_t i = team.lane; i < count; i += Team::size) team.set(moved + (pool[i] >> 6), uint64_t{1} << (pool[i] & 63));
+  for (int32_t i = team.lane; i < count; i += Team::size)
+    team.set(moved + (pool[i] >> 6), uint64_t{1} << (pool[i] & 63));
   team.sync();
   for (int32_t i = team.lane; i < words; i += Team::size) {
     from[i] &= ~moved[i];
@@ -137,15 +157,16 @@ SALT_HD void move_tokens(const Team& team, Numbers<Team>& random, uint64_t* from
 
 // scratch: mask_scratch<Team>(spec) bytes, 8-aligned.
 template <class Team>
-SALT_HD void draw_masks(const Team& team, const MaskSpec& spec, uint64_t seed, uint32_t epoch, uint64_t sample_id, uint64_t* scratch,
-                        int64_t* context, int64_t* target) {
+SALT_HD void draw_masks(const Team& team, const MaskSpec& spec, uint64_t seed, uint32_t epoch,
+                        uint64_t sample_id, uint64_t* scratch, int64_t* context, int64_t* target) {
   const int32_t plane = spec.H * spec.W, n = tokens(spec), words = mask_words(spec);
   uint64_t *in_union = scratch, *rest = scratch + words, *moved = rest + words;
   uint32_t* buffer = reinterpret_cast<uint32_t*>(moved + words + 1);
   int32_t* pool = reinterpret_cast<int32_t*>(buffer + Numbers<Team>::SIZE);
   Numbers<Team> random(Philox(seed, epoch, sample_id, spec.stream), buffer);
 
-  const bool spans_time = spec.n_sizes > 0;  // then the union is drawn on one plane, in `rest`, and repeated over time
+  const bool spans_time =
+      spec.n_sizes > 0;  // then the union is drawn on one plane, in `rest`, and repeated over time
   uint64_t* drawn = spans_time ? rest : in_union;
   const int32_t drawn_words = spans_time ? (plane + 63) / 64 : words;
   int32_t size[3] = {1, 0, 0};
@@ -156,17 +177,21 @@ SALT_HD void draw_masks(const Team& team, const MaskSpec& spec, uint64_t seed, u
   }
   int32_t covered = 0;
   for (int32_t attempt = 0; attempt <= spec.redraws; ++attempt) {
-    for (int32_t i = team.lane; i < drawn_words + (spans_time ? 1 : 0); i += Team::size) drawn[i] = 0;
+    for (int32_t i = team.lane; i < drawn_words + (spans_time ? 1 : 0); i += Team::size)
+      drawn[i] = 0;
     team.sync();
-    const int32_t blocks = spec.min_blocks + random.below(team, spec.max_blocks - spec.min_blocks + 1);
+    const int32_t blocks =
+        spec.min_blocks + random.below(team, spec.max_blocks - spec.min_blocks + 1);
     for (int32_t b = 0; b < blocks; ++b) {
       if (!spans_time)
-        for (int a = 0; a < 3; ++a) size[a] = spec.low[a] + random.below(team, spec.high[a] - spec.low[a] + 1);
+        for (int a = 0; a < 3; ++a)
+          size[a] = spec.low[a] + random.below(team, spec.high[a] - spec.low[a] + 1);
       const int32_t t0 = spans_time ? 0 : random.below(team, spec.T - size[0] + 1);
       const int32_t y0 = random.below(team, spec.H - size[1] + 1);
       const int32_t x0 = random.below(team, spec.W - size[2] + 1);
       for (int32_t t = t0; t < t0 + size[0]; ++t)
-        for (int32_t y = y0 + team.lane; y < y0 + size[1]; y += Team::size) set_bits(team, drawn, (t * spec.H + y) * spec.W + x0, size[2]);
+        for (int32_t y = y0 + team.lane; y < y0 + size[1]; y += Team::size)
+          set_bits(team, drawn, (t * spec.H + y) * spec.W + x0, size[2]);
     }
     team.sync();
     covered = 0;
@@ -175,10 +200,13 @@ SALT_HD void draw_masks(const Team& team, const MaskSpec& spec, uint64_t seed, u
     if (covered >= spec.target && n - covered >= spec.context) break;
   }
   if (spans_time)
-    for (int32_t i = team.lane; i < words; i += Team::size) {  // word i holds the plane's bits from (64 i) mod plane on, and around
+    for (int32_t i = team.lane; i < words;
+         i += Team::size) {  // word i holds the plane's bits from (64 i) mod plane on, and around
       uint64_t word = 0;
       for (int32_t filled = 0, at = 64 * i % plane; filled < 64; filled += plane - at, at = 0)
-        word |= (bits_at(rest, at) & (plane - at < 64 ? (uint64_t{1} << (plane - at)) - 1 : ~uint64_t{0})) << filled;
+        word |= (bits_at(rest, at) &
+                 (plane - at < 64 ? (uint64_t{1} << (plane - at)) - 1 : ~uint64_t{0}))
+                << filled;
       in_union[i] = word;
     }
   team.sync();
@@ -190,7 +218,8 @@ SALT_HD void draw_masks(const Team& team, const MaskSpec& spec, uint64_t seed, u
   }
   team.sync();
 
-  const int32_t short_of_context = spec.context - (n - covered), short_of_target = spec.target - covered;
+  const int32_t short_of_context = spec.context - (n - covered),
+                short_of_target = spec.target - covered;
   if (short_of_context > 0) {  // at most one side can be short, since context + target <= n
     move_tokens(team, random, in_union, rest, moved, pool, words, short_of_context);
     covered -= short_of_context;

@@ -1,6 +1,7 @@
-// masked_gather, masked_scatter and patch_normalise on the GPU: one warp an output row, as wide as alignment allows, several loads in
-// flight. Bytes: gather 2 * B * K * row; scatter B * (K + N) * row (each output row is written once, with zeros or with its source);
-// patch_normalise B * K * D * (1 + sizeof(out)). The limit is memory bandwidth.
+// masked_gather, masked_scatter and patch_normalise on the GPU: one warp an output row, as wide as
+// alignment allows, several loads in flight. Bytes: gather 2 * B * K * row; scatter B * (K + N) *
+// row (each output row is written once, with zeros or with its source); patch_normalise B * K * D *
+// (1 + sizeof(out)). The limit is memory bandwidth.
 #include <cuda_bf16.h>
 
 #include "common.cuh"
@@ -29,17 +30,21 @@ template <typename V>
 __global__ void __launch_bounds__(WARP* WARPS) gather_kernel(Rows a) {
   FOR_CLIPS(b, a.B) FOR_ROWS(k, a.K) {
     const int64_t r = b * a.K + k, row = b * a.N + position_of(a.index, r, k, a.N);
-    copy_row<V>(a.x + row * a.row_bytes, a.out + r * a.row_bytes, static_cast<int>(a.row_bytes / static_cast<int64_t>(sizeof(V))));
+    copy_row<V>(a.x + row * a.row_bytes, a.out + r * a.row_bytes,
+                static_cast<int>(a.row_bytes / static_cast<int64_t>(sizeof(V))));
   }
 }
 
-constexpr int CHUNK = 64;  // output rows of one clip that a block writes; it reads the clip's index once for them
+constexpr int CHUNK =
+    64;  // output rows of one clip that a block writes; it reads the clip's index once for them
 
 template <typename V>
 __global__ void __launch_bounds__(WARP* WARPS) scatter_kernel(Rows a) {
   __shared__ int source[CHUNK];  // of each output row: k, or -1
   const int vectors = static_cast<int>(a.row_bytes / static_cast<int64_t>(sizeof(V)));
-  FOR_CLIPS(b, a.B) for (int64_t first = blockIdx.x * static_cast<int64_t>(CHUNK); first < a.N; first += gridDim.x * static_cast<int64_t>(CHUNK)) {
+  FOR_CLIPS(b, a.B)
+  for (int64_t first = blockIdx.x * static_cast<int64_t>(CHUNK); first < a.N;
+       first += gridDim.x * static_cast<int64_t>(CHUNK)) {
     for (int i = threadIdx.x; i < CHUNK; i += WARP * WARPS) source[i] = -1;
     __syncthreads();
     for (int64_t k = threadIdx.x; k < a.K; k += WARP * WARPS) {
@@ -61,8 +66,8 @@ __global__ void __launch_bounds__(WARP* WARPS) scatter_kernel(Rows a) {
 __device__ __forceinline__ void store(float& out, float x) { out = x; }
 __device__ __forceinline__ void store(__nv_bfloat16& out, float x) { out = __float2bfloat16_rn(x); }
 
-// VEC entries a lane: 16 bytes of output, or one where rows or channels do not divide into that. A product and a sum, each rounded, as
-// on the CPU, so that the bits are the same.
+// VEC entries a lane: 16 bytes of output, or one where rows or channels do not divide into that. A
+// product and a sum, each rounded, as on the CPU, so that the bits are the same.
 template <typename Out, int VEC>
 __global__ void __launch_bounds__(WARP* WARPS) patches_kernel(Patches a, int span) {
   const int D = static_cast<int>(a.D);
@@ -73,7 +78,8 @@ __global__ void __launch_bounds__(WARP* WARPS) patches_kernel(Patches a, int spa
       Pack<uint8_t, VEC> held[UNROLL];
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u)
-        if (first + u * WARP * VEC < D) held[u] = *reinterpret_cast<const Pack<uint8_t, VEC>*>(row + first + u * WARP * VEC);
+        if (first + u * WARP * VEC < D)
+          held[u] = *reinterpret_cast<const Pack<uint8_t, VEC>*>(row + first + u * WARP * VEC);
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
         const int d = first + u * WARP * VEC;
@@ -84,7 +90,9 @@ __global__ void __launch_bounds__(WARP* WARPS) patches_kernel(Patches a, int spa
           if (c < a.channels && d >= c * span) scale = a.scale[c], shift = a.shift[c];
         Pack<Out, VEC> made;
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) store(made.value[v], __fadd_rn(__fmul_rn(static_cast<float>(held[u].value[v]), scale), shift));
+        for (int v = 0; v < VEC; ++v)
+          store(made.value[v],
+                __fadd_rn(__fmul_rn(static_cast<float>(held[u].value[v]), scale), shift));
         *reinterpret_cast<Pack<Out, VEC>*>(out + d) = made;
       }
     }
@@ -114,10 +122,17 @@ int64_t width_of(const Rows& a) {
 int gather_cuda(const Rows& a, CUstream_st* stream) {
   const dim3 grid = grid_of(a.B, a.K, WARPS);
   switch (width_of(a)) {
-    case 16: gather_kernel<uint4><<<grid, WARP * WARPS, 0, stream>>>(a); break;
-    case 4: gather_kernel<uint32_t><<<grid, WARP * WARPS, 0, stream>>>(a); break;
-    case 2: gather_kernel<uint16_t><<<grid, WARP * WARPS, 0, stream>>>(a); break;
-    default: gather_kernel<uint8_t><<<grid, WARP * WARPS, 0, stream>>>(a);
+    case 16:
+      gather_kernel<uint4><<<grid, WARP * WARPS, 0, stream>>>(a);
+      break;
+    case 4:
+      gather_kernel<uint32_t><<<grid, WARP * WARPS, 0, stream>>>(a);
+      break;
+    case 2:
+      gather_kernel<uint16_t><<<grid, WARP * WARPS, 0, stream>>>(a);
+      break;
+    default:
+      gather_kernel<uint8_t><<<grid, WARP * WARPS, 0, stream>>>(a);
   }
   return cudaGetLastError();
 }
@@ -125,16 +140,24 @@ int gather_cuda(const Rows& a, CUstream_st* stream) {
 int scatter_cuda(const Rows& a, CUstream_st* stream) {
   const dim3 grid = grid_of(a.B, a.N, CHUNK);
   switch (width_of(a)) {
-    case 16: scatter_kernel<uint4><<<grid, WARP * WARPS, 0, stream>>>(a); break;
-    case 4: scatter_kernel<uint32_t><<<grid, WARP * WARPS, 0, stream>>>(a); break;
-    case 2: scatter_kernel<uint16_t><<<grid, WARP * WARPS, 0, stream>>>(a); break;
-    default: scatter_kernel<uint8_t><<<grid, WARP * WARPS, 0, stream>>>(a);
+    case 16:
+      scatter_kernel<uint4><<<grid, WARP * WARPS, 0, stream>>>(a);
+      break;
+    case 4:
+      scatter_kernel<uint32_t><<<grid, WARP * WARPS, 0, stream>>>(a);
+      break;
+    case 2:
+      scatter_kernel<uint16_t><<<grid, WARP * WARPS, 0, stream>>>(a);
+      break;
+    default:
+      scatter_kernel<uint8_t><<<grid, WARP * WARPS, 0, stream>>>(a);
   }
   return cudaGetLastError();
 }
 
 int patches_cuda(const Patches& a, CUstream_st* stream) {
-  a.out_type == Type::f32 ? launch_patches<float>(a, stream) : launch_patches<__nv_bfloat16>(a, stream);
+  a.out_type == Type::f32 ? launch_patches<float>(a, stream)
+                          : launch_patches<__nv_bfloat16>(a, stream);
   return cudaGetLastError();
 }
 

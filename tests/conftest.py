@@ -6,7 +6,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not os.access("/dev/shm", os.W_OK):
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its worker processes want semaphores
+    # its worker processes want semaphores
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_configure(config):
@@ -15,7 +16,10 @@ def pytest_configure(config):
         from hypothesis import settings
     except ImportError:  # the tests marked gpu do without
         return
-    settings.register_profile("salt", deadline=None, max_examples=150, derandomize=True, database=None)  # the same cases in every run
+    # the same cases in every run
+    settings.register_profile(
+        "salt", deadline=None, max_examples=150, derandomize=True, database=None
+    )
     settings.load_profile("salt")
 
 
@@ -23,4 +27,5 @@ def pytest_configure(config):
 def world(tmp_path_factory):
     """tests.stages.make_world, once for all; tests add files of their own and change none."""
     from tests.stages import make_world
+
     return make_world(tmp_path_factory.mktemp("world"))

@@ -1,4 +1,7 @@
-"""What the tests of whole stages share: running a script as a user does, and a small world of videos, caches and checkpoints."""
+"""What the tests of whole stages share: running a script as a user does, and a small world of
+videos, caches and checkpoints.
+"""
+
 import contextlib
 import json
 import os
@@ -15,21 +18,56 @@ from tests.test_data import write_video
 
 ROOT = Path(model.__file__).resolve().parent
 VIEW = ["--frames", "4", "--resolution", "48"]
-SMALL = ["--size", "tiny", "--depth", "1", "--predictor_dim", "32", "--predictor_depth", "1", "--predictor_heads", "2", "--batch_size", "4", "--log_every", "2", "--dtype", "fp32"]
+SMALL = [
+    "--size",
+    "tiny",
+    "--depth",
+    "1",
+    "--predictor_dim",
+    "32",
+    "--predictor_depth",
+    "1",
+    "--predictor_heads",
+    "2",
+    "--batch_size",
+    "4",
+    "--log_every",
+    "2",
+    "--dtype",
+    "fp32",
+]
 
 
 def run(folder, script, *flags, code=0, **environ):
     """Run a stage in `folder`; on a wrong exit code show what it printed."""
-    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environ})
-    assert done.returncode == code, f"{script} {flags} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+    )
+    assert done.returncode == code, (
+        f"{script} {flags} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    )
     return done.stdout + done.stderr
 
 
 def start(words, folder, limit=300, before=None, **environ):
-    """A process whose output comes by a pipe; it and its children are killed after `limit` seconds, so that what hangs fails. before() runs in it first."""
-    process = subprocess.Popen([*map(str, words)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-                               preexec_fn=before, env={**os.environ, "OMP_NUM_THREADS": "1", **environ})
+    """A process whose output comes by a pipe; it and its children are killed after `limit` seconds,
+    so that what hangs fails. before() runs in it first.
+    """
+    process = subprocess.Popen(
+        [*map(str, words)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=before,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+    )
 
     def end():
         with contextlib.suppress(ProcessLookupError):
@@ -42,7 +80,9 @@ def start(words, folder, limit=300, before=None, **environ):
 
 
 def stopped_at(beginning, words, folder, number=signal.SIGTERM, **environ):
-    """Start a process and, at the first line with that beginning, signal it; returns what it printed, when it has ended."""
+    """Start a process and, at the first line with that beginning, signal it; returns what it
+    printed, when it has ended.
+    """
     process, said = start(words, folder, **environ), ""
     for line in process.stdout:
         said += line
@@ -73,29 +113,79 @@ def moving_square(random, frames):
     video = []
     for i in range(frames):
         frame = background.copy()
-        frame[y:y + 8, int(x):int(x) + 8] = 230
-        x += 30 * 0.2 * 0.83 ** i
+        frame[y : y + 8, int(x) : int(x) + 8] = 230
+        x += 30 * 0.2 * 0.83**i
         video.append(frame)
     return video
 
 
 def make_world(folder):
-    """A data folder in SSv2 layout, with one broken video and one listed but absent; caches, a teacher and a trained student."""
+    """A data folder in SSv2 layout, with one broken video and one listed but absent; caches, a
+    teacher and a trained student.
+    """
     random = np.random.default_rng(0)
     (folder / "data" / "videos").mkdir(parents=True)
     for i in range(26):
-        write_video(folder / "data" / "videos" / f"{i}.webm", moving_square(random, int(random.integers(12, 24))))
+        write_video(
+            folder / "data" / "videos" / f"{i}.webm",
+            moving_square(random, int(random.integers(12, 24))),
+        )
     (folder / "data" / "videos" / "7.webm").write_bytes(b"not a video")
-    row = lambda i: {"id": str(i), "label": "moving a square", "template": "Moving [something]", "placeholders": ["a square"]}
+
+    def row(i):
+        return {
+            "id": str(i),
+            "label": "moving a square",
+            "template": "Moving [something]",
+            "placeholders": ["a square"],
+        }
+
     (folder / "data" / "train.json").write_text(json.dumps([row(i) for i in [*range(18), 99]]))
     (folder / "data" / "validation.json").write_text(json.dumps([row(i) for i in range(18, 26)]))
     (folder / "data" / "test.json").write_text(json.dumps([{"id": "20"}]))
     run(folder, "cache_latents", "--data", "data", "--teacher", "none", *VIEW, "--out", "clips")
-    run(folder, "train", "--target", "pixels", "--masks", "ratio", "--cache", "clips", "--max_steps", "6", "--run_name", "teacher", *SMALL)
+    run(
+        folder,
+        "train",
+        "--target",
+        "pixels",
+        "--masks",
+        "ratio",
+        "--cache",
+        "clips",
+        "--max_steps",
+        "6",
+        "--run_name",
+        "teacher",
+        *SMALL,
+    )
     teacher = next(folder.glob("checkpoints/teacher_*/best.pth"))
     run(folder, "cache_latents", "--data", "data", "--teacher", teacher, "--out", "latents")
-    run(folder, "cache_latents", "--data", "data", "--split", "validation", "--teacher", teacher, "--out", "held_out")
-    run(folder, "train", "--cache", "latents", "--val_cache", "held_out", "--epochs", "4", "--run_name", "student", *SMALL)
+    run(
+        folder,
+        "cache_latents",
+        "--data",
+        "data",
+        "--split",
+        "validation",
+        "--teacher",
+        teacher,
+        "--out",
+        "held_out",
+    )
+    run(
+        folder,
+        "train",
+        "--cache",
+        "latents",
+        "--val_cache",
+        "held_out",
+        "--epochs",
+        "4",
+        "--run_name",
+        "student",
+        *SMALL,
+    )
     return folder
 
 
@@ -104,7 +194,8 @@ def run_folder(world, name):
 
 
 REFUSE = """import _multiprocessing, runpy, sys
-def refused(*arguments, **others): raise OSError(38, "semaphores and shared memory are refused here")
+def refused(*arguments, **others):
+    raise OSError(38, "semaphores and shared memory are refused here")
 _multiprocessing.SemLock = type("SemLock", (), {"SEM_VALUE_MAX": 1, "__new__": refused})
 import _posixshmem; _posixshmem.shm_open = refused
 sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition("/")[0])

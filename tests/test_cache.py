@@ -1,6 +1,7 @@
 """The cache's format, resuming, and what happens to broken ones."""
-import itertools
+
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,9 +18,29 @@ from config import InputError
 from views import View
 
 VIEW = View(frames=4, size=32, short_side=32)
-PLAN = {"split": "train", "list_count": 1100, "teacher": {"name": "t", "sha256": "ab", "dim": 6, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "compute": "fp32"},
-        "view": VIEW.to_dict(), "view_hash": VIEW.hash(), "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [8, 6], "patch_shape": [8, 1536],
-        "clips": True, "clips_from": None, "views": 1}
+PLAN = {
+    "split": "train",
+    "list_count": 1100,
+    "teacher": {
+        "name": "t",
+        "sha256": "ab",
+        "dim": 6,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.2, 0.2, 0.2),
+        "compute": "fp32",
+    },
+    "view": VIEW.to_dict(),
+    "view_hash": VIEW.hash(),
+    "patch": 16,
+    "tubelet": 2,
+    "dtype": "float16",
+    "batch_size": 8,
+    "latent_shape": [8, 6],
+    "patch_shape": [8, 1536],
+    "clips": True,
+    "clips_from": None,
+    "views": 1,
+}
 FAILING = {3, 511, 512, 1099}
 
 
@@ -46,7 +67,9 @@ def fill(writer, shards=None):
                 if row in FAILING:
                     shard.fail(row, f"v{row}", 0, "broken")
                 else:
-                    stored = to_stored(torch.from_numpy(latents_of(row))[None], writer.plan["dtype"])
+                    stored = to_stored(
+                        torch.from_numpy(latents_of(row))[None], writer.plan["dtype"]
+                    )
                     stored = {kind: array[0] for kind, array in stored.items()}
                     shard.add(f"v{row}", 0, patches_of(row), stored)
 
@@ -68,26 +91,43 @@ def copy(made, tmp_path):
 def test_records_come_back(made):
     opened, rows = open_cache(made), [row for row in range(1100) if row not in FAILING]
     assert len(opened) == len(rows) == len(opened.ids) and opened.metadata["failures"] == 4
-    assert list(opened.ids) == [f"v{row}" for row in rows] and opened.ids.fields(5) == ("v6", 0) and opened.ids[-1] == "v1098"
+    assert (
+        list(opened.ids) == [f"v{row}" for row in rows]
+        and opened.ids.fields(5) == ("v6", 0)
+        and opened.ids[-1] == "v1098"
+    )
     for record in (0, 3, 509, 510, 1021, 1095):
         assert np.array_equal(opened.latents(record), latents_of(rows[record]).astype(np.float16))
         assert np.array_equal(opened.patches(record), patches_of(rows[record]))
-        assert opened.latents(record).dtype == np.float16 and opened.patches(record).dtype == np.uint8
+        assert (
+            opened.latents(record).dtype == np.float16 and opened.patches(record).dtype == np.uint8
+        )
     with pytest.raises(IndexError):
         opened.latents(len(rows))
-    assert opened.view == VIEW and opened.mean == [0.5, 0.5, 0.5] and upkeep.verify(opened.folder) == ([], [])
+    assert (
+        opened.view == VIEW
+        and opened.mean == [0.5, 0.5, 0.5]
+        and upkeep.verify(opened.folder) == ([], [])
+    )
 
 
 def test_plain_numpy_reads_it(made):
     assert np.load(made / "latents-00000.npy", mmap_mode="r").shape == (510, 8, 6)
     assert np.load(made / "patches-00002.npy").shape == (75, 8, 1536)
     assert (made / "ids.txt").read_text().splitlines()[0] == "v0\t0"
-    assert json.loads((made / "failures.jsonl").read_text().splitlines()[1]) == {"row": 511, "id": "v511", "view": 0, "reason": "broken"}
+    assert json.loads((made / "failures.jsonl").read_text().splitlines()[1]) == {
+        "row": 511,
+        "id": "v511",
+        "view": 0,
+        "reason": "broken",
+    }
     assert not (made / "partial").exists()
 
 
 def test_statistics_are_those_of_the_stored_latents(made):
-    everything = np.concatenate([np.load(made / f"latents-{k:05d}.npy") for k in range(3)]).astype(np.float64)
+    everything = np.concatenate([np.load(made / f"latents-{k:05d}.npy") for k in range(3)]).astype(
+        np.float64
+    )
     stats = open_cache(made).stats
     assert stats["count"] == len(everything) and stats["mean"].dtype == np.float32
     np.testing.assert_allclose(stats["mean"], everything.mean(0), rtol=1e-5, atol=1e-6)
@@ -101,8 +141,12 @@ def test_a_cache_that_died_resumes_to_the_same_bits(made, tmp_path):
         open_cache(folder)
     writer = Writer(folder, PLAN)
     assert writer.missing() == [1, 2]
-    before = (folder / "partial" / "plan.json").stat().st_mtime_ns  # ranks join a plan; they do not race to write it again
-    assert Writer(folder, PLAN).missing() == [1, 2] and (folder / "partial" / "plan.json").stat().st_mtime_ns == before
+    # ranks join a plan; they do not race to write it again
+    before = (folder / "partial" / "plan.json").stat().st_mtime_ns
+    assert (
+        Writer(folder, PLAN).missing() == [1, 2]
+        and (folder / "partial" / "plan.json").stat().st_mtime_ns == before
+    )
     with pytest.raises(KeyboardInterrupt), writer.shard(2) as shard:
         shard.add("v1024", 0, patches_of(1024), half(latents_of(1024)))
         raise KeyboardInterrupt
@@ -117,9 +161,18 @@ def test_a_cache_that_died_resumes_to_the_same_bits(made, tmp_path):
     assert Writer(folder, PLAN).finished
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"view": {**VIEW.to_dict(), "size": 64}}, "another view: {'size': 32} there, {'size': 64} asked"), ({"teacher": {**PLAN["teacher"], "sha256": "cd"}}, "another teacher: {'sha256': 'ab'}"),
-    ({"list_sha256": "1"}, "another list_sha256"), ({"clips": False}, "another clips")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"view": {**VIEW.to_dict(), "size": 64}},
+            "another view: {'size': 32} there, {'size': 64} asked",
+        ),
+        ({"teacher": {**PLAN["teacher"], "sha256": "cd"}}, "another teacher: {'sha256': 'ab'}"),
+        ({"list_sha256": "1"}, "another list_sha256"),
+        ({"clips": False}, "another clips"),
+    ],
+)
 def test_a_cache_is_not_continued_under_another_plan(made, tmp_path, change, message):
     fill(Writer(tmp_path / "c", PLAN), shards=1)
     for folder in (made, tmp_path / "c"):
@@ -138,21 +191,36 @@ def test_other_folders_are_left_alone(tmp_path):
 def test_latents_beyond_float16_are_an_error():
     for value in (70000.0, np.inf, np.nan):
         for dtype in ("float16", "int8"):
-            with pytest.raises(InputError, match="latents of the video 'b' reach .*, beyond float16"):
-                to_stored(torch.stack([torch.zeros(8, 6), torch.full((8, 6), value)]), dtype, ["a", "b"])
+            with pytest.raises(
+                InputError, match="latents of the video 'b' reach .*, beyond float16"
+            ):
+                to_stored(
+                    torch.stack([torch.zeros(8, 6), torch.full((8, 6), value)]), dtype, ["a", "b"]
+                )
 
 
 def test_a_cache_of_nothing_is_an_error(tmp_path):
     writer = Writer(tmp_path / "c", {**PLAN, "list_count": 1})
     with writer.shard(0) as shard:
         shard.fail(0, "v0", 0, "it is empty")
-    with pytest.raises(InputError, match="no video of the list could be decoded; the first: it is empty"):
+    with pytest.raises(
+        InputError, match="no video of the list could be decoded; the first: it is empty"
+    ):
         writer.finish()
     assert not any((tmp_path / "c").iterdir())  # so that the next try starts afresh
 
 
 def test_clips_from_another_cache(made, tmp_path):
-    writer = Writer(tmp_path / "lat", {**PLAN, "list_count": 1096, "clips": False, "clips_from": str(made), "latent_shape": [8, 3]})
+    writer = Writer(
+        tmp_path / "lat",
+        {
+            **PLAN,
+            "list_count": 1096,
+            "clips": False,
+            "clips_from": str(made),
+            "latent_shape": [8, 3],
+        },
+    )
     source = open_cache(made)
     for number in writer.missing():
         with writer.shard(number) as shard:
@@ -160,7 +228,11 @@ def test_clips_from_another_cache(made, tmp_path):
                 shard.add(source.ids[row], 0, source.patches(row), half(np.zeros((8, 3))))
     writer.finish()
     both = open_cache(tmp_path / "lat")
-    assert both.has_patches and np.array_equal(both.patches(700), source.patches(700)) and both.latents(0).shape == (8, 3)
+    assert (
+        both.has_patches
+        and np.array_equal(both.patches(700), source.patches(700))
+        and both.latents(0).shape == (8, 3)
+    )
 
 
 def damage(folder, name, change):
@@ -174,15 +246,47 @@ def damage(folder, name, change):
         (folder / name).write_bytes(change(content))
 
 
-@pytest.mark.parametrize("name, change, message", [
-    ("metadata", lambda m: m.update(format_version=9), "a newer version of this code: it has cache format 9, this code reads 3; update the code"),
-    ("metadata", lambda m: m.update(format_version=1), "an older version of this code: .* make the cache again"), ("metadata", lambda m: m.update(format_version="x"), "older"),
-    ("metadata", lambda m: m.pop("view"), "damaged"), ("metadata", lambda m: m["shards"][1]["latents"].pop("bytes"), "damaged"), ("metadata", lambda m: m.update(shards=3), "damaged"),
-    ("metadata", lambda m: m["view"].update(seed=64), "view does not fit its hash"), ("metadata", lambda m: m["view"].update(size=64), "metadata.json is damaged .a view's short_side"), ("metadata", lambda m: m.update(count=3), "does not add up"),
-    ("metadata.json", lambda b: b[:40], "cannot be used"), ("metadata.json", lambda b: b.replace(b'"stride": 4', b'"stride": 5'), "metadata.json does not have its checksum"),
-    ("metadata.json", lambda b: b.replace(b'"count"', b'"c\xffunt"'), "cannot be used"),
-    ("ids.txt", lambda b: b[:-8], "ids.txt has 1095 lines"), ("ids.txt", lambda b: b.replace(b"v3", b"v!", 1), "ids.txt does not have its checksum"), ("latents-00001.npy", lambda b: b[:-100], "metadata.json says"),
-    ("patches-00000.npy", lambda b: b"\x00" * len(b), "broken header"), ("latents-00002.npy", lambda b: b.replace(b"<f2", b"<i2", 1), "metadata.json says float16")])
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        (
+            "metadata",
+            lambda m: m.update(format_version=9),
+            (
+                "a newer version of this code: it has cache format 9, this code reads 3; update the"
+                " code"
+            ),
+        ),
+        (
+            "metadata",
+            lambda m: m.update(format_version=1),
+            "an older version of this code: .* make the cache again",
+        ),
+        ("metadata", lambda m: m.update(format_version="x"), "older"),
+        ("metadata", lambda m: m.pop("view"), "damaged"),
+        ("metadata", lambda m: m["shards"][1]["latents"].pop("bytes"), "damaged"),
+        ("metadata", lambda m: m.update(shards=3), "damaged"),
+        ("metadata", lambda m: m["view"].update(seed=64), "view does not fit its hash"),
+        (
+            "metadata",
+            lambda m: m["view"].update(size=64),
+            "metadata.json is damaged .a view's short_side",
+        ),
+        ("metadata", lambda m: m.update(count=3), "does not add up"),
+        ("metadata.json", lambda b: b[:40], "cannot be used"),
+        (
+            "metadata.json",
+            lambda b: b.replace(b'"stride": 4', b'"stride": 5'),
+            "metadata.json does not have its checksum",
+        ),
+        ("metadata.json", lambda b: b.replace(b'"count"', b'"c\xffunt"'), "cannot be used"),
+        ("ids.txt", lambda b: b[:-8], "ids.txt has 1095 lines"),
+        ("ids.txt", lambda b: b.replace(b"v3", b"v!", 1), "ids.txt does not have its checksum"),
+        ("latents-00001.npy", lambda b: b[:-100], "metadata.json says"),
+        ("patches-00000.npy", lambda b: b"\x00" * len(b), "broken header"),
+        ("latents-00002.npy", lambda b: b.replace(b"<f2", b"<i2", 1), "metadata.json says float16"),
+    ],
+)
 def test_broken_caches_are_refused_in_one_line(copy, name, change, message):
     damage(copy, name, change)
     with pytest.raises(InputError, match=message) as caught:
@@ -190,7 +294,9 @@ def test_broken_caches_are_refused_in_one_line(copy, name, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_header_beyond_those_looked_at_first_is_found_when_the_shard_is_read(copy, monkeypatch):
+def test_a_broken_header_beyond_those_looked_at_first_is_found_when_the_shard_is_read(
+    copy, monkeypatch
+):
     monkeypatch.setattr(cache.Cache, "HEADERS", 2)
     damage(copy, "latents-00002.npy", lambda b: b.replace(b"<f2", b"<i2", 1))
     opened = open_cache(copy)
@@ -215,7 +321,18 @@ def test_a_file_truncated_while_open_is_an_error_with_shard_and_row(copy):
         opened.latents(400)
 
 
-@pytest.mark.parametrize("name, bad", [("latents-00001.npy", [1]), ("patches-00000.npy", [0]), ("stats.npz", []), ("ids.txt", []), ("failures.jsonl", []), ("fingerprints.npy", []), ("sources.npy", [])])
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        ("latents-00001.npy", [1]),
+        ("patches-00000.npy", [0]),
+        ("stats.npz", []),
+        ("ids.txt", []),
+        ("failures.jsonl", []),
+        ("fingerprints.npy", []),
+        ("sources.npy", []),
+    ],
+)
 def test_verify_finds_a_flipped_bit_and_repair_puts_it_right(made, copy, name, bad):
     damage(copy, name, lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     problems, found = upkeep.verify(copy)
@@ -230,7 +347,8 @@ def test_verify_finds_a_flipped_bit_and_repair_puts_it_right(made, copy, name, b
     fill(writer)
     writer.finish()
     for path in made.iterdir():
-        if name != "failures.jsonl" or path.name not in ("failures.jsonl", "metadata.json"):  # its reasons are lost
+        # its reasons are lost
+        if name != "failures.jsonl" or path.name not in ("failures.jsonl", "metadata.json"):
             assert path.read_bytes() == (copy / path.name).read_bytes(), path.name
     assert upkeep.verify(copy) == ([], []) and upkeep.reopen(Writer(copy, PLAN), LIST) == []
 
@@ -244,7 +362,11 @@ def test_verify_compares_ids_with_the_list(copy):
 
 
 def test_a_repair_on_other_hardware_makes_statistics_that_fit(made, copy):
-    damage(copy, "latents-00001.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    damage(
+        copy,
+        "latents-00001.npy",
+        lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+    )
     writer = Writer(copy, PLAN)
     writer.lock()
     upkeep.reopen(writer, LIST)
@@ -255,37 +377,61 @@ def test_a_repair_on_other_hardware_makes_statistics_that_fit(made, copy):
             else:
                 shard.add(f"v{row}", 0, patches_of(row), half(latents_of(row) + 1))
     writer.finish()
-    everything = np.concatenate([np.load(copy / f"latents-{k:05d}.npy") for k in range(3)]).astype(np.float64)
-    np.testing.assert_allclose(open_cache(copy).stats["mean"], everything.mean(0), rtol=1e-5, atol=1e-6)
+    everything = np.concatenate([np.load(copy / f"latents-{k:05d}.npy") for k in range(3)]).astype(
+        np.float64
+    )
+    np.testing.assert_allclose(
+        open_cache(copy).stats["mean"], everything.mean(0), rtol=1e-5, atol=1e-6
+    )
     assert upkeep.verify(copy) == ([], [])
 
 
 def test_what_a_broken_shard_held_must_be_there_again(made, copy):
-    """Videos that are gone: the repair stops, and neither it nor what it began takes anything away."""
-    damage(copy, "latents-00001.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    """Videos that are gone: the repair stops, and takes nothing away."""
+    damage(
+        copy,
+        "latents-00001.npy",
+        lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+    )
     broken = (copy / "latents-00001.npy").read_bytes()
     writer = Writer(copy, PLAN)
     writer.lock()
     upkeep.reopen(writer, LIST)
     for _ in range(2):
-        with pytest.raises(InputError, match="shard 1 of .* held the video 'v513', which cannot be decoded now .gone."), Writer(copy, PLAN).shard(1) as shard:
+        with (
+            pytest.raises(
+                InputError,
+                match="shard 1 of .* held the video 'v513', which cannot be decoded now .gone.",
+            ),
+            Writer(copy, PLAN).shard(1) as shard,
+        ):
             shard.fail(512, "v512", 0, "broken, as before")
             shard.fail(513, "v513", 0, "gone")
-    assert len(open_cache(copy)) == 1096 and (copy / "latents-00001.npy").read_bytes() == broken and not list(copy.glob("*.part"))
+    assert (
+        len(open_cache(copy)) == 1096
+        and (copy / "latents-00001.npy").read_bytes() == broken
+        and not list(copy.glob("*.part"))
+    )
     writer = Writer(copy, PLAN)
     fill(writer)
     writer.finish()
     assert all(path.read_bytes() == (copy / path.name).read_bytes() for path in made.iterdir())
 
 
-def test_what_was_held_is_kept_through_interrupted_repairs_and_in_unfinished_caches(made, copy, tmp_path):
-    flip = lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+def test_what_was_held_is_kept_through_interrupted_repairs_and_in_unfinished_caches(
+    made, copy, tmp_path
+):
+    def flip(content):
+        return content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+
     damage(copy, "latents-00000.npy", flip)
     writer = Writer(copy, PLAN)
     writer.lock()
     upkeep.reopen(writer, LIST)
     damage(copy, "latents-00001.npy", flip)  # while the repair is under way
-    assert upkeep.reopen(writer, LIST) == ["latents-00001.npy does not have its checksum"] and writer.missing() == [0, 1]
+    assert upkeep.reopen(writer, LIST) == [
+        "latents-00001.npy does not have its checksum"
+    ] and writer.missing() == [0, 1]
     unfinished = Writer(tmp_path / "c", PLAN)
     fill(unfinished, shards=2)
     damage(tmp_path / "c", "latents-00001.npy", flip)
@@ -295,23 +441,47 @@ def test_what_was_held_is_kept_through_interrupted_repairs_and_in_unfinished_cac
             shard.fail(600, "v600", 0, "gone")
 
 
-@pytest.mark.parametrize("name", ["failures.jsonl", "ids.txt", "stats.npz", "fingerprints.npy", "sources.npy"])
+@pytest.mark.parametrize(
+    "name", ["failures.jsonl", "ids.txt", "stats.npz", "fingerprints.npy", "sources.npy"]
+)
 def test_a_file_that_is_gone_is_made_again(made, copy, name):
     (copy / name).unlink()
     writer = Writer(copy, PLAN)
     writer.lock()
-    assert upkeep.reopen(writer, LIST) == [f"{name} cannot be read: No such file or directory"] and writer.missing() == []
+    assert (
+        upkeep.reopen(writer, LIST) == [f"{name} cannot be read: No such file or directory"]
+        and writer.missing() == []
+    )
     writer.finish()
-    assert upkeep.verify(copy) == ([], []) and (name == "failures.jsonl" or (copy / name).read_bytes() == (made / name).read_bytes())
+    assert upkeep.verify(copy) == ([], []) and (
+        name == "failures.jsonl" or (copy / name).read_bytes() == (made / name).read_bytes()
+    )
 
 
-@pytest.mark.parametrize("change", [lambda m: m["shards"][0].update(rows=509) or m["shards"][1].update(rows=512), lambda m: m["shards"][1]["latents"].update(bytes=7), lambda m: m["view"].update(seed=3)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["shards"][0].update(rows=509) or m["shards"][1].update(rows=512),
+        lambda m: m["shards"][1]["latents"].update(bytes=7),
+        lambda m: m["view"].update(seed=3),
+    ],
+)
 def test_verify_finds_metadata_that_does_not_fit_its_files(copy, change):
     damage(copy, "metadata", change)
     problems, bad = upkeep.verify(copy)
-    assert len(problems) == 1 and "metadata.json does not fit its files" in problems[0] and bad == [] and "--repair" not in upkeep.remedy(copy, problems)
+    assert (
+        len(problems) == 1
+        and "metadata.json does not fit its files" in problems[0]
+        and bad == []
+        and "--repair" not in upkeep.remedy(copy, problems)
+    )
     with pytest.raises(InputError, match="does not fit its files"):
-        upkeep.reopen(Writer(copy, {**PLAN, "view": json.loads((copy / "metadata.json").read_text())["view"]}), LIST)
+        upkeep.reopen(
+            Writer(
+                copy, {**PLAN, "view": json.loads((copy / "metadata.json").read_text())["view"]}
+            ),
+            LIST,
+        )
 
 
 def test_broken_statistics_are_one_line(made, copy, tmp_path):
@@ -347,7 +517,11 @@ def test_fingerprints_are_those_of_the_clips(made):
 
 
 def test_a_repair_with_other_pixels_is_refused(copy):
-    damage(copy, "latents-00001.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    damage(
+        copy,
+        "latents-00001.npy",
+        lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+    )
     writer = Writer(copy, PLAN)
     writer.lock()
     upkeep.reopen(writer, LIST)
@@ -359,10 +533,19 @@ def test_a_repair_with_other_pixels_is_refused(copy):
 
 
 def latents_over(clips, folder, change=0):
-    """A cache of zero latents over the clips of another, whose patches are taken as they are, or changed."""
+    """A cache of zero latents over the clips of another, whose patches are taken as they are, or
+    changed.
+    """
     source = open_cache(clips)
     ids = [source.ids.fields(row) for row in range(len(source))]
-    plan = {**PLAN, "list_count": len(ids), "list_sha256": list_digest(ids), "clips": False, "clips_from": os.path.relpath(clips, folder), "latent_shape": [8, 3]}
+    plan = {
+        **PLAN,
+        "list_count": len(ids),
+        "list_sha256": list_digest(ids),
+        "clips": False,
+        "clips_from": os.path.relpath(clips, folder),
+        "latent_shape": [8, 3],
+    }
     writer = Writer(folder, plan)
     for number in writer.missing():
         with writer.shard(number) as shard:
@@ -373,7 +556,9 @@ def latents_over(clips, folder, change=0):
 
 
 def test_latents_of_other_clips_of_the_same_ids_are_noticed(made, tmp_path):
-    assert open_cache(latents_over(made, tmp_path / "good")).has_patches and upkeep.verify(tmp_path / "good") == ([], [])
+    assert open_cache(latents_over(made, tmp_path / "good")).has_patches and upkeep.verify(
+        tmp_path / "good"
+    ) == ([], [])
     latents_over(made, tmp_path / "bad", change=1)
     with pytest.raises(InputError, match="whose clips .* uses, is not the cache it was made from"):
         open_cache(tmp_path / "bad")
@@ -402,7 +587,9 @@ def test_a_forged_teacher_is_one_line(copy, teacher):
 
 
 def with_outliers(kind, random):
-    """Latents [1, 196, 96] with per-channel sizes, and one token or channel that is far larger than the rest; which tokens are not."""
+    """Latents [1, 196, 96] with per-channel sizes, and one token or channel that is far larger than
+    the rest; which tokens are not.
+    """
     latents = random.normal(0, 1, (1, 196, 96)) * np.exp(random.normal(0, 0.7, 96))
     others = np.arange(196) != 70
     if kind == "token":
@@ -419,7 +606,7 @@ def test_int8_survives_outliers(kind):
     latents, others = with_outliers(kind, np.random.default_rng(0))
     stored = to_stored(torch.from_numpy(latents), "int8")
     error = (from_stored(stored).astype(np.float64) - latents)[:, others]
-    assert (error ** 2).sum() < 2e-4 * (latents[:, others].astype(np.float64) ** 2).sum()
+    assert (error**2).sum() < 2e-4 * (latents[:, others].astype(np.float64) ** 2).sum()
     assert (stored["latents"][:, others] == 0).mean() < 0.05
 
 
@@ -429,13 +616,26 @@ def test_what_int8_lost_is_in_the_metadata(tmp_path):
     for number in writer.missing():
         with writer.shard(number) as shard:
             for row in range(512 * number, min(512 * number + 512, 1100)):
-                stored = {kind: array[0] for kind, array in to_stored(torch.from_numpy(latents_of(row))[None], "int8").items()}
+                stored = {
+                    kind: array[0]
+                    for kind, array in to_stored(
+                        torch.from_numpy(latents_of(row))[None], "int8"
+                    ).items()
+                }
                 exact.append(latents_of(row).astype(np.float64))
                 read.append(from_stored(stored).astype(np.float64))
-                shard.add(f"v{row}", 0, patches_of(row), stored, float(((read[-1] - exact[-1]) ** 2).sum()))
+                shard.add(
+                    f"v{row}",
+                    0,
+                    patches_of(row),
+                    stored,
+                    float(((read[-1] - exact[-1]) ** 2).sum()),
+                )
     share = writer.finish()["lost_variance"]
     exact, read = np.stack(exact), np.stack(read)
-    assert share == pytest.approx(((read - exact) ** 2).sum() / ((exact - exact.mean(0)) ** 2).sum(), rel=1e-3)
+    assert share == pytest.approx(
+        ((read - exact) ** 2).sum() / ((exact - exact.mean(0)) ** 2).sum(), rel=1e-3
+    )
 
 
 def test_a_repair_takes_up_videos_that_are_back(made, tmp_path):
@@ -450,26 +650,45 @@ def test_a_repair_takes_up_videos_that_are_back(made, tmp_path):
     writer.finish()
     writer = Writer(tmp_path / "c", PLAN)
     writer.lock()
-    assert upkeep.reopen(writer, LIST, lambda row: row == 600) == ["the video 'v600', which was left out, can be decoded now"] and writer.missing() == [1]
+    assert upkeep.reopen(writer, LIST, lambda row: row == 600) == [
+        "the video 'v600', which was left out, can be decoded now"
+    ] and writer.missing() == [1]
     fill(writer)
     writer.finish()
     for path in made.iterdir():
-        assert path.name == "metadata.json" or path.read_bytes() == (tmp_path / "c" / path.name).read_bytes(), path.name
+        assert (
+            path.name == "metadata.json"
+            or path.read_bytes() == (tmp_path / "c" / path.name).read_bytes()
+        ), path.name
 
 
 def test_a_repair_of_an_unfinished_cache_looks_at_what_is_done(made, tmp_path):
     writer = Writer(tmp_path / "c", PLAN)
     fill(writer, shards=2)
-    damage(tmp_path / "c", "patches-00000.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-    assert upkeep.reopen(writer, LIST) == ["patches-00000.npy does not have its checksum"] and writer.missing() == [0, 2]
+    damage(
+        tmp_path / "c",
+        "patches-00000.npy",
+        lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+    )
+    assert upkeep.reopen(writer, LIST) == [
+        "patches-00000.npy does not have its checksum"
+    ] and writer.missing() == [0, 2]
     fill(writer)
     (tmp_path / "c" / "latents-00001.npy").unlink()
-    with pytest.raises(InputError, match="latents-00001.npy is gone or cut short since it was made; run the same command with --repair"):
+    with pytest.raises(
+        InputError,
+        match=(
+            "latents-00001.npy is gone or cut short since it was made; run the same command with"
+            " --repair"
+        ),
+    ):
         writer.finish()
     upkeep.reopen(writer, LIST)
     fill(writer)
     writer.finish()
-    assert all(path.read_bytes() == (tmp_path / "c" / path.name).read_bytes() for path in made.iterdir())
+    assert all(
+        path.read_bytes() == (tmp_path / "c" / path.name).read_bytes() for path in made.iterdir()
+    )
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -482,7 +701,9 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def killed_at(number, work):
-    """Run work() in a process that ends at once, as if killed, before or after its number-th change to the disk; whether it came that far."""
+    """Run work() in a process that ends at once, as if killed, before or after its number-th change
+    to the disk; whether it came that far.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -496,7 +717,9 @@ def killed_at(number, work):
             if next(seen) == number:
                 os._exit(9)
             return result
+
         return wrapped
+
     try:
         for name in ("replace", "fsync", "unlink", "mkdir", "rmdir", "link"):
             setattr(os, name, deadly(getattr(os, name)))
@@ -510,7 +733,9 @@ def everything_in(folder):
 
 
 def test_killed_at_any_change_to_the_disk(tmp_path, monkeypatch):
-    """Making, repairing and merging: whatever was done when the process died, the same call goes on to the same bits, and leaves nothing beside them."""
+    """Making, repairing and merging: whatever was done when the process died, the same call goes on
+    to the same bits, and leaves nothing beside them.
+    """
     monkeypatch.setattr(cache, "SHARD_ROWS", 8)
     monkeypatch.setattr(upkeep, "SHARD_ROWS", 8)
     ids = LIST[:20]
@@ -541,15 +766,24 @@ def test_killed_at_any_change_to_the_disk(tmp_path, monkeypatch):
             folder = tmp_path / f"{name}-{number}"
             if name:
                 shutil.copytree(tmp_path / "whole", folder)
-                damage(folder, name, lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+                damage(
+                    folder,
+                    name,
+                    lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+                )
             killed = killed_at(number, lambda: make(folder, repair=bool(name)))
             make(folder, repair=bool(name))
-            assert everything_in(folder) == expected and not (folder / "partial").exists(), (name, number)
+            assert everything_in(folder) == expected and not (folder / "partial").exists(), (
+                name,
+                number,
+            )
             points += killed
             if not killed:
                 break
     other = [(f"w{row}", 0) for row in range(8)]
-    writer = Writer(tmp_path / "other", {**plan, "list_count": 8, "list_sha256": list_digest(other)})
+    writer = Writer(
+        tmp_path / "other", {**plan, "list_count": 8, "list_sha256": list_digest(other)}
+    )
     with writer.shard(0) as shard:
         for row in range(8):
             shard.add(f"w{row}", 0, patches_of(row), half(latents_of(row)))
@@ -572,20 +806,41 @@ def test_killed_at_any_change_to_the_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("same_disk", [True, False])
 def test_a_merge_that_copies_is_checked(made, tmp_path, monkeypatch, same_disk):
     if not same_disk:
+
         def refuse(*arguments):
             raise OSError(18, "Invalid cross-device link")
+
         monkeypatch.setattr(os, "link", refuse)
     other = shutil.copytree(made, tmp_path / "b")
     (other / "ids.txt").write_text((other / "ids.txt").read_text().replace("v", "w"))
     failures = (other / "failures.jsonl").read_text().replace('"id": "v', '"id": "w')
     (other / "failures.jsonl").write_text(failures)
-    damage(other, "metadata", lambda m: m.update(ids_sha256=cache.sha256(other / "ids.txt"), failures_sha256=cache.sha256(other / "failures.jsonl")))
+    damage(
+        other,
+        "metadata",
+        lambda m: m.update(
+            ids_sha256=cache.sha256(other / "ids.txt"),
+            failures_sha256=cache.sha256(other / "failures.jsonl"),
+        ),
+    )
     upkeep.merge([made, other], tmp_path / "all")
-    assert upkeep.verify(tmp_path / "all") == ([], []) and not list((tmp_path / "all").glob("*.part"))
-    assert ((tmp_path / "all" / "latents-00000.npy").stat().st_ino == (made / "latents-00000.npy").stat().st_ino) == same_disk
+    assert upkeep.verify(tmp_path / "all") == ([], []) and not list(
+        (tmp_path / "all").glob("*.part")
+    )
+    assert (
+        (tmp_path / "all" / "latents-00000.npy").stat().st_ino
+        == (made / "latents-00000.npy").stat().st_ino
+    ) == same_disk
     if not same_disk:
-        damage(other, "patches-00001.npy", lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-        with pytest.raises(InputError, match="patches-00001.npy does not have its checksum; repair that cache first"):
+        damage(
+            other,
+            "patches-00001.npy",
+            lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+        )
+        with pytest.raises(
+            InputError,
+            match="patches-00001.npy does not have its checksum; repair that cache first",
+        ):
             upkeep.merge([made, other], tmp_path / "again")
         assert not list((tmp_path / "again").glob("*.part"))
 
@@ -600,10 +855,17 @@ def test_int8_latents_come_back_within_half_a_step(tmp_path, made, monkeypatch):
         size = np.sqrt(np.square(exact).mean(1, keepdims=True))  # of a token
         step = size * np.abs(exact / size).max(0) / 127
         got = opened.latents(record)
-        assert got.dtype == np.float16 and (np.abs(got - exact) <= 0.5 * step + 2e-3 * np.abs(exact) + 1e-6).all() and not np.array_equal(got, exact.astype(np.float16))
+        assert (
+            got.dtype == np.float16
+            and (np.abs(got - exact) <= 0.5 * step + 2e-3 * np.abs(exact) + 1e-6).all()
+            and not np.array_equal(got, exact.astype(np.float16))
+        )
         number = int(np.searchsorted(opened.first_rows, record, side="right")) - 1
         row = record - opened.first_rows[number]
-        stored = {kind: np.load(tmp_path / "c" / f"{kind}-{number:05d}.npy")[row] for kind in ("latents", "scales", "tokens")}
+        stored = {
+            kind: np.load(tmp_path / "c" / f"{kind}-{number:05d}.npy")[row]
+            for kind in ("latents", "scales", "tokens")
+        }
         assert np.array_equal(got, from_stored(stored))
     asked = []
     monkeypatch.setattr(ops, "advise", lambda files, starts, count: asked.append(count))
@@ -612,11 +874,21 @@ def test_int8_latents_come_back_within_half_a_step(tmp_path, made, monkeypatch):
     assert upkeep.verify(opened.folder) == ([], [])
     stats, exact = opened.stats, open_cache(made).stats
     np.testing.assert_allclose(stats["mean"], exact["mean"], atol=2e-3)
-    assert (tmp_path / "c" / "latents-00000.npy").stat().st_size < 0.51 * (made / "latents-00000.npy").stat().st_size
+    assert (tmp_path / "c" / "latents-00000.npy").stat().st_size < 0.51 * (
+        made / "latents-00000.npy"
+    ).stat().st_size
 
 
 def test_merging(made, tmp_path):
-    other = Writer(tmp_path / "b", {**PLAN, "split": "extra", "list_count": 600, "list_sha256": list_digest([(f"w{row}", 0) for row in range(600)])})
+    other = Writer(
+        tmp_path / "b",
+        {
+            **PLAN,
+            "split": "extra",
+            "list_count": 600,
+            "list_sha256": list_digest([(f"w{row}", 0) for row in range(600)]),
+        },
+    )
     for number in other.missing():
         with other.shard(number) as shard:
             for row in range(512 * number, min(512 * number + 512, 600)):
@@ -626,17 +898,29 @@ def test_merging(made, tmp_path):
                     shard.add(f"w{row}", 0, patches_of(row), half(latents_of(row + 5000)))
     other.finish()
     metadata = upkeep.merge([made, tmp_path / "b"], tmp_path / "all")
-    assert metadata["count"] == 1096 + 599 and metadata["split"] == "train+extra" and metadata["merged_from"] == ["c", "b"]
+    assert (
+        metadata["count"] == 1096 + 599
+        and metadata["split"] == "train+extra"
+        and metadata["merged_from"] == ["c", "b"]
+    )
     merged = open_cache(tmp_path / "all")
     assert upkeep.verify(merged.folder) == ([], []) and not (tmp_path / "all" / "partial").exists()
-    assert merged.ids[1096] == "w0" and np.array_equal(merged.latents(1096 + 7), latents_of(5008).astype(np.float16)) and np.array_equal(merged.patches(0), patches_of(0))
-    everything = np.concatenate([np.load(tmp_path / "all" / f"latents-{k:05d}.npy") for k in range(5)]).astype(np.float64)
+    assert (
+        merged.ids[1096] == "w0"
+        and np.array_equal(merged.latents(1096 + 7), latents_of(5008).astype(np.float16))
+        and np.array_equal(merged.patches(0), patches_of(0))
+    )
+    everything = np.concatenate(
+        [np.load(tmp_path / "all" / f"latents-{k:05d}.npy") for k in range(5)]
+    ).astype(np.float64)
     np.testing.assert_allclose(merged.stats["mean"], everything.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(merged.stats["variance"], everything.var(0), rtol=1e-4)
     with pytest.raises(InputError, match="'v0' .view 0. is in .* caches of different videos"):
         upkeep.merge([made, made], tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
-    with pytest.raises(InputError, match="was merged from c, b; repair c and b, delete .*all, and merge them again"):
+    with pytest.raises(
+        InputError, match="was merged from c, b; repair c and b, delete .*all, and merge them again"
+    ):
         upkeep.reopen(Writer(tmp_path / "all", {name: metadata[name] for name in PLAN}), LIST)
     with pytest.raises(InputError, match="is a cache already"):
         upkeep.merge([made, tmp_path / "b"], tmp_path / "all")
@@ -652,7 +936,10 @@ SHAPES = ({"heads": 4}, {"heads": 8}, None)  # of a teacher; older versions did 
 def of_shape(folder, name, shape):
     ids = [(f"{name}{row}", 0) for row in range(3)]
     teacher = {**PLAN["teacher"], **({"config": shape} if shape else {})}
-    writer = Writer(folder / name, {**PLAN, "teacher": teacher, "list_count": 3, "list_sha256": list_digest(ids)})
+    writer = Writer(
+        folder / name,
+        {**PLAN, "teacher": teacher, "list_count": 3, "list_sha256": list_digest(ids)},
+    )
     with writer.shard(0) as shard:
         for row, entry in enumerate(ids):
             shard.add(*entry, patches_of(row), half(latents_of(row)))
@@ -661,7 +948,9 @@ def of_shape(folder, name, shape):
 
 
 def test_what_is_not_known_of_a_teacher_stays_so(tmp_path):
-    """A cache of an older version brings no two shapes together, and is none the wiser after a merge or a repair."""
+    """A cache of an older version brings no two shapes together, and is none the wiser after a
+    merge or a repair.
+    """
     four, eight, old = (of_shape(tmp_path, name, shape) for name, shape in zip("abc", SHAPES))
     for folders in ([old, four, eight], [eight, old, four]):
         with pytest.raises(InputError, match="another teacher: .*heads"):
@@ -670,7 +959,9 @@ def test_what_is_not_known_of_a_teacher_stays_so(tmp_path):
         assert "config" not in upkeep.merge(folders, tmp_path / f"both{number}")["teacher"]
     assert upkeep.merge([four], tmp_path / "one")["teacher"]["config"] == {"heads": 4}
     plan = {name: json.loads((old / "metadata.json").read_text())[name] for name in PLAN}
-    writer = Writer(old, {**plan, "teacher": {**plan["teacher"], "name": "moved", "config": {"heads": 8}}})
+    writer = Writer(
+        old, {**plan, "teacher": {**plan["teacher"], "name": "moved", "config": {"heads": 8}}}
+    )
     assert writer.finished and writer.plan["teacher"] == plan["teacher"]
 
 
@@ -701,11 +992,15 @@ def test_only_the_rows_asked_for_are_read(made, reference, monkeypatch):
 
 def test_an_io_error_names_shard_and_row(made, monkeypatch):
     """A failing disk: stands for the errno that the extension reports from pread."""
+
     def fails(*arguments):
         raise ops.RowError(1, 3, 5)
+
     opened = open_cache(made)
     monkeypatch.setattr(ops, "read_rows", fails)
-    with pytest.raises(InputError, match="latents-00001.npy, row 90: Input/output error; check the disk"):
+    with pytest.raises(
+        InputError, match="latents-00001.npy, row 90: Input/output error; check the disk"
+    ):
         opened.read_rows("latents", [0, 600], torch.empty(2, 8, 6, dtype=torch.float16))
 
 
@@ -723,7 +1018,9 @@ def test_a_shard_of_another_cache_in_its_place_is_noticed(made, copy, tmp_path, 
     shutil.copy(tmp_path / "other" / f"{kind}-00001.npy", copy)
     read = getattr(open_cache(copy), kind)
     read(0)
-    with pytest.raises(InputError, match=f"{kind}-00001.npy: its first record does not have its fingerprint"):
+    with pytest.raises(
+        InputError, match=f"{kind}-00001.npy: its first record does not have its fingerprint"
+    ):
         read(700)
 
 
@@ -732,11 +1029,20 @@ def test_clips_that_are_damaged_are_not_taken_over(copy):
     opened = open_cache(copy)
     last = int(opened.first_rows[1]) - 1
     assert np.array_equal(opened.checked_patches(last - 1), opened.patches(last - 1))
-    with pytest.raises(InputError, match=f"the clip of record {last}, 'v510', does not have its fingerprint"):
+    with pytest.raises(
+        InputError, match=f"the clip of record {last}, 'v510', does not have its fingerprint"
+    ):
         opened.checked_patches(last)
 
 
-@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x" * path.stat().st_size), lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b"x" * path.stat().st_size),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
+    ],
+)
 def test_broken_fingerprints_beside_a_broken_shard_are_mended(made, copy, harm):
     damage(copy, "fingerprints.npy", lambda content: content + b"x")
     harm(copy / "patches-00001.npy")
@@ -751,7 +1057,9 @@ def test_broken_fingerprints_beside_a_broken_shard_are_mended(made, copy, harm):
 
 
 def test_what_records_were_cut_from_is_known_while_a_cache_is_made_and_afterwards(tmp_path):
-    """Of the shards that are there; of all when it is whole, after a repair, and merged; not of failures."""
+    """Of the shards that are there; of all when it is whole, after a repair, and merged; not of
+    failures.
+    """
     plan = {**PLAN, "list_count": 600, "list_sha256": list_digest(LIST[:600])}
     writer = Writer(tmp_path / "c", plan)
     fails = {3, 520}
@@ -764,13 +1072,17 @@ def test_what_records_were_cut_from_is_known_while_a_cache_is_made_and_afterward
                 else:
                     shard.add(*LIST[row], patches_of(row), half(latents_of(row)), source=row + 7)
 
-    expected = lambda rows: [(row, row + 7) for row in rows if row not in fails]
+    def expected(rows):
+        return [(row, row + 7) for row in rows if row not in fails]
+
     assert writer.made() == []
     make(1)
     assert writer.made() == expected(range(512, 600))
     make(0)
     writer.finish()
-    assert writer.made() == expected(range(600)) and open_cache(tmp_path / "c").sources.tolist() == [mark for _, mark in expected(range(600))]
+    assert writer.made() == expected(range(600)) and open_cache(
+        tmp_path / "c"
+    ).sources.tolist() == [mark for _, mark in expected(range(600))]
     damage(tmp_path / "c", "patches-00001.npy", lambda content: content[:-1] + b"x")
     writer = Writer(tmp_path / "c", plan)
     writer.lock()

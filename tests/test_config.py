@@ -1,4 +1,5 @@
 """Settings from file, environment and command line."""
+
 import ast
 import os
 import runpy
@@ -34,7 +35,14 @@ print(settings)
 def apply(tmp_path, *argv, positional=None, **environ):
     (tmp_path / "script.py").write_text(SCRIPT)
     scope = {"__file__": str(tmp_path / "script.py"), "config": config}
-    exec(compile(SCRIPT.replace("config.apply(globals())", "None").replace("print(settings)", ""), "script.py", "exec"), scope)
+    exec(
+        compile(
+            SCRIPT.replace("config.apply(globals())", "None").replace("print(settings)", ""),
+            "script.py",
+            "exec",
+        ),
+        scope,
+    )
     scope.pop("__annotations__", None)  # newer Pythons keep none in globals()
     hook = sys.excepthook
     try:
@@ -45,49 +53,113 @@ def apply(tmp_path, *argv, positional=None, **environ):
     return settings
 
 
-@pytest.mark.parametrize("argv, name, value", [
-    (["--epochs", "3"], "epochs", 3), (["--epochs=3"], "epochs", 3), (["--lr", "1e-3"], "lr", 1e-3), (["--weight-decay-end=0.2"], "weight_decay_end", 0.2),
-    (["--weight_decay_end", "0.2"], "weight_decay_end", 0.2), (["--verbose"], "verbose", True), (["--no_shuffle"], "shuffle", False), (["--no-shuffle"], "shuffle", False),
-    (["--shuffle", "false"], "shuffle", False), (["--verbose=true"], "verbose", True), (["--cache", "a-b"], "cache", "a-b"), (["--cache=none"], "cache", None),
-    (["--steps", "7"], "steps", 7), (["--steps", "none"], "steps", None), (["--name", "none"], "name", "none"), (["--kind", "l1"], "kind", "l1"),
-    (["--betas", "0.8,0.9"], "betas", (0.8, 0.9)), (["--paths", "a", "b"], "paths", ["a", "b"]), (["--paths=a,b"], "paths", ["a", "b"]), (["--lr", "-1"], "lr", -1.0)])
+@pytest.mark.parametrize(
+    "argv, name, value",
+    [
+        (["--epochs", "3"], "epochs", 3),
+        (["--epochs=3"], "epochs", 3),
+        (["--lr", "1e-3"], "lr", 1e-3),
+        (["--weight-decay-end=0.2"], "weight_decay_end", 0.2),
+        (["--weight_decay_end", "0.2"], "weight_decay_end", 0.2),
+        (["--verbose"], "verbose", True),
+        (["--no_shuffle"], "shuffle", False),
+        (["--no-shuffle"], "shuffle", False),
+        (["--shuffle", "false"], "shuffle", False),
+        (["--verbose=true"], "verbose", True),
+        (["--cache", "a-b"], "cache", "a-b"),
+        (["--cache=none"], "cache", None),
+        (["--steps", "7"], "steps", 7),
+        (["--steps", "none"], "steps", None),
+        (["--name", "none"], "name", "none"),
+        (["--kind", "l1"], "kind", "l1"),
+        (["--betas", "0.8,0.9"], "betas", (0.8, 0.9)),
+        (["--paths", "a", "b"], "paths", ["a", "b"]),
+        (["--paths=a,b"], "paths", ["a", "b"]),
+        (["--lr", "-1"], "lr", -1.0),
+    ],
+)
 def test_flags(tmp_path, argv, name, value):
     settings = apply(tmp_path, *argv)
     assert settings[name] == value and type(settings[name]) is type(value)
     assert {key for key in settings if settings[key] != apply(tmp_path)[key]} <= {name}
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs"), (["--zzz"], "unknown flag --zzz; see --help"), (["--epochs", "3.5"], "--epochs is '3.5'; it takes a whole number"),
-    (["--lr", "fast"], "takes a number"), (["--kind", "mes"], "it takes mse, l1; did you mean mse"), (["--verbose=maybe"], "true or false"), (["3"], "unexpected argument '3'"),
-    (["--epochs"], "expected one argument"), (["--epochs", "none"], "whole number"), (["--paths="], "at least one value"), (["--betas", "0.9"], "takes 2 values"), (["--epochs", "0"], "epochs is 0; it must be at least 1")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs"),
+        (["--zzz"], "unknown flag --zzz; see --help"),
+        (["--epochs", "3.5"], "--epochs is '3.5'; it takes a whole number"),
+        (["--lr", "fast"], "takes a number"),
+        (["--kind", "mes"], "it takes mse, l1; did you mean mse"),
+        (["--verbose=maybe"], "true or false"),
+        (["3"], "unexpected argument '3'"),
+        (["--epochs"], "expected one argument"),
+        (["--epochs", "none"], "whole number"),
+        (["--paths="], "at least one value"),
+        (["--betas", "0.9"], "takes 2 values"),
+        (["--epochs", "0"], "epochs is 0; it must be at least 1"),
+    ],
+)
 def test_bad_flags_are_one_line(tmp_path, argv, message):
     with pytest.raises(InputError, match=message):
         apply(tmp_path, *argv)
 
 
-@pytest.mark.parametrize("argv, paths", [
-    (["a", "b"], ["a", "b"]), (["a", "--epochs", "3", "b"], ["a", "b"]), (["--epochs=3", "a,b", "c"], ["a", "b", "c"]), (["a", "--paths", "b", "c", "--epochs", "3", "d"], ["a", "d", "b", "c"]),
-    (["--paths", "a"], ["a"]), ([], [])])
+@pytest.mark.parametrize(
+    "argv, paths",
+    [
+        (["a", "b"], ["a", "b"]),
+        (["a", "--epochs", "3", "b"], ["a", "b"]),
+        (["--epochs=3", "a,b", "c"], ["a", "b", "c"]),
+        (["a", "--paths", "b", "c", "--epochs", "3", "d"], ["a", "d", "b", "c"]),
+        (["--paths", "a"], ["a"]),
+        ([], []),
+    ],
+)
 def test_words_without_a_flag_go_to_the_positional_setting(tmp_path, argv, paths):
     settings = apply(tmp_path, *argv, positional="paths", PATHS="")
-    assert settings["paths"] == paths and settings["epochs"] == (3 if any("epochs" in word for word in argv) else 10)
+    assert settings["paths"] == paths and settings["epochs"] == (
+        3 if any("epochs" in word for word in argv) else 10
+    )
     assert apply(tmp_path, *argv, positional="paths", PATHS="x,y")["paths"] == (paths or ["x", "y"])
     if argv and not argv[0].startswith("--"):
         with pytest.raises(InputError, match=f"unexpected argument '{argv[0]}'"):
             apply(tmp_path, *argv)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["a", "--epoch", "3"], "unknown flag --epoch; did you mean --epochs"), (["a", "-x"], "unexpected argument '-x'"), (["a", "--epochs"], "expected one argument"), ([","], "at least one value")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["a", "--epoch", "3"], "unknown flag --epoch; did you mean --epochs"),
+        (["a", "-x"], "unexpected argument '-x'"),
+        (["a", "--epochs"], "expected one argument"),
+        ([","], "at least one value"),
+    ],
+)
 def test_bad_flags_beside_words(tmp_path, argv, message):
     with pytest.raises(InputError, match=message):
         apply(tmp_path, *argv, positional="paths")
 
 
 def test_command_line_over_environment_over_file(tmp_path, capsys):
-    settings = apply(tmp_path, "--epochs", "5", EPOCHS="6", LR="1e-2", WEIGHT_DECAY_END="0.3", NAME="", VERBOSE="1")
-    assert (settings["epochs"], settings["lr"], settings["weight_decay_end"], settings["name"], settings["verbose"]) == (5, 1e-2, 0.3, "none at all", True)
+    settings = apply(
+        tmp_path,
+        "--epochs",
+        "5",
+        EPOCHS="6",
+        LR="1e-2",
+        WEIGHT_DECAY_END="0.3",
+        NAME="",
+        VERBOSE="1",
+    )
+    assert (
+        settings["epochs"],
+        settings["lr"],
+        settings["weight_decay_end"],
+        settings["name"],
+        settings["verbose"],
+    ) == (5, 1e-2, 0.3, "none at all", True)
     printed = capsys.readouterr().out
     assert "lr = 0.01 (from LR in the environment)" in printed and "EPOCHS" not in printed
     with pytest.raises(InputError, match="LR in the environment is 'x'"):
@@ -95,47 +167,104 @@ def test_command_line_over_environment_over_file(tmp_path, capsys):
 
 
 def run(path, *argv):
-    return subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(config.__file__).parent)})
+    return subprocess.run(
+        [sys.executable, path, *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(config.__file__).parent)},
+    )
 
 
 def test_a_script_from_the_shell(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     shown = run(tmp_path / "script.py", "--help")
     assert shown.returncode == 0
-    for text in ("--epochs int", "passes over the data [10]", "--kind mse|l1", "loss [mse]", "--betas float,...", "AdamW [0.9,0.95]", "--cache str|none"):
+    for text in (
+        "--epochs int",
+        "passes over the data [10]",
+        "--kind mse|l1",
+        "loss [mse]",
+        "--betas float,...",
+        "AdamW [0.9,0.95]",
+        "--cache str|none",
+    ):
         assert text in shown.stdout
     wrong = run(tmp_path / "script.py", "--epoks", "3")
-    assert wrong.returncode == 1 and wrong.stderr == "script.py: error: unknown flag --epoks; did you mean --epochs?\n"
+    assert (
+        wrong.returncode == 1
+        and wrong.stderr == "script.py: error: unknown flag --epoks; did you mean --epochs?\n"
+    )
     assert "usage: python script.py [--name value ...]\n" in shown.stdout
-    (tmp_path / "script.py").write_text(SCRIPT.replace("globals())", "globals(), positional='paths')"))
-    assert "usage: python script.py PATHS [...] [--name value ...]\n" in run(tmp_path / "script.py", "--help").stdout
+    (tmp_path / "script.py").write_text(
+        SCRIPT.replace("globals())", "globals(), positional='paths')")
+    )
+    assert (
+        "usage: python script.py PATHS [...] [--name value ...]\n"
+        in run(tmp_path / "script.py", "--help").stdout
+    )
     assert "'paths': ['a', 'b']" in run(tmp_path / "script.py", "a", "--lr", "1", "b").stdout
 
 
-@pytest.mark.parametrize("stage", ["train", "cache_latents", "eval_distill", "probe_time_arrow", "plot_runs", "demo/make_videos", "demo/run", "demo/report"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "train",
+        "cache_latents",
+        "eval_distill",
+        "probe_time_arrow",
+        "plot_runs",
+        "demo/make_videos",
+        "demo/run",
+        "demo/report",
+    ],
+)
 def test_help_of_every_stage_has_a_comment_a_setting(stage):
     path = Path(config.__file__).parent / f"{stage}.py"
     comments = {name: comment for name, (_, comment) in config.read_settings(path).items()}
-    assert comments and all(comments.values()), [name for name, comment in comments.items() if not comment]
+    assert comments and all(comments.values()), [
+        name for name, comment in comments.items() if not comment
+    ]
     shown = run(path, "--help")
     assert shown.returncode == 0 and all(f"--{name} " in shown.stdout for name in comments)
 
 
 def test_a_whole_number_edited_in_place_leaves_a_setting_what_it_is(tmp_path):
     script = tmp_path / "stage.py"
-    script.write_text("import config\nrate: float = 1\nsettings = config.apply(globals(), argv=[], environ={'RATE': '0.5'})\n")
+    script.write_text(
+        "import config\nrate: float = 1\nsettings = config.apply(globals(), argv=[],"
+        " environ={'RATE': '0.5'})\n"
+    )
     assert runpy.run_path(str(script))["settings"] == {"rate": 0.5}
-    script.write_text("import config\nrate: float = 1\nsettings = config.apply(globals(), argv=[], environ={})\n")
+    script.write_text(
+        "import config\nrate: float = 1\nsettings = config.apply(globals(), argv=[], environ={})\n"
+    )
     assert repr(runpy.run_path(str(script))["settings"]) == "{'rate': 1.0}"
 
 
-@pytest.mark.parametrize("edit, message", [
-    ('dtype: Literal["bf16", "fp32"] = "bfloat16"', "has dtype = 'bfloat16'; it takes bf16|fp32"), ("rate = None", "has rate = None; it takes a value"),
-    ('masks: list[Literal["short", "long"]] = "short"', "has masks = 'short'; it takes short|long,..."), ('masks: list[Literal["short", "long"]] = ["shrt"]', "has masks = "),
-    ("steps: int | None = 2.5", "has steps = 2.5; it takes int|none"), ('rate = float("inf")', "has rate = inf; it takes float"), ("rate: float = True", "has rate = True")])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (
+            'dtype: Literal["bf16", "fp32"] = "bfloat16"',
+            "has dtype = 'bfloat16'; it takes bf16|fp32",
+        ),
+        ("rate = None", "has rate = None; it takes a value"),
+        (
+            'masks: list[Literal["short", "long"]] = "short"',
+            "has masks = 'short'; it takes short|long,...",
+        ),
+        ('masks: list[Literal["short", "long"]] = ["shrt"]', "has masks = "),
+        ("steps: int | None = 2.5", "has steps = 2.5; it takes int|none"),
+        ('rate = float("inf")', "has rate = inf; it takes float"),
+        ("rate: float = True", "has rate = True"),
+    ],
+)
 def test_what_is_edited_in_place_is_checked(tmp_path, edit, message):
     script = tmp_path / "stage.py"
-    script.write_text(f"from typing import Literal\nimport config\n{edit}\nconfig.apply(globals(), argv=[], environ={{}})\n")
+    script.write_text(
+        f"from typing import Literal\nimport config\n{edit}\nconfig.apply(globals(), argv=[],"
+        " environ={})\n"
+    )
     with pytest.raises(InputError) as caught:
         runpy.run_path(str(script))
     assert f"stage.py {message}" in str(caught.value)

@@ -135,7 +135,10 @@ def test_the_default_track_is_the_video(tmp_path):
         still, video = (container.add_stream("ffv1", rate=10) for _ in range(2))
         for stream in (still, video):
             stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
-        still.disposition, video.disposition = av.stream.Disposition(0), av.stream.Disposition.default
+        still.disposition, video.disposition = (
+            av.stream.Disposition(0),
+            av.stream.Disposition.default,
+        )
         for stream, frames in ((still, numbered_frames(1)), (video, numbered_frames(30))):
             for i, frame in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
@@ -145,7 +148,9 @@ def test_the_default_track_is_the_video(tmp_path):
     expect_frames(path, list(range(30)))
 
 
-@pytest.mark.parametrize("suffix, codec", [("mp4", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx")])
+@pytest.mark.parametrize(
+    "suffix, codec", [("mp4", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx")]
+)
 @pytest.mark.parametrize("share, noted", [(0.5, True), (1.0, False)])
 def test_a_video_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, codec, share, noted):
     """By the duration of an mp4 or webm, or the count of frames of an AVI."""
@@ -167,11 +172,16 @@ def test_a_video_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, code
         data.read_clip(str(path), VIEWS[0])
     assert len(said) == len(watch.broken) == noted
     if noted:
-        assert f"{path} ends after " in said[0] and  " of 4 s" in said[0]
+        assert f"{path} ends after " in said[0] and " of 4 s" in said[0]
 
 
-@pytest.mark.parametrize("suffix, sound, codec", [("webm", "libopus", "libvpx"), ("mkv", "aac", "libvpx"), ("flv", "aac", "libx264")])
-def test_a_video_with_sound_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, sound, codec):
+@pytest.mark.parametrize(
+    "suffix, sound, codec",
+    [("webm", "libopus", "libvpx"), ("mkv", "aac", "libvpx"), ("flv", "aac", "libx264")],
+)
+def test_a_video_with_sound_that_was_cut_short_is_named(
+    tmp_path, monkeypatch, suffix, sound, codec
+):
     """The container's duration may be that of its sound; the track's own says it."""
     path = tmp_path / f"v.{suffix}"
     frames = np.random.default_rng(0).integers(0, 255, (80, 48, 64, 3), np.uint8)
@@ -202,18 +212,31 @@ def watched(monkeypatch):
     return said
 
 
-@pytest.mark.parametrize("name, times, codec", [
-    ("dropped.avi", [3 * i for i in range(36)], "mpeg4"), ("late.avi", range(50, 110), "mpeg4"), ("late.mkv", range(50, 110), "libx264"),
-    ("slow.webm", [10 * i for i in range(3)], "libvpx"), ("held.gif", [0, 1, 2, 3, 40, 41, 42], "gif"), ("held.mp4", [*range(20), *range(60, 80)], "libx264")])
+@pytest.mark.parametrize(
+    "name, times, codec",
+    [
+        ("dropped.avi", [3 * i for i in range(36)], "mpeg4"),
+        ("late.avi", range(50, 110), "mpeg4"),
+        ("late.mkv", range(50, 110), "libx264"),
+        ("slow.webm", [10 * i for i in range(3)], "libvpx"),
+        ("held.gif", [0, 1, 2, 3, 40, 41, 42], "gif"),
+        ("held.mp4", [*range(20), *range(60, 80)], "libx264"),
+    ],
+)
 def test_whole_videos_are_not_called_damaged(tmp_path, monkeypatch, name, times, codec):
     """Frames left out, a late beginning, a pause that is stated."""
-    said, frames = watched(monkeypatch), np.random.default_rng(0).integers(0, 255, (110, 48, 64, 3), np.uint8)
+    said, frames = (
+        watched(monkeypatch),
+        np.random.default_rng(0).integers(0, 255, (110, 48, 64, 3), np.uint8),
+    )
     with av.open(str(tmp_path / name), "w") as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height = 64, 48
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         for time in times:
-            frame = av.VideoFrame.from_ndarray(frames[time], format="rgb24").reformat(format=stream.pix_fmt)
+            frame = av.VideoFrame.from_ndarray(frames[time], format="rgb24").reformat(
+                format=stream.pix_fmt
+            )
             frame.pts = time
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -236,10 +259,15 @@ def test_a_second_video_track_is_said(tmp_path, monkeypatch):
     assert len(said) == 1 and "v.mp4 has 2 video tracks, and one is used" in said[0]
 
 
-@pytest.mark.parametrize("where, begin, end", [((0.5, 1), None, None), ((0.25, 0.75), None, None), ((0.25, 0.75), 1, 4)])
-@pytest.mark.parametrize("suffix, options", [("mp4", {}), ("mp4", {"movflags": "faststart"}), ("mkv", {}), ("ts", {}), ("flv", {})])
+@pytest.mark.parametrize(
+    "where, begin, end", [((0.5, 1), None, None), ((0.25, 0.75), None, None), ((0.25, 0.75), 1, 4)]
+)
+@pytest.mark.parametrize(
+    "suffix, options",
+    [("mp4", {}), ("mp4", {"movflags": "faststart"}), ("mkv", {}), ("ts", {}), ("flv", {})],
+)
 def test_a_video_with_a_hole_is_named(tmp_path, monkeypatch, suffix, options, where, begin, end):
-    """As a download leaves it that makes room first: its size is right, a part of its bytes is 0."""
+    """As a download leaves it that makes room first: of the right size, a part of it zeros."""
     path = tmp_path / f"v.{suffix}"
     frames = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), np.uint8)
     with av.open(str(path), "w", options=options) as container:

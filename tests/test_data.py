@@ -1,4 +1,7 @@
-"""Lists, views and decoding, against arithmetic done by hand and against frames whose content says which they are."""
+"""Lists, views and decoding, against arithmetic done by hand and against frames whose content says
+which they are.
+"""
+
 import json
 import shutil
 import struct
@@ -19,19 +22,34 @@ from config import InputError
 from data import View
 
 
-def write_video(path, frames, codec="libvpx-vp9", rate=12, pix_fmt="yuv420p", times=None, options=None, **context):
+def write_video(
+    path,
+    frames,
+    codec="libvpx-vp9",
+    rate=12,
+    pix_fmt="yuv420p",
+    times=None,
+    options=None,
+    **context,
+):
     """Encode uint8 RGB frames, or ready VideoFrames, at `times` (frame numbers by default)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         first = frames[0]
-        stream.height, stream.width = (first.height, first.width) if isinstance(first, av.VideoFrame) else first.shape[:2]
+        stream.height, stream.width = (
+            (first.height, first.width) if isinstance(first, av.VideoFrame) else first.shape[:2]
+        )
         stream.pix_fmt = pix_fmt
         stream.options = options or {}
         stream.codec_context.time_base = Fraction(1, rate)
         for name, value in context.items():
             setattr(stream.codec_context, name, value)
         for i, frame in enumerate(frames):
-            frame = frame if isinstance(frame, av.VideoFrame) else av.VideoFrame.from_ndarray(frame, format="rgb24")
+            frame = (
+                frame
+                if isinstance(frame, av.VideoFrame)
+                else av.VideoFrame.from_ndarray(frame, format="rgb24")
+            )
             frame.pts, frame.time_base = (i if times is None else times[i]), Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -50,7 +68,9 @@ def numbers_in(clip):
 SMALL = View(frames=8, size=32, short_side=32)
 
 
-@pytest.mark.parametrize("codec, suffix", [("libvpx-vp9", "webm"), ("libx264", "mp4"), ("mpeg4", "avi"), ("ffv1", "mkv")])
+@pytest.mark.parametrize(
+    "codec, suffix", [("libvpx-vp9", "webm"), ("libx264", "mp4"), ("mpeg4", "avi"), ("ffv1", "mkv")]
+)
 @pytest.mark.parametrize("count", [40, 13, 3, 1])
 def test_uniform_takes_the_frames_of_the_formula(tmp_path, codec, suffix, count):
     path = write_video(tmp_path / f"v.{suffix}", numbered_frames(count), codec, bit_rate=8_000_000)
@@ -69,20 +89,31 @@ def test_webm_states_no_frame_count(tmp_path):
     path = write_video(tmp_path / "v.webm", numbered_frames(10))
     with av.open(path) as container:
         assert container.streams.video[0].frames == 0
-    assert numbers_in(data.read_clip(path, View(frames=10, size=32, short_side=32))) == list(range(10))
+    assert numbers_in(data.read_clip(path, View(frames=10, size=32, short_side=32))) == list(
+        range(10)
+    )
 
 
 def test_stride_and_window(tmp_path):
     path = write_video(tmp_path / "v.mkv", numbered_frames(41), "ffv1", pix_fmt="yuv444p")
-    assert numbers_in(data.read_clip(path, View(frames=8, size=32, short_side=32, sampling="stride", stride=4))) == list(range(6, 38, 4))
-    assert numbers_in(data.read_clip(path, View(frames=8, size=32, short_side=32, sampling="stride", stride=9))) == [0, 0, 6, 15, 24, 33, 40, 40]
+    assert numbers_in(
+        data.read_clip(path, View(frames=8, size=32, short_side=32, sampling="stride", stride=4))
+    ) == list(range(6, 38, 4))
+    assert numbers_in(
+        data.read_clip(path, View(frames=8, size=32, short_side=32, sampling="stride", stride=9))
+    ) == [0, 0, 6, 15, 24, 33, 40, 40]
     half = data.read_clip(path, View(frames=8, size=32, short_side=32, window=(0.5, 1)))
     assert numbers_in(half) == [20 + int((i + 0.5) * 21 / 8) for i in range(8)]
 
 
 def test_jittered_views_repeat_and_differ(tmp_path):
     rng = np.random.default_rng(0)
-    path = write_video(tmp_path / "v.mkv", [rng.integers(0, 256, (48, 96, 3), dtype=np.uint8) for _ in range(30)], "ffv1", pix_fmt="bgr0")
+    path = write_video(
+        tmp_path / "v.mkv",
+        [rng.integers(0, 256, (48, 96, 3), dtype=np.uint8) for _ in range(30)],
+        "ffv1",
+        pix_fmt="bgr0",
+    )
     views = [View(frames=8, size=32, short_side=40, view=v) for v in (0, 1, 1, 2)]
     clips = [data.read_clip(path, view, "some id") for view in views]
     assert np.array_equal(clips[1], clips[2])
@@ -96,15 +127,20 @@ def test_jittered_views_repeat_and_differ(tmp_path):
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
 def test_rotation_is_honoured(tmp_path, turn):
-    """Patches the display matrix of an mp4 track header, as phones write it (ISO 14496-12: x' = a x + c y, y' = b x + d y)."""
+    """Patches the display matrix of an mp4 track header, as phones write it (ISO 14496-12: x' = a x
+    + c y, y' = b x + d y).
+    """
     frame = np.zeros((64, 64, 3), np.uint8)
     frame[:32, :32, 0] = 255  # red in the top left
     path = tmp_path / "v.mp4"
     write_video(path, [frame] * 4, "mpeg4", options={"qscale": "2"})
     content = bytearray(path.read_bytes())
     at = content.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes of fields
-    a, b, c, d = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[turn]  # clockwise
-    content[at:at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    # clockwise
+    a, b, c, d = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[turn]
+    content[at : at + 36] = struct.pack(
+        ">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30
+    )
     path.write_bytes(content)
     clip = data.read_clip(str(path), View(frames=2, size=64, short_side=64))
     expected = np.rot90(frame, -turn // 90)
@@ -114,25 +150,43 @@ def test_rotation_is_honoured(tmp_path, turn):
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
 def test_a_turned_video_is_cropped_where_the_upright_one_is(tmp_path, turn):
-    """The same picture stored upright and stored turned with a display matrix: a jittered, off-centre view cuts the same place out of both."""
+    """The same picture stored upright and stored turned with a display matrix: a jittered,
+    off-centre view cuts the same place out of both.
+    """
     y, x = np.mgrid[0:96, 0:160]
     upright = np.stack([x * 255 / 159, y * 255 / 95, (x + y) % 64 * 4], -1).astype(np.uint8)
     clips = []
-    for name, frame, matrix in (("u", upright, (1, 0, 0, 1)), ("t", np.ascontiguousarray(np.rot90(upright, turn // 90)), {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[turn])):
+    for name, frame, matrix in (
+        ("u", upright, (1, 0, 0, 1)),
+        (
+            "t",
+            np.ascontiguousarray(np.rot90(upright, turn // 90)),
+            {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[turn],
+        ),
+    ):
         path = tmp_path / f"{name}.mp4"
         write_video(path, [frame] * 4, "mpeg4", options={"qscale": "1"}, bit_rate=20_000_000)
         content = bytearray(path.read_bytes())
         at = content.index(b"tkhd") + 4 + 40
         a, b, c, d = matrix
-        content[at:at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+        content[at : at + 36] = struct.pack(
+            ">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30
+        )
         path.write_bytes(content)
-        clips.append(data.read_clip(str(path), View(frames=2, size=48, short_side=64, view=3), "some id").astype(int))
+        clips.append(
+            data.read_clip(
+                str(path), View(frames=2, size=48, short_side=64, view=3), "some id"
+            ).astype(int)
+        )
     assert np.abs(clips[0][..., :2] - clips[1][..., :2]).mean() < 4
-    assert abs(clips[0][..., 0].mean() - 127) > 8 and abs(clips[0][..., 1].mean() - 127) > 8  # it is not the middle
+    # it is not the middle
+    assert abs(clips[0][..., 0].mean() - 127) > 8 and abs(clips[0][..., 1].mean() - 127) > 8
 
 
 YUV = {  # (matrix, range, bits) -> the luma weights of red and blue, and how codes map to [0, 1]
-    "601": (0.299, 0.114), "709": (0.2126, 0.0722)}
+    "601": (0.299, 0.114),
+    "709": (0.2126, 0.0722),
+}
 
 
 @pytest.mark.parametrize("matrix", ["601", "709"])
@@ -141,16 +195,31 @@ YUV = {  # (matrix, range, bits) -> the luma weights of red and blue, and how co
 @pytest.mark.parametrize("size", [(32, 32), (80, 48)])  # whole, and through the crop
 def test_colour_matrix_range_and_depth(tmp_path, matrix, full, bits, size):
     """Constant YUV codes against the equations of BT.601 / BT.709."""
-    codes = np.array([(120, 90, 170), (60, 160, 110), (200, 128, 128), (180, 100, 140)]) * 2 ** (bits - 8)
+    codes = np.array([(120, 90, 170), (60, 160, 110), (200, 128, 128), (180, 100, 140)]) * 2 ** (
+        bits - 8
+    )
     frames = []
     for y, u, v in codes:
         frame = av.VideoFrame(*size, "yuv444p" if bits == 8 else "yuv444p10le")
         for plane, value in zip(frame.planes, (y, u, v)):
-            plane.update(np.full(plane.buffer_size // (1 if bits == 8 else 2), value, np.uint8 if bits == 8 else "<u2").tobytes())
+            plane.update(
+                np.full(
+                    plane.buffer_size // (1 if bits == 8 else 2),
+                    value,
+                    np.uint8 if bits == 8 else "<u2",
+                ).tobytes()
+            )
         frame.colorspace = 1 if matrix == "709" else 6
         frame.color_range = 2 if full else 1
         frames.append(frame)
-    path = write_video(tmp_path / "v.mkv", frames, "ffv1", pix_fmt=frames[0].format.name, color_range=2 if full else 1, colorspace=1 if matrix == "709" else 6)
+    path = write_video(
+        tmp_path / "v.mkv",
+        frames,
+        "ffv1",
+        pix_fmt=frames[0].format.name,
+        color_range=2 if full else 1,
+        colorspace=1 if matrix == "709" else 6,
+    )
     clip = data.read_clip(path, View(frames=4, size=32, short_side=32))
     kr, kb = YUV[matrix]
     unit = codes / 2 ** (bits - 8)
@@ -164,14 +233,20 @@ def test_colour_matrix_range_and_depth(tmp_path, matrix, full, bits, size):
 
 def test_resize_and_crop_match_an_independent_resize(tmp_path):
     y, x = np.mgrid[0:120, 0:200]
-    frame = np.stack([x * 255 / 199, y * 255 / 119, 128 + 100 * np.sin(x / 20) * np.cos(y / 17)], -1).astype(np.uint8)
+    frame = np.stack(
+        [x * 255 / 199, y * 255 / 119, 128 + 100 * np.sin(x / 20) * np.cos(y / 17)], -1
+    ).astype(np.uint8)
     path = write_video(tmp_path / "v.mkv", [frame] * 2, "ffv1", pix_fmt="bgr0")
     clip = data.read_clip(path, View(frames=2, size=48, short_side=60))
     image = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
-    resized = F.interpolate(image, (60, 100), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    resized = (
+        F.interpolate(image, (60, 100), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    )
     assert np.abs(clip[0] - resized[6:54, 26:74]).mean() < 1.5
     squashed = data.read_clip(path, View(frames=2, size=48, short_side=48, crop="squash"))
-    expected = F.interpolate(image, (48, 48), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    expected = (
+        F.interpolate(image, (48, 48), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    )
     assert np.abs(squashed[0] - expected).mean() < 1.5
 
 
@@ -183,7 +258,9 @@ def test_broken_videos_are_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "head.webm").write_bytes(content[:200])
     with av.open(str(tmp_path / "sound.webm"), "w") as container:
         stream = container.add_stream("libopus", rate=48000)
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.int16), format="s16", layout="mono")
+        sound = av.AudioFrame.from_ndarray(
+            np.zeros((1, 960), np.int16), format="s16", layout="mono"
+        )
         sound.sample_rate = 48000
         container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
@@ -197,30 +274,46 @@ def test_broken_videos_are_one_clear_error(tmp_path, monkeypatch):
 
 def test_a_truncated_video_gives_the_frames_it_has(tmp_path):
     rng = np.random.default_rng(0)
-    noisy = [np.clip(frame + rng.integers(-8, 8, frame.shape), 0, 255).astype(np.uint8) for frame in numbered_frames(40)]
+    noisy = [
+        np.clip(frame + rng.integers(-8, 8, frame.shape), 0, 255).astype(np.uint8)
+        for frame in numbered_frames(40)
+    ]
     content = open(write_video(tmp_path / "v.webm", noisy), "rb").read()
     cut = tmp_path / "cut.webm"
-    cut.write_bytes(content[:len(content) // 2])
+    cut.write_bytes(content[: len(content) // 2])
     numbers = numbers_in(data.read_clip(str(cut), SMALL))
     assert numbers == sorted(numbers) and 10 < numbers[-1] < 30
 
 
 def test_several_clips_come_from_one_decode(tmp_path, monkeypatch):
     rng = np.random.default_rng(1)
-    frames = [np.clip(frame + rng.integers(0, 60, frame.shape), 0, 255).astype(np.uint8) for frame in numbered_frames(30, (48, 96))]
+    frames = [
+        np.clip(frame + rng.integers(0, 60, frame.shape), 0, 255).astype(np.uint8)
+        for frame in numbered_frames(30, (48, 96))
+    ]
     path = write_video(tmp_path / "v.mkv", frames, "ffv1", pix_fmt="bgr0")
-    views = [View(frames=4, size=32, short_side=40, view=number, seed=5) for number in range(3)] + [View(frames=8, size=16, short_side=16, window=(0, 0.3))]
+    views = [View(frames=4, size=32, short_side=40, view=number, seed=5) for number in range(3)] + [
+        View(frames=8, size=16, short_side=16, window=(0, 0.3))
+    ]
     one_by_one = [data.read_clip(path, view) for view in views]
     opened = []
     original = av.open
-    monkeypatch.setattr(av, "open", lambda *arguments, **how: opened.append(arguments) or original(*arguments, **how))
+    monkeypatch.setattr(
+        av,
+        "open",
+        lambda *arguments, **how: opened.append(arguments) or original(*arguments, **how),
+    )
     together = data.read_clips(path, views)
-    assert len(opened) == 1 and all(np.array_equal(a, b) for a, b in zip(together, one_by_one, strict=True))
+    assert len(opened) == 1 and all(
+        np.array_equal(a, b) for a, b in zip(together, one_by_one, strict=True)
+    )
     assert not np.array_equal(together[1], together[2])
 
 
 @pytest.mark.parametrize("held", [2**26, 0])
-@pytest.mark.parametrize("codec, suffix", [("libvpx-vp9", "webm"), ("libx264", "mp4"), ("ffv1", "mkv")])
+@pytest.mark.parametrize(
+    "codec, suffix", [("libvpx-vp9", "webm"), ("libx264", "mp4"), ("ffv1", "mkv")]
+)
 def test_decoding_stops_after_the_last_kept_frame(tmp_path, monkeypatch, codec, suffix, held):
     path = write_video(tmp_path / f"v.{suffix}", numbered_frames(40), codec, bit_rate=8_000_000)
     monkeypatch.setattr(data, "HELD_BYTES", held)  # 0: as a video too large to hold its packets
@@ -231,16 +324,26 @@ def test_decoding_stops_after_the_last_kept_frame(tmp_path, monkeypatch, codec, 
             for packet in packets:
                 decoded.append(packet.size)
                 yield packet
+
         return original(passing(), *others)
+
     monkeypatch.setattr(data, "cut", counting)
-    assert numbers_in(data.read_clip(path, View(frames=8, size=32, short_side=32, window=(0, 0.5)))) == [int((i + 0.5) * 20 / 8) for i in range(8)]
+    assert numbers_in(
+        data.read_clip(path, View(frames=8, size=32, short_side=32, window=(0, 0.5)))
+    ) == [int((i + 0.5) * 20 / 8) for i in range(8)]
     assert 19 <= len(decoded) <= 19 + 1 + 4  # frame 18 is the last; some codecs hold a few back
 
 
 @pytest.mark.parametrize("broken", [[0], [9], [23], [0, 5, 22]])
 def test_a_packet_that_gives_no_frame_is_not_counted(tmp_path, broken):
     """A packet that the decoder refuses: the clip is cut out of the frames that there are."""
-    path = write_video(tmp_path / "v.mkv", numbered_frames(24), "mjpeg", options={"qscale": "2"}, pix_fmt="yuvj420p")
+    path = write_video(
+        tmp_path / "v.mkv",
+        numbered_frames(24),
+        "mjpeg",
+        options={"qscale": "2"},
+        pix_fmt="yuvj420p",
+    )
     with av.open(path) as source, av.open(str(tmp_path / "w.mkv"), "w") as sink:
         stream = sink.add_stream_from_template(source.streams.video[0])
         for i, packet in enumerate(source.demux(source.streams.video[0])):
@@ -252,48 +355,93 @@ def test_a_packet_that_gives_no_frame_is_not_counted(tmp_path, broken):
                 packet.stream = stream
                 sink.mux(packet)
     there = [i for i in range(24) if i not in broken]
-    took = lambda view, have: [have[i] for i in data.frame_numbers(len(have), view).tolist()]
+
+    def took(view, have):
+        return [have[i] for i in data.frame_numbers(len(have), view).tolist()]
+
     whole = list(range(24))
-    expected = took(SMALL, whole if broken == [23] else there)  # what comes after the last frame that is kept does not matter
+    # what comes after the last frame that is kept does not matter
+    expected = took(SMALL, whole if broken == [23] else there)
     assert numbers_in(data.read_clip(str(tmp_path / "w.mkv"), SMALL)) == expected
     # Cut beside others, each view's clip is what it is alone.
-    views = [SMALL, View(frames=4, size=32, short_side=32, window=(0, 0.4)), View(frames=24, size=32, short_side=32), View(frames=8, size=32, short_side=32, view=2)]
+    views = [
+        SMALL,
+        View(frames=4, size=32, short_side=32, window=(0, 0.4)),
+        View(frames=24, size=32, short_side=32),
+        View(frames=8, size=32, short_side=32, view=2),
+    ]
     alone = [data.read_clip(str(tmp_path / "w.mkv"), view) for view in views]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0]):
-        assert all(np.array_equal(clip, alone[i]) for clip, i in zip(data.read_clips(str(tmp_path / "w.mkv"), [views[i] for i in order]), order, strict=True))
+        assert all(
+            np.array_equal(clip, alone[i])
+            for clip, i in zip(
+                data.read_clips(str(tmp_path / "w.mkv"), [views[i] for i in order]),
+                order,
+                strict=True,
+            )
+        )
     assert numbers_in(alone[2]) == took(views[2], there)
 
 
 @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p10le", "bgr0", "gray"])
 @pytest.mark.parametrize("size", [(33, 47), (64, 40), (17, 90)])
 def test_the_crop_is_the_middle_square(tmp_path, pix_fmt, size):
-    """Odd sizes and every chroma layout: brightness rises along one axis, so that a clip's range says where it was cut."""
+    """Odd sizes and every chroma layout: brightness rises along one axis, so that a clip's range
+    says where it was cut.
+    """
     height, width = size
-    ramp = np.broadcast_to(np.linspace(20, 235, max(size))[:, None] if height > width else np.linspace(20, 235, max(size))[None], size)
-    path = write_video(tmp_path / "v.mkv", [np.repeat(ramp[..., None], 3, 2).astype(np.uint8)] * 2, "ffv1", pix_fmt=pix_fmt)
+    ramp = np.broadcast_to(
+        (
+            np.linspace(20, 235, max(size))[:, None]
+            if height > width
+            else np.linspace(20, 235, max(size))[None]
+        ),
+        size,
+    )
+    path = write_video(
+        tmp_path / "v.mkv",
+        [np.repeat(ramp[..., None], 3, 2).astype(np.uint8)] * 2,
+        "ffv1",
+        pix_fmt=pix_fmt,
+    )
     clip = data.read_clip(path, View(frames=2, size=16, short_side=16)).astype(float)
     side = min(size)
     first = (max(size) - side) / 2
-    edges = np.interp([first + side / 32 - 0.5, first + side - side / 32 - 0.5], np.arange(max(size)), np.linspace(20, 235, max(size)))  # centres of the first and last pixel
+    # centres of the first and last pixel
+    edges = np.interp(
+        [first + side / 32 - 0.5, first + side - side / 32 - 0.5],
+        np.arange(max(size)),
+        np.linspace(20, 235, max(size)),
+    )
     along = clip[0].mean(2).mean(1 if height > width else 0)
-    assert np.abs(along[[0, -1]] - edges).max() < 215 / max(size) * 1.6 + 2  # the chroma grid, and the edge's own filter
+    # the chroma grid, and the edge's own filter
+    assert np.abs(along[[0, -1]] - edges).max() < 215 / max(size) * 1.6 + 2
 
 
 def test_grey_levels_do_not_depend_on_the_width(tmp_path):
-    """swscale has a faster conversion for widths that are multiples of 8, which is two levels too dark."""
-    path = write_video(tmp_path / "v.mkv", [np.full((48, 64, 3), 180, np.uint8)] * 2, "ffv1", pix_fmt="yuv420p")
+    """swscale has a faster conversion for widths that are multiples of 8, which is two levels too
+    dark.
+    """
+    path = write_video(
+        tmp_path / "v.mkv", [np.full((48, 64, 3), 180, np.uint8)] * 2, "ffv1", pix_fmt="yuv420p"
+    )
     for size in (31, 32, 40, 45):
-        assert abs(data.read_clip(path, View(frames=2, size=size, short_side=size)).mean() - 180) < 1
+        assert (
+            abs(data.read_clip(path, View(frames=2, size=size, short_side=size)).mean() - 180) < 1
+        )
 
 
-# -------------------------------------------------------------------------------------------------------------- patches
+# ------------------------------------------------------------------------------------------ patches
+
 
 def test_patches_are_ordered_as_a_conv3d_flattens():
     clip = np.random.default_rng(0).integers(0, 256, (4, 64, 48, 3), dtype=np.uint8)
     patches = data.patchify(clip)
     assert patches.shape == (2 * 4 * 3, 3 * 2 * 16 * 16)
     conv = torch.nn.Conv3d(3, 5, (2, 16, 16), (2, 16, 16))
-    expected = conv(torch.from_numpy(clip).float().permute(3, 0, 1, 2)[None]).flatten(2).transpose(1, 2)[0]
+    expected = (
+        conv(torch.from_numpy(clip).float().permute(3, 0, 1, 2)[None]).flatten(2).transpose(1, 2)[0]
+    )
     got = F.linear(torch.from_numpy(patches).float(), conv.weight.flatten(1), conv.bias)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-2)
     assert np.array_equal(data.unpatchify(patches, (2, 4, 3)), clip)
@@ -312,7 +460,12 @@ def test_views_hash_and_compare():
     assert View() == View.from_dict(json.loads(json.dumps(View().to_dict())))
     assert View().hash() != View(size=112, short_side=112).hash()
     assert "size is 224 here and 96 there" in View().difference(View(size=96))
-    for fields, message in (({"sampling": "random"}, "sampling"), ({"frames": 0}, "frames"), ({"window": (0.5, 0.5)}, "window"), ({"size": 300}, "short_side")):
+    for fields, message in (
+        ({"sampling": "random"}, "sampling"),
+        ({"frames": 0}, "frames"),
+        ({"window": (0.5, 0.5)}, "window"),
+        ({"size": 300}, "short_side"),
+    ):
         with pytest.raises(InputError, match=message):
             View(**fields)
     with pytest.raises(InputError, match="no field 'sise'; did you mean size"):
@@ -322,10 +475,13 @@ def test_views_hash_and_compare():
 def test_random_halves_are_halves_anywhere():
     windows = [data.random_half(str(i), 0) for i in range(500)]
     assert all(abs(end - start - 0.5) < 1e-12 and 0 <= start <= 0.5 for start, end in windows)
-    assert 0.2 < np.mean([start for start, _ in windows]) < 0.3 and windows[3] == data.random_half("3", 0)
+    assert 0.2 < np.mean([start for start, _ in windows]) < 0.3 and windows[3] == data.random_half(
+        "3", 0
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- lists
+# -------------------------------------------------------------------------------------------- lists
+
 
 def make_folder(tmp_path, names, sub=""):
     (tmp_path / sub).mkdir(exist_ok=True, parents=True)
@@ -333,16 +489,28 @@ def make_folder(tmp_path, names, sub=""):
         (tmp_path / sub / name).write_bytes(b"x")
 
 
-@pytest.mark.parametrize("list_name", ["train.json", "something-something-v2-train.json", "labels/train.json"])
+@pytest.mark.parametrize(
+    "list_name", ["train.json", "something-something-v2-train.json", "labels/train.json"]
+)
 @pytest.mark.parametrize("sub", ["", "videos", "20bn-something-something-v2"])
 def test_ssv2_layouts(tmp_path, list_name, sub):
     make_folder(tmp_path, ["1.webm", "2.mp4", "9.txt"], sub)
     (tmp_path / "labels").mkdir()
-    (tmp_path / list_name).write_text(json.dumps([{"id": "1", "label": "pushing a cup", "template": "Pushing [something]"}, {"id": 2}, {"id": "3"}]))
+    (tmp_path / list_name).write_text(
+        json.dumps(
+            [
+                {"id": "1", "label": "pushing a cup", "template": "Pushing [something]"},
+                {"id": 2},
+                {"id": "3"},
+            ]
+        )
+    )
     said = []
     rows = data.load_split(str(tmp_path), "train", log=said.append)
     assert [row.id for row in rows] == ["1", "2", "3"] and rows[0].label == "Pushing something"
-    assert rows[0].path.endswith("1.webm") and rows[1].path.endswith("2.mp4") and rows[2].path is None
+    assert (
+        rows[0].path.endswith("1.webm") and rows[1].path.endswith("2.mp4") and rows[2].path is None
+    )
     assert list_name in said[0]
 
 
@@ -370,15 +538,29 @@ def test_csv_lists(tmp_path):
     make_folder(tmp_path, ["a.mp4", "b.webm"], "in")
     (tmp_path / "train.csv").write_text("\ufeffpath,label\nin/a.mp4,grasp\nin/b.webm\n")
     rows = data.load_split(str(tmp_path), "train")
-    assert [(row.id, row.label) for row in rows] == [("in/a", "grasp"), ("in/b", None)] and rows[1].path
+    assert [(row.id, row.label) for row in rows] == [("in/a", "grasp"), ("in/b", None)] and rows[
+        1
+    ].path
     both = [data.load_split(str(tmp_path / "train.csv"), split) for split in ("train",)]
     assert {row.id for row in both[0]} <= {"in/a", "in/b"}
 
 
-@pytest.mark.parametrize("content, message", [
-    ('{"moving [something]": "0"}', "label table"), ('[{"label": "x"}]', "row 0"), ('[{"id": "1"}, {"id": "../../etc/passwd"}]', "row 1: the id"),
-    ('[{"id": "a/b"}]', "plain file name"), ("[{", "not a readable JSON"), ("[" * 200000, "not a readable JSON"), ("[]", "is empty"), ('[{"id": "1"}, {"id": 1}]', "twice"),
-    ('[{"id": "7"}]', "none of the 1 videos"), ('[{"id": true}]', "row 0"), ('[{"id": "1", "label": 3}]', "label 3")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"moving [something]": "0"}', "label table"),
+        ('[{"label": "x"}]', "row 0"),
+        ('[{"id": "1"}, {"id": "../../etc/passwd"}]', "row 1: the id"),
+        ('[{"id": "a/b"}]', "plain file name"),
+        ("[{", "not a readable JSON"),
+        ("[" * 200000, "not a readable JSON"),
+        ("[]", "is empty"),
+        ('[{"id": "1"}, {"id": 1}]', "twice"),
+        ('[{"id": "7"}]', "none of the 1 videos"),
+        ('[{"id": true}]', "row 0"),
+        ('[{"id": "1", "label": 3}]', "label 3"),
+    ],
+)
 def test_malformed_lists_are_one_clear_error(tmp_path, content, message):
     make_folder(tmp_path, ["1.webm"])
     (tmp_path / "train.json").write_text(content)
@@ -404,10 +586,12 @@ def test_missing_lists_and_folders(tmp_path):
         data.load_split(str(tmp_path / "bad.csv"), "train")
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
+
 
 class Fake:
     """A source whose clip i is filled with i."""
+
     cache, latent_shape, patch_shape, grid, decodes = None, None, (2, 3), (1, 1, 2), True
 
     def __init__(self, n, bad=()):
@@ -429,7 +613,10 @@ def contents(source, order, batch_size, **how):
     """The clip numbers of each batch."""
     got = []
     for batch in data.batches(source, data.in_order(order, batch_size), **how):
-        assert batch.ids.tolist() == [data.sample_id(str(int(i))) for i in batch.patches[:, 0, 0]] and (batch.patches == batch.patches[:, :1, :1]).all()
+        assert (
+            batch.ids.tolist() == [data.sample_id(str(int(i))) for i in batch.patches[:, 0, 0]]
+            and (batch.patches == batch.patches[:, :1, :1]).all()
+        )
         got.append(batch.patches[:, 0, 0].tolist())
     return got
 
@@ -437,31 +624,44 @@ def contents(source, order, batch_size, **how):
 @pytest.mark.parametrize("threads, ahead", [(1, 1), (4, 2), (2, 5)])
 def test_batches_keep_their_order_and_places(threads, ahead):
     order = [int(i) for _, records in data.shuffled(22, 4, 3, range(5)) for i in records]
-    assert contents(Fake(22), order, 4, threads=threads, ahead=ahead) == [order[i:i + 4] for i in range(0, 20, 4)]
+    assert contents(Fake(22), order, 4, threads=threads, ahead=ahead) == [
+        order[i : i + 4] for i in range(0, 20, 4)
+    ]
     assert contents(Fake(7), range(7), 4, threads=threads) == [[0, 1, 2, 3], [4, 5, 6]]
 
 
 def test_shuffled_takes_each_record_once_an_epoch_and_starts_anywhere():
     epochs = {}
-    for epoch, records in data.shuffled(50, 7, 3, range(21)):  # 7 steps an epoch, one record left over
+    # 7 steps an epoch, one record left over
+    for epoch, records in data.shuffled(50, 7, 3, range(21)):
         epochs.setdefault(epoch, []).append(records)
-    for number, steps in epochs.items():
+    for steps in epochs.values():
         assert len(steps) == 7 and len(set(np.concatenate(steps).tolist())) == 49
     assert list(epochs) == [0, 1, 2] and not np.array_equal(epochs[0][0], epochs[1][0])
-    (epoch, records), = data.shuffled(50, 7, 3, [16])
+    ((epoch, records),) = data.shuffled(50, 7, 3, [16])
     assert epoch == 2 and np.array_equal(records, epochs[2][2])
     assert not np.array_equal(next(data.shuffled(50, 7, 4, [0]))[1], epochs[0][0])
 
 
 def test_a_broken_video_costs_only_its_own_place():
-    """In training the next readable sample stands in, whatever batch it is; in evaluation the batch is smaller."""
+    """In training the next readable sample stands in, whatever batch it is; in evaluation the batch
+    is smaller.
+    """
     heard = []
-    listen = lambda i, error: heard.append((i, str(error)))
-    assert contents(Fake(8, {1, 5, 6}), range(8), 4, failed=listen, substitutes=True) == [[0, 2, 2, 3], [4, 7, 7, 7]]
+
+    def listen(i, error):
+        return heard.append((i, str(error)))
+
+    assert contents(Fake(8, {1, 5, 6}), range(8), 4, failed=listen, substitutes=True) == [
+        [0, 2, 2, 3],
+        [4, 7, 7, 7],
+    ]
     assert heard == [(i, f"video {i} is broken") for i in (1, 5, 6)]
     assert contents(Fake(8, {7}), [7, 2], 1, failed=listen, substitutes=True) == [[0], [2]]
     assert contents(Fake(7, {1, 4, 5, 6}), range(7), 4, failed=listen) == [[0, 2, 3]]
-    with pytest.raises(InputError, match="16 videos in a row could not be decoded; the first: video 3"):
+    with pytest.raises(
+        InputError, match="16 videos in a row could not be decoded; the first: video 3"
+    ):
         contents(Fake(30, range(3, 30)), [1, 3], 2, failed=listen, substitutes=True)
     with pytest.raises(data.VideoError, match="video 1"):
         contents(Fake(4, {1}), range(4), 2)
@@ -470,7 +670,9 @@ def test_a_broken_video_costs_only_its_own_place():
 
 
 def test_preparing_is_bounded_and_ends_with_the_caller():
-    """No more than `ahead` batches are prepared early, and a caller that stops leaves no thread behind."""
+    """No more than `ahead` batches are prepared early, and a caller that stops leaves no thread
+    behind.
+    """
     begun = []
 
     class Counting(Fake):
@@ -491,11 +693,37 @@ def test_preparing_is_bounded_and_ends_with_the_caller():
 def made(tmp_path_factory):
     """A cache of 40 clips on the 2x4x4 grid, and all that is in it."""
     view, rng = View(frames=4, size=64, short_side=64), np.random.default_rng(0)
-    latents, patches = rng.normal(size=(40, 32, 6)).astype(np.float16), rng.integers(0, 256, (40, 32, 1536), dtype=np.uint8)
+    latents, patches = (
+        rng.normal(size=(40, 32, 6)).astype(np.float16),
+        rng.integers(0, 256, (40, 32, 1536), dtype=np.uint8),
+    )
     folder = tmp_path_factory.mktemp("cache") / "c"
-    writer = cache.Writer(folder, {
-        "split": "train", "list_count": 40, "list_sha256": "", "teacher": {"name": "t", "sha256": "ab", "mean": [0.5] * 3, "std": [0.2] * 3, "compute": "fp32"}, "view": view.to_dict(), "view_hash": view.hash(),
-        "views": 1, "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [32, 6], "patch_shape": [32, 1536], "clips": True, "clips_from": None})
+    writer = cache.Writer(
+        folder,
+        {
+            "split": "train",
+            "list_count": 40,
+            "list_sha256": "",
+            "teacher": {
+                "name": "t",
+                "sha256": "ab",
+                "mean": [0.5] * 3,
+                "std": [0.2] * 3,
+                "compute": "fp32",
+            },
+            "view": view.to_dict(),
+            "view_hash": view.hash(),
+            "views": 1,
+            "patch": 16,
+            "tubelet": 2,
+            "dtype": "float16",
+            "batch_size": 8,
+            "latent_shape": [32, 6],
+            "patch_shape": [32, 1536],
+            "clips": True,
+            "clips_from": None,
+        },
+    )
     with writer.shard(0) as shard:
         for row in range(40):
             shard.add(f"v{row}", 0, patches[row], {"latents": latents[row]})
@@ -505,23 +733,40 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_batches_of_a_cache_hold_the_rows_that_the_masks_ask_for(made, threads, reference, monkeypatch):
+def test_batches_of_a_cache_hold_the_rows_that_the_masks_ask_for(
+    made, threads, reference, monkeypatch
+):
     opened, latents, patches = made
     if reference:
         monkeypatch.setattr(ops, "EXTENSION", {**ops.EXTENSION, "devices": []})
         monkeypatch.setattr(ops, "File", ops.FileReference)
         opened = cache.open_cache(opened.folder)
     steps = list(data.shuffled(40, 5, 7, range(6, 11)))  # across the end of an epoch
-    stream = data.batches(data.Records(opened), steps, ["short", "long"], 7, patches=("context",), latents=("target",), threads=threads)
+    stream = data.batches(
+        data.Records(opened),
+        steps,
+        ["short", "long"],
+        7,
+        patches=("context",),
+        latents=("target",),
+        threads=threads,
+    )
     for (epoch, records), batch in zip(steps, stream, strict=True):
         ids = torch.tensor([data.sample_id(f"v{record}") for record in records])
         assert torch.equal(batch.ids, ids) and list(batch.masks) == ["short", "long"]
         for family, drawn in batch.masks.items():
             expected = ops.sample_masks(ids, epoch, 7, family, (2, 4, 4))
-            assert torch.equal(drawn.context, expected.context) and torch.equal(drawn.target, expected.target)
+            assert torch.equal(drawn.context, expected.context) and torch.equal(
+                drawn.target, expected.target
+            )
             for place, record in enumerate(records):
-                assert np.array_equal(batch.patches[place, drawn.context[place]], patches[record][drawn.context[place]])
-                assert np.array_equal(batch.latents[place, drawn.target[place]], latents[record][drawn.target[place]])
+                assert np.array_equal(
+                    batch.patches[place, drawn.context[place]],
+                    patches[record][drawn.context[place]],
+                )
+                assert np.array_equal(
+                    batch.latents[place, drawn.target[place]], latents[record][drawn.target[place]]
+                )
 
 
 def test_other_rows_are_not_read(made, monkeypatch):
@@ -533,31 +778,59 @@ def test_other_rows_are_not_read(made, monkeypatch):
         out.view(torch.uint8).fill_(77)
         original(self, kind, records, out, wanted, threads)
         asked.append((kind, None if wanted is None else int(wanted.sum())))
+
     monkeypatch.setattr(cache.Cache, "read_rows", listening)
     sampler = list(data.in_order(range(4), 4))
-    batch = next(data.batches(data.Records(opened), sampler, ["short", "long"], patches=("context",), latents=()))
+    batch = next(
+        data.batches(
+            data.Records(opened), sampler, ["short", "long"], patches=("context",), latents=()
+        )
+    )
     context = torch.zeros(4, 32, dtype=torch.bool)
     for drawn in batch.masks.values():
         context.scatter_(1, drawn.context, True)
-    assert batch.latents is None and asked == [("patches", int(context.sum()))]  # rows that both families want, once
-    assert (batch.patches[~context] == 77).all() and np.array_equal(batch.patches[context], torch.from_numpy(patches[:4])[context])
+    # rows that both families want, once
+    assert batch.latents is None and asked == [("patches", int(context.sum()))]
+    assert (batch.patches[~context] == 77).all() and np.array_equal(
+        batch.patches[context], torch.from_numpy(patches[:4])[context]
+    )
     whole = next(data.batches(data.Records(opened), sampler, ["short"]))
-    assert np.array_equal(whole.patches, patches[:4]) and np.array_equal(whole.latents, latents[:4]) and asked[1:] == [("patches", None), ("latents", None)]
+    assert (
+        np.array_equal(whole.patches, patches[:4])
+        and np.array_equal(whole.latents, latents[:4])
+        and asked[1:] == [("patches", None), ("latents", None)]
+    )
 
 
 def test_whole_records_are_asked_for_ahead(made, monkeypatch):
     asked = []
-    monkeypatch.setattr(ops, "advise", lambda files, starts, count: asked.append((len(files), count)))
-    stream = data.batches(data.Records(made[0]), data.in_order(range(40), 4), ["short"], patches=("context",), latents=("target",), ahead=2)
+    monkeypatch.setattr(
+        ops, "advise", lambda files, starts, count: asked.append((len(files), count))
+    )
+    stream = data.batches(
+        data.Records(made[0]),
+        data.in_order(range(40), 4),
+        ["short"],
+        patches=("context",),
+        latents=("target",),
+        ahead=2,
+    )
     next(stream)
     stream.close()
-    assert asked[:2] == [(4, 32 * 1536), (4, 32 * 6 * 2)] and 4 <= len(asked) <= 8  # patches and latents of the first batches, no further than `ahead`
+    # patches and latents of the first batches, no further than `ahead`
+    assert asked[:2] == [(4, 32 * 1536), (4, 32 * 6 * 2)] and 4 <= len(asked) <= 8
 
 
 def test_a_record_that_cannot_be_read_ends_the_run_with_shard_and_row(made, tmp_path):
     folder = shutil.copytree(made[0].folder, tmp_path / "c")
     opened = cache.open_cache(folder)
-    stream = data.batches(data.Records(opened), data.in_order(range(40), 4), ["short"], patches=("context",), latents=("target",))
+    stream = data.batches(
+        data.Records(opened),
+        data.in_order(range(40), 4),
+        ["short"],
+        patches=("context",),
+        latents=("target",),
+    )
     next(stream)
     with open(folder / "patches-00000.npy", "r+b") as file:
         file.truncate(128 + 30 * 32 * 1536)
@@ -573,21 +846,41 @@ def test_a_failing_disk_is_not_the_videos_fault(tmp_path, monkeypatch):
 
     def failing(*arguments, **others):
         raise OSError(5, "Input/output error", str(path))
+
     monkeypatch.setattr("builtins.open", failing)
     with pytest.raises(OSError, match="Input/output error") as caught:
         data.read_clip(str(path), SMALL)
     assert not isinstance(caught.value, InputError)
 
 
-@pytest.mark.parametrize("how, count", [({"sampling": "stride", "frames": 16}, 22), ({"sampling": "stride", "frames": 4}, 24), ({"frames": 12}, 16), ({"frames": 16}, 32), ({"frames": 8, "window": (0.2, 0.7)}, 30)])
+@pytest.mark.parametrize(
+    "how, count",
+    [
+        ({"sampling": "stride", "frames": 16}, 22),
+        ({"sampling": "stride", "frames": 4}, 24),
+        ({"frames": 12}, 16),
+        ({"frames": 16}, 32),
+        ({"frames": 8, "window": (0.2, 0.7)}, 30),
+    ],
+)
 def test_a_video_played_backwards_is_cut_as_its_mirror_image(tmp_path, how, count):
-    """By which the probe's two directions differ in direction alone. Reversing a clip is not enough: frame numbers are rounded down."""
+    """By which the probe's two directions differ in direction alone.
+
+    Reversing a clip is not enough: frame numbers are rounded down.
+    """
     view = View(size=32, short_side=32, **how)
     mirrored = views.MirroredView(**view.to_dict())
     frames = numbered_frames(count)
-    forwards, backwards = (write_video(tmp_path / f"{name}.mkv", part, "ffv1", 10, "bgr0") for name, part in (("f", frames), ("b", frames[::-1])))
+    forwards, backwards = (
+        write_video(tmp_path / f"{name}.mkv", part, "ffv1", 10, "bgr0")
+        for name, part in (("f", frames), ("b", frames[::-1]))
+    )
     clip, mirror = data.read_clips(forwards, [view, mirrored])
     if "window" not in how:
-        assert np.array_equal(mirror[::-1], data.read_clip(backwards, view)) and not np.array_equal(mirror, clip)
+        assert np.array_equal(mirror[::-1], data.read_clip(backwards, view)) and not np.array_equal(
+            mirror, clip
+        )
     steps, mirrored_steps = np.diff(numbers_in(clip)), np.diff(numbers_in(mirror))
-    assert np.array_equal(mirrored_steps, steps[::-1]) and min(numbers_in(mirror)) >= int(view.window[0] * count)
+    assert np.array_equal(mirrored_steps, steps[::-1]) and min(numbers_in(mirror)) >= int(
+        view.window[0] * count
+    )

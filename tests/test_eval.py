@@ -112,7 +112,7 @@ def test_the_variance_of_a_raw_checkpoint_is_its_training_sets(world, trained, t
 
 
 def test_one_reference_for_the_table(world, trained, tmp_path):
-    """Two checkpoints whose own means differ: R2 is measured from the first's, and a line says so."""
+    """Two checkpoints whose own means differ: R2 is of the first's, and a line says so."""
     saved = weights.load_checkpoint(trained["none"])
     moved = {**saved["space"], "zero": saved["space"]["zero"] + 1}
     weights.save_checkpoint(tmp_path / "moved.pth", {**saved, "space": moved})

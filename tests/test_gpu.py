@@ -1,4 +1,8 @@
-"""The CUDA kernels against the CPU's in float64, on data made here. Needs no more than torch, numpy and pytest: `make gpu-check`."""
+"""The CUDA kernels against the CPU's in float64, on data made here.
+
+Needs no more than torch, numpy and pytest: `make gpu-check`.
+"""
+
 import os
 import subprocess
 import sys
@@ -10,13 +14,22 @@ import torch
 
 import ops
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() or not ops.has_kernel(torch.empty(0, device="cuda")),
-                                                  reason="needs a GPU and an extension built for it")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not ops.has_kernel(torch.empty(0, device="cuda")),
+        reason="needs a GPU and an extension built for it",
+    ),
+]
 
 
 def rows(b, n, k, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(b)]) if b else torch.zeros(0, k, dtype=torch.int64)
+    return (
+        torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(b)])
+        if b
+        else torch.zeros(0, k, dtype=torch.int64)
+    )
 
 
 def off_by(elements, x):
@@ -32,18 +45,47 @@ def distance(found, expected):
 
 
 @pytest.mark.parametrize("family", ops.FAMILIES)
-@pytest.mark.parametrize("grid, counts, draws", [((8, 14, 14), None, 100_000), ((4, 6, 6), None, 2000), ((1, 3, 5), (2, 3), 500), ((2, 4, 4), (1, 1), 300),
-                                                 ((3, 7, 10), (150, 20), 500), ((4, 6, 6), (100, 44), 300), ((16, 32, 32), None, 300)])  # the last in global memory
+@pytest.mark.parametrize(
+    "grid, counts, draws",
+    [
+        ((8, 14, 14), None, 100_000),
+        ((4, 6, 6), None, 2000),
+        ((1, 3, 5), (2, 3), 500),
+        ((2, 4, 4), (1, 1), 300),
+        # the last in global memory
+        ((3, 7, 10), (150, 20), 500),
+        ((4, 6, 6), (100, 44), 300),
+        ((16, 32, 32), None, 300),
+    ],
+)
 def test_masks_are_the_cpus_bit_for_bit(family, grid, counts, draws):
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, 2**63, draws))
-    expected, found = (ops.sample_masks(x, 2**32 - 1, 2**63 - 1, family, grid, counts) for x in (ids, ids.cuda()))
-    assert found.context.is_cuda and torch.equal(found.context.cpu(), expected.context) and torch.equal(found.target.cpu(), expected.target)
+    expected, found = (
+        ops.sample_masks(x, 2**32 - 1, 2**63 - 1, family, grid, counts) for x in (ids, ids.cuda())
+    )
+    assert (
+        found.context.is_cuda
+        and torch.equal(found.context.cpu(), expected.context)
+        and torch.equal(found.target.cpu(), expected.target)
+    )
 
 
-SHAPES = [(2, 9, 5, 24), (3, 70, 33, 37), (1, 1, 1, 1), (2, 200, 130, 768), (2, 65, 64, 1280), (2, 6, 0, 8), (0, 6, 4, 8), (2, 6, 4, 0), (2, 300, 299, 3)]
+SHAPES = [
+    (2, 9, 5, 24),
+    (3, 70, 33, 37),
+    (1, 1, 1, 1),
+    (2, 200, 130, 768),
+    (2, 65, 64, 1280),
+    (2, 6, 0, 8),
+    (0, 6, 4, 8),
+    (2, 6, 4, 0),
+    (2, 300, 299, 3),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 @pytest.mark.parametrize("shift", [0, 1])
 def test_gather_and_scatter(dtype, shift):
     for b, n, k, d in SHAPES:
@@ -53,17 +95,29 @@ def test_gather_and_scatter(dtype, shift):
         back = torch.ops.salt_ops.masked_scatter(off_by(shift, found.cpu()), index.cuda(), n)
         assert torch.equal(back.cpu(), torch.ops.salt_ops.masked_scatter(found.cpu(), index, n))
     strided = torch.randn(4, 12, 9).transpose(1, 2)
-    assert torch.equal(ops.masked_gather(strided.cuda(), rows(4, 9, 5).cuda()).cpu(), ops.masked_gather_reference(strided, rows(4, 9, 5)))
+    assert torch.equal(
+        ops.masked_gather(strided.cuda(), rows(4, 9, 5).cuda()).cpu(),
+        ops.masked_gather_reference(strided, rows(4, 9, 5)),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_patches_are_the_cpus_bit_for_bit(dtype, shift):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    for b, n, k, d in [(2, 9, 5, 24), (3, 70, 33, 39), (2, 1568, 352, 1536), (1, 4, 4, 1176), (0, 6, 4, 6), (2, 6, 0, 6)]:
+    for b, n, k, d in [
+        (2, 9, 5, 24),
+        (3, 70, 33, 39),
+        (2, 1568, 352, 1536),
+        (1, 4, 4, 1176),
+        (0, 6, 4, 6),
+        (2, 6, 0, 6),
+    ]:
         patches, index = torch.randint(0, 256, (b, n, d), dtype=torch.uint8), rows(b, n, k)
         for at in (index, None):
-            found = ops.patch_normalise(off_by(shift, patches), mean, std, None if at is None else at.cuda(), dtype)
+            found = ops.patch_normalise(
+                off_by(shift, patches), mean, std, None if at is None else at.cuda(), dtype
+            )
             assert torch.equal(found.cpu(), ops.patch_normalise(patches, mean, std, at, dtype))
 
 
@@ -83,19 +137,45 @@ def test_loss_and_gradient(prediction_dtype, target_dtype, kind, normalise):
                     target = target.float().double()  # what a float32 comparison sees
                 mean, rstd = torch.randn(n, d), torch.rand(n, d) + 0.5
                 leaf = off_by(shift, prediction).requires_grad_()
-                loss, tokens = ops.masked_mse(leaf, off_by(shift, target), None if index is None else index.cuda(), kind, normalise, mean.cuda(), rstd.cuda(), True)
-                gradient, = torch.autograd.grad(loss * 3, leaf)
+                loss, tokens = ops.masked_mse(
+                    leaf,
+                    off_by(shift, target),
+                    None if index is None else index.cuda(),
+                    kind,
+                    normalise,
+                    mean.cuda(),
+                    rstd.cuda(),
+                    True,
+                )
+                (gradient,) = torch.autograd.grad(loss * 3, leaf)
                 truth = prediction.double().requires_grad_()
-                expected, expected_tokens = ops.masked_mse(truth, target, index, kind, normalise, mean.double(), rstd.double(), True)
-                expected_gradient, = torch.autograd.grad(expected * 3, truth)
-                assert loss.dtype == tokens.dtype == (torch.float64 if prediction_dtype == torch.float64 else torch.float32) and gradient.dtype == prediction_dtype
+                expected, expected_tokens = ops.masked_mse(
+                    truth, target, index, kind, normalise, mean.double(), rstd.double(), True
+                )
+                (expected_gradient,) = torch.autograd.grad(expected * 3, truth)
+                assert (
+                    loss.dtype
+                    == tokens.dtype
+                    == (torch.float64 if prediction_dtype == torch.float64 else torch.float32)
+                    and gradient.dtype == prediction_dtype
+                )
                 if prediction.numel() == 0:
                     assert loss.isnan() and expected.isnan() and gradient.shape == prediction.shape
                     continue
-                close = 1e-6 if prediction_dtype != torch.float64 or target_dtype == torch.uint8 else 1e-11
-                assert distance(loss, expected.detach()) <= close and distance(tokens, expected_tokens) <= 10 * close
-                if kind != "l1" or normalise == "none":  # an l1 slope jumps at 0, where a normalised target's rounding decides
-                    assert distance(gradient, expected_gradient) <= (2**-7 if prediction_dtype == torch.bfloat16 else 10 * close)
+                close = (
+                    1e-6
+                    if prediction_dtype != torch.float64 or target_dtype == torch.uint8
+                    else 1e-11
+                )
+                assert (
+                    distance(loss, expected.detach()) <= close
+                    and distance(tokens, expected_tokens) <= 10 * close
+                )
+                # an l1 slope jumps at 0, where a normalised target's rounding decides
+                if kind != "l1" or normalise == "none":
+                    assert distance(gradient, expected_gradient) <= (
+                        2**-7 if prediction_dtype == torch.bfloat16 else 10 * close
+                    )
 
 
 @pytest.mark.parametrize("kind", ops.KINDS)
@@ -104,8 +184,13 @@ def test_gradients_in_float64(kind, normalise):
     torch.manual_seed(1)
     prediction = torch.randn(2, 4, 6, dtype=torch.float64, device="cuda", requires_grad=True)
     target, index = torch.randn(2, 7, 6, dtype=torch.float64, device="cuda"), rows(2, 7, 4).cuda()
-    mean, rstd = torch.randn(7, 6, dtype=torch.float64, device="cuda"), torch.rand(7, 6, dtype=torch.float64, device="cuda") + 0.5
-    assert torch.autograd.gradcheck(lambda p: ops.masked_mse(p, target, index, kind, normalise, mean, rstd), prediction)
+    mean, rstd = (
+        torch.randn(7, 6, dtype=torch.float64, device="cuda"),
+        torch.rand(7, 6, dtype=torch.float64, device="cuda") + 0.5,
+    )
+    assert torch.autograd.gradcheck(
+        lambda p: ops.masked_mse(p, target, index, kind, normalise, mean, rstd), prediction
+    )
     x = torch.randn(2, 7, 6, dtype=torch.float64, device="cuda", requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: ops.masked_gather(x, index), x)
 
@@ -113,14 +198,22 @@ def test_gradients_in_float64(kind, normalise):
 def step(prediction, latents, patches, ids):
     masks = ops.sample_masks(ids, 3, 1, "short")
     loss = ops.masked_mse(prediction, latents, masks.target, "mse", "layer_norm")
-    gradient, = torch.autograd.grad(loss / 2, prediction)
-    return loss.detach(), gradient, ops.patch_normalise(patches, (0.5,) * 3, (0.25,) * 3, masks.context, torch.bfloat16)
+    (gradient,) = torch.autograd.grad(loss / 2, prediction)
+    return (
+        loss.detach(),
+        gradient,
+        ops.patch_normalise(patches, (0.5,) * 3, (0.25,) * 3, masks.context, torch.bfloat16),
+    )
 
 
 def inputs(b=8, d=768):
     torch.manual_seed(2)
-    return (torch.randn(b, 784, d, device="cuda").bfloat16().requires_grad_(), torch.randn(b, 1568, d, device="cuda").half(),
-            torch.randint(0, 256, (b, 1568, 1536), dtype=torch.uint8, device="cuda"), torch.arange(b, device="cuda"))
+    return (
+        torch.randn(b, 784, d, device="cuda").bfloat16().requires_grad_(),
+        torch.randn(b, 1568, d, device="cuda").half(),
+        torch.randint(0, 256, (b, 1568, 1536), dtype=torch.uint8, device="cuda"),
+        torch.arange(b, device="cuda"),
+    )
 
 
 def test_every_run_gives_the_same_bits():
@@ -152,60 +245,132 @@ def test_a_side_stream_is_used():
 
 def test_the_ops_are_captured_in_a_cuda_graph():
     prediction, latents, patches, ids = inputs()
-    run = lambda: (ops.masked_mse_with_grad(prediction, latents, ops.sample_masks(ids, 3, 1, "short").target), ops.patch_normalise(patches, (0.5,) * 3, (0.25,) * 3))
+
+    def run():
+        return (
+            ops.masked_mse_with_grad(
+                prediction, latents, ops.sample_masks(ids, 3, 1, "short").target
+            ),
+            ops.patch_normalise(patches, (0.5,) * 3, (0.25,) * 3),
+        )
+
     (loss, gradient), normal = run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         (graph_loss, graph_gradient), graph_normal = run()
     graph.replay()
-    assert torch.equal(loss, graph_loss) and torch.equal(gradient, graph_gradient) and torch.equal(normal, graph_normal)
+    assert (
+        torch.equal(loss, graph_loss)
+        and torch.equal(gradient, graph_gradient)
+        and torch.equal(normal, graph_normal)
+    )
 
 
 def test_the_saved_gradient_is_not_changed_by_backward():
     prediction = torch.randn(2, 3, 4, device="cuda", requires_grad=True)
     loss = ops.masked_mse(prediction, torch.randn(2, 3, 4, device="cuda"))
-    first, = torch.autograd.grad(loss * 5, prediction, retain_graph=True)
-    second, = torch.autograd.grad(loss, prediction)
+    (first,) = torch.autograd.grad(loss * 5, prediction, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, prediction)
     torch.testing.assert_close(first, 5 * second)
 
 
 def test_opcheck():
     x, index = torch.randn(2, 6, 4, device="cuda", requires_grad=True), rows(2, 6, 3).cuda()
     spec = ops.mask_spec("short", (4, 6, 6), None, "cuda:0")
-    checks = [(torch.ops.salt_ops.masked_gather, (x, index), {}), (torch.ops.salt_ops.masked_scatter, (x[:, :3].detach().requires_grad_(), index, 6), {}),
-              (torch.ops.salt_ops.sample_masks, (torch.arange(3, device="cuda"), 0, 0, ops.mask_numbers(spec), spec["sizes"]), {}),
-              (torch.ops.salt_ops.patch_normalise, (torch.zeros(2, 6, 6, dtype=torch.uint8, device="cuda"), index, [1.0, 2.0], [0.0, 1.0], torch.bfloat16), {}),
-              (torch.ops.salt_ops.masked_mse, (x[:, :3].detach().requires_grad_(), x.detach(), index, "l1", "layer_norm", None, None, 1.0, True), {})]
+    checks = [
+        (torch.ops.salt_ops.masked_gather, (x, index), {}),
+        (torch.ops.salt_ops.masked_scatter, (x[:, :3].detach().requires_grad_(), index, 6), {}),
+        (
+            torch.ops.salt_ops.sample_masks,
+            (torch.arange(3, device="cuda"), 0, 0, ops.mask_numbers(spec), spec["sizes"]),
+            {},
+        ),
+        (
+            torch.ops.salt_ops.patch_normalise,
+            (
+                torch.zeros(2, 6, 6, dtype=torch.uint8, device="cuda"),
+                index,
+                [1.0, 2.0],
+                [0.0, 1.0],
+                torch.bfloat16,
+            ),
+            {},
+        ),
+        (
+            torch.ops.salt_ops.masked_mse,
+            (
+                x[:, :3].detach().requires_grad_(),
+                x.detach(),
+                index,
+                "l1",
+                "layer_norm",
+                None,
+                None,
+                1.0,
+                True,
+            ),
+            {},
+        ),
+    ]
     for op, arguments, named in checks:
         assert set(torch.library.opcheck(op.default, arguments, named).values()) == {"SUCCESS"}
 
 
 def test_a_compiled_step_is_one_graph():
     given = inputs(2)
-    step = lambda prediction, latents, ids: ops.masked_mse(prediction * 2, latents, ops.sample_masks(ids, 3, 1, "short").target) / 2
-    plain, loss = step(given[0], given[1], given[3]), torch.compile(step, fullgraph=True)(given[0], given[1], given[3])
+
+    def step(prediction, latents, ids):
+        return (
+            ops.masked_mse(prediction * 2, latents, ops.sample_masks(ids, 3, 1, "short").target) / 2
+        )
+
+    plain, loss = (
+        step(given[0], given[1], given[3]),
+        torch.compile(step, fullgraph=True)(given[0], given[1], given[3]),
+    )
     torch.testing.assert_close(loss, plain)
-    torch.testing.assert_close(torch.autograd.grad(loss, given[0])[0], torch.autograd.grad(plain, given[0])[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, given[0])[0], torch.autograd.grad(plain, given[0])[0]
+    )
 
 
 def test_tensors_on_two_devices_are_an_error():
     x, index = torch.randn(2, 6, 4, device="cuda"), rows(2, 6, 3)
-    for bad in (lambda: ops.masked_gather(x, index), lambda: ops.masked_mse(x, x.cpu()), lambda: ops.masked_gather(x.cpu(), index.cuda())):
+    for bad in (
+        lambda: ops.masked_gather(x, index),
+        lambda: ops.masked_mse(x, x.cpu()),
+        lambda: ops.masked_gather(x.cpu(), index.cuda()),
+    ):
         with pytest.raises(ops.InputError):
             bad()
 
 
 def test_a_wrong_index_is_a_device_assert():
     """In processes of their own, since an assert ends the GPU's context."""
-    calls = ["ops.masked_gather(x, i)", "torch.ops.salt_ops.masked_scatter(x[:, :3], i, 6)", "ops.masked_mse(x[:, :3], x, i)",
-             "ops.patch_normalise(x.byte(), (0,), (1,), i)", "ops.sample_masks(-torch.ones(1, dtype=torch.int64, device='cuda'), 0, 0, 'short')"]
+    calls = [
+        "ops.masked_gather(x, i)",
+        "torch.ops.salt_ops.masked_scatter(x[:, :3], i, 6)",
+        "ops.masked_mse(x[:, :3], x, i)",
+        "ops.patch_normalise(x.byte(), (0,), (1,), i)",
+        "ops.sample_masks(-torch.ones(1, dtype=torch.int64, device='cuda'), 0, 0, 'short')",
+    ]
     runs = {}
     for call in calls:
         for bad in (6, -1):
-            code = (f"import torch, ops; x = torch.randn(2, 6, 4, device='cuda'); i = torch.tensor([[0, 1, {bad}], [0, 1, 2]], device='cuda')\n"
-                    f"try:\n    {call}; torch.cuda.synchronize()\nexcept RuntimeError as error:\n    print('device-side assert' in str(error), flush=True)")
-            runs[call, bad] = subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(ops.__file__), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            code = (
+                "import torch, ops; x = torch.randn(2, 6, 4, device='cuda'); i = torch.tensor([[0,"
+                f" 1, {bad}], [0, 1, 2]], device='cuda')\ntry:\n    {call};"
+                " torch.cuda.synchronize()\nexcept RuntimeError as error:\n    print('device-side"
+                " assert' in str(error), flush=True)"
+            )
+            runs[call, bad] = subprocess.Popen(
+                [sys.executable, "-c", code],
+                cwd=os.path.dirname(ops.__file__),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
     for case, run in runs.items():
         out, error = run.communicate(timeout=300)
         assert out.strip() == "True", (case, out, error)
@@ -213,22 +378,56 @@ def test_a_wrong_index_is_a_device_assert():
 
 @pytest.mark.parametrize("slow", ["copies", "caller"])
 def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, slow):
-    """Pinned memory, the copies' stream and the reuse of both: one of the two streams lags behind the other."""
+    """Pinned memory, the copies' stream and the reuse of both: one of the two streams lags behind
+    the other.
+    """
     pytest.importorskip("einops")
     import cache
     import data
+
     view, rng = data.View(frames=4, size=64, short_side=64), np.random.default_rng(0)
-    latents, patches = rng.normal(size=(64, 32, 256)).astype(np.float16), rng.integers(0, 256, (64, 32, 1536), dtype=np.uint8)
-    writer = cache.Writer(tmp_path / "c", {
-        "split": "train", "list_count": 64, "list_sha256": "", "teacher": {"name": "t", "sha256": "ab", "mean": [0.5] * 3, "std": [0.2] * 3, "compute": "fp32"}, "view": view.to_dict(), "view_hash": view.hash(),
-        "views": 1, "patch": 16, "tubelet": 2, "dtype": "float16", "batch_size": 8, "latent_shape": [32, 256], "patch_shape": [32, 1536], "clips": True, "clips_from": None})
+    latents, patches = (
+        rng.normal(size=(64, 32, 256)).astype(np.float16),
+        rng.integers(0, 256, (64, 32, 1536), dtype=np.uint8),
+    )
+    writer = cache.Writer(
+        tmp_path / "c",
+        {
+            "split": "train",
+            "list_count": 64,
+            "list_sha256": "",
+            "teacher": {
+                "name": "t",
+                "sha256": "ab",
+                "mean": [0.5] * 3,
+                "std": [0.2] * 3,
+                "compute": "fp32",
+            },
+            "view": view.to_dict(),
+            "view_hash": view.hash(),
+            "views": 1,
+            "patch": 16,
+            "tubelet": 2,
+            "dtype": "float16",
+            "batch_size": 8,
+            "latent_shape": [32, 256],
+            "patch_shape": [32, 1536],
+            "clips": True,
+            "clips_from": None,
+        },
+    )
     with writer.shard(0) as shard:
         for row in range(64):
             shard.add(f"v{row}", 0, patches[row], {"latents": latents[row]})
     writer.finish()
     opened = cache.open_cache(tmp_path / "c")
     steps = list(data.shuffled(64, 16, 0, range(24)))
-    how = {"families": ["short", "long"], "seed": 3, "patches": ("context",), "latents": ("target",)}
+    how = {
+        "families": ["short", "long"],
+        "seed": 3,
+        "patches": ("context",),
+        "latents": ("target",),
+    }
     original, kept = cache.Cache.read_rows, []
 
     def read_rows(self, *arguments, **others):  # the last thing before a batch goes over
@@ -236,57 +435,109 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, slow):
         if slow == "copies":
             with torch.cuda.stream(data.copy_stream(torch.device("cuda"))):
                 torch.cuda._sleep(20_000_000)
+
     monkeypatch.setattr(cache.Cache, "read_rows", read_rows)
-    for (_, records), batch in zip(steps, data.batches(data.Records(opened), steps, **how, device="cuda"), strict=True):
+    for (_, records), batch in zip(
+        steps, data.batches(data.Records(opened), steps, **how, device="cuda"), strict=True
+    ):
         assert batch.patches.is_cuda and batch.latents.is_cuda and batch.ids.is_cuda
         if slow == "caller":
             torch.cuda._sleep(20_000_000)
-        found = [(batch.patches.gather(1, drawn.context[..., None].expand(-1, -1, 1536)), batch.latents.gather(1, drawn.target[..., None].expand(-1, -1, 256)), drawn)
-                 for drawn in batch.masks.values()]
+        found = [
+            (
+                batch.patches.gather(1, drawn.context[..., None].expand(-1, -1, 1536)),
+                batch.latents.gather(1, drawn.target[..., None].expand(-1, -1, 256)),
+                drawn,
+            )
+            for drawn in batch.masks.values()
+        ]
         kept.append((records, found))
     for records, found in kept:
         for rows, targets, drawn in found:
             for place, record in enumerate(records):
-                assert np.array_equal(rows[place].cpu(), patches[record][drawn.context[place].cpu()]) and np.array_equal(targets[place].cpu(), latents[record][drawn.target[place].cpu()])
+                assert np.array_equal(
+                    rows[place].cpu(), patches[record][drawn.context[place].cpu()]
+                ) and np.array_equal(
+                    targets[place].cpu(), latents[record][drawn.target[place].cpu()]
+                )
 
 
-# --------------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
-@pytest.mark.parametrize("lengths, heads, d", [((352, 112), 16, 64), ((1136, 1200), 8, 64), ((33,), 2, 80)])
+
+@pytest.mark.parametrize(
+    "lengths, heads, d", [((352, 112), 16, 64), ((1136, 1200), 8, 64), ((33,), 2, 80)]
+)
 def test_attention_is_flash_attention(lengths, heads, d):
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
     torch.manual_seed(0)
-    qkv, gradient = torch.randn(2, sum(lengths), 3, heads, d).bfloat16(), torch.randn(2, sum(lengths), heads, d).bfloat16()
+    qkv, gradient = (
+        torch.randn(2, sum(lengths), 3, heads, d).bfloat16(),
+        torch.randn(2, sum(lengths), heads, d).bfloat16(),
+    )
     here = qkv.cuda().requires_grad_()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it cannot run
         only_flash = ops.attention(here, lengths)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         found = ops.attention(here, lengths)
-        back, = torch.autograd.grad(found, here, gradient.cuda())
+        (back,) = torch.autograd.grad(found, here, gradient.cuda())
     names = {event.key for event in seen.key_averages()}
-    assert any("flash_attention" in name or "cudnn_attention" in name for name in names), names  # torch may prefer cuDNN's
+    # torch may prefer cuDNN's
+    assert any("flash_attention" in name or "cudnn_attention" in name for name in names), names
     exact = qkv.double().requires_grad_()
     expected = ops.attention_reference(exact, lengths)
-    expected_back, = torch.autograd.grad(expected, exact, gradient.double())
-    assert distance(found, expected) < 5e-3 and distance(only_flash, expected) < 5e-3 and distance(back, expected_back) < 8e-3
+    (expected_back,) = torch.autograd.grad(expected, exact, gradient.double())
+    assert (
+        distance(found, expected) < 5e-3
+        and distance(only_flash, expected) < 5e-3
+        and distance(back, expected_back) < 8e-3
+    )
 
 
 def small_salt():
     import model
+
     torch.manual_seed(0)
     shape = model.EncoderConfig(dim=128, depth=3, heads=2, mlp_dim=256, frames=8, size=96)
-    return model.build_salt(shape, {"dim_in": 128, "dim_out": 32, "tokens": 144, "families": ["short", "long"], "dim": 128, "depth": 3, "heads": 2})
+    return model.build_salt(
+        shape,
+        {
+            "dim_in": 128,
+            "dim_out": 32,
+            "tokens": 144,
+            "families": ["short", "long"],
+            "dim": 128,
+            "depth": 3,
+            "heads": 2,
+        },
+    )
 
 
 def loop(salt, steps, dtype, before=lambda step: None):
     """train.py's loop: the losses, still on the device."""
     import model
+
     device = next(salt.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), fused=True)
-    space, losses = model.Space("latents", "none", None, None, torch.zeros(144, 32, device=device)), []
+    optimizer = torch.optim.AdamW(
+        model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), fused=True
+    )
+    space, losses = (
+        model.Space("latents", "none", None, None, torch.zeros(144, 32, device=device)),
+        [],
+    )
     generator = torch.Generator().manual_seed(0)
-    patches, latents = torch.randint(0, 256, (4, 144, 1536), dtype=torch.uint8, generator=generator).to(device), torch.randn(4, 144, 32, generator=generator).half().to(device)
-    masks = [{family: ops.sample_masks(torch.arange(4).to(device) + 9 * step, 0, 0, family, (4, 6, 6)) for family in ("short", "long")} for step in range(steps)]
+    patches, latents = (
+        torch.randint(0, 256, (4, 144, 1536), dtype=torch.uint8, generator=generator).to(device),
+        torch.randn(4, 144, 32, generator=generator).half().to(device),
+    )
+    masks = [
+        {
+            family: ops.sample_masks(torch.arange(4).to(device) + 9 * step, 0, 0, family, (4, 6, 6))
+            for family in ("short", "long")
+        }
+        for step in range(steps)
+    ]
     for step in range(steps):
         before(step)
         model.cast_matrices(salt, dtype)
@@ -301,7 +552,14 @@ def loop(salt, steps, dtype, before=lambda step: None):
 def test_a_step_never_waits_for_the_gpu():
     pytest.importorskip("einops")
     try:
-        loop(small_salt().cuda(), 4, "bf16", lambda step: torch.cuda.set_sync_debug_mode("error" if step == 2 else torch.cuda.get_sync_debug_mode()))
+        loop(
+            small_salt().cuda(),
+            4,
+            "bf16",
+            lambda step: torch.cuda.set_sync_debug_mode(
+                "error" if step == 2 else torch.cuda.get_sync_debug_mode()
+            ),
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -310,6 +568,7 @@ def test_what_a_log_line_looks_at_never_waits_for_the_gpu():
     pytest.importorskip("einops")
     import health
     import model
+
     salt = small_salt().cuda()
     optimizer = torch.optim.AdamW(model.parameter_groups(salt, 0.04), lr=1e-3, fused=True)
     for parameter in salt.parameters():
@@ -318,11 +577,16 @@ def test_what_a_log_line_looks_at_never_waits_for_the_gpu():
     features = torch.randn(4, 40, 128, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        moments, squares = health.moments(features) + health.moments(features), health.update_ratio(optimizer)
+        moments, squares = (
+            health.moments(features) + health.moments(features),
+            health.update_ratio(optimizer),
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected = health.collapse(2 * health.moments(features.cpu()))
-    assert health.collapse(moments) == pytest.approx(expected, rel=1e-5) and squares.isfinite().all()
+    assert (
+        health.collapse(moments) == pytest.approx(expected, rel=1e-5) and squares.isfinite().all()
+    )
 
 
 DETERMINISTIC = """import os, sys
@@ -343,7 +607,12 @@ print("the same bits")
 
 def test_deterministic_steps_give_the_same_bits():
     pytest.importorskip("einops")
-    done = subprocess.run([sys.executable, "-c", DETERMINISTIC, str(Path(__file__).resolve().parent.parent)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", DETERMINISTIC, str(Path(__file__).resolve().parent.parent)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0 and "the same bits" in done.stdout, done.stderr[-2000:]
 
 
@@ -351,17 +620,26 @@ def test_steps_on_the_gpu_are_the_cpus():
     pytest.importorskip("einops")
     expected = torch.stack(loop(small_salt(), 6, "fp32"))
     for dtype, limit in (("fp32", 1e-3), ("bf16", 1e-2)):
-        torch.testing.assert_close(torch.stack(loop(small_salt().cuda(), 6, dtype)).cpu(), expected, rtol=limit, atol=0)
+        torch.testing.assert_close(
+            torch.stack(loop(small_salt().cuda(), 6, dtype)).cpu(), expected, rtol=limit, atol=0
+        )
 
 
 def test_compiled_blocks_on_the_gpu_are_compiled_once_and_agree():
     pytest.importorskip("einops")
     from torch._dynamo.utils import counters
+
     torch._dynamo.reset()
     counters.clear()
-    expected, salt, compiled = torch.stack(loop(small_salt().cuda(), 6, "bf16")), small_salt().cuda(), []
+    expected, salt, compiled = (
+        torch.stack(loop(small_salt().cuda(), 6, "bf16")),
+        small_salt().cuda(),
+        [],
+    )
     for block in (*salt.student.blocks, *salt.predictor.blocks):
         block.compile(dynamic=False)
-    found = torch.stack(loop(salt, 6, "bf16", lambda step: compiled.append(counters["stats"]["unique_graphs"])))
+    found = torch.stack(
+        loop(salt, 6, "bf16", lambda step: compiled.append(counters["stats"]["unique_graphs"]))
+    )
     assert compiled[1] > 0 and compiled[1:] == compiled[1:2] * 5
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)

@@ -1,4 +1,7 @@
-"""The kernels alone, outside torch: `make sanitize` (CPU) and `make emulate` (CUDA, run on the CPU)."""
+"""The kernels alone, outside torch: `make sanitize` (CPU) and `make emulate` (CUDA, run on the
+CPU).
+"""
+
 import os
 import shutil
 import subprocess
@@ -15,14 +18,24 @@ def sanitizers(tmp_path_factory):
     program = tmp_path_factory.mktemp("sanitizers") / "main.cpp"
     program.write_text("int main() {}")
     compiler = os.environ.get("CXX", "g++")
-    works = lambda *command: subprocess.run(command, capture_output=True).returncode == 0
-    if not (sys.platform == "linux" and shutil.which("make") and shutil.which(compiler)
-            and works(compiler, "-fsanitize=address,undefined", "-o", program.with_suffix(""), program) and works(program.with_suffix(""))):
+
+    def works(*command):
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    if not (
+        sys.platform == "linux"
+        and shutil.which("make")
+        and shutil.which(compiler)
+        and works(compiler, "-fsanitize=address,undefined", "-o", program.with_suffix(""), program)
+        and works(program.with_suffix(""))
+    ):
         pytest.skip(f"{compiler} makes no program with sanitizers that runs here")
     return compiler
 
 
 @pytest.mark.parametrize("target", ["sanitize", "emulate"])
 def test_kernels_are_right_and_stay_in_bounds(sanitizers, target):
-    run = subprocess.run(["make", target, f"CXX={sanitizers}"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        ["make", target, f"CXX={sanitizers}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0 and "rounds clean" in run.stdout, (run.stdout + run.stderr)[-3000:]

@@ -254,10 +254,14 @@ def test_one_file_under_two_names_is_one_video(tmp_path):
     os.link(tmp_path / "b.mp4", tmp_path / "twin.mp4")
     found, unused = data.search(str(tmp_path))
     assert set(found) == {"a", "b"}
-    assert unused == {"under two names": ["link: the file is that of a", "twin: the file is that of b"]}
+    assert unused == {
+        "under two names": ["link: the file is that of a", "twin: the file is that of b"]
+    }
 
 
-@pytest.mark.parametrize("train, validation", [("Train", "Validation"), ("training", "val"), ("TRAIN", "valid")])
+@pytest.mark.parametrize(
+    "train, validation", [("Train", "Validation"), ("training", "val"), ("TRAIN", "valid")]
+)
 def test_folders_of_splits_have_many_names(tmp_path, train, validation):
     make(tmp_path, f"{train}/a.mp4", f"{validation}/b.mp4")
     rows = [data.load_split(str(tmp_path), split) for split in ("train", "validation")]
@@ -271,7 +275,9 @@ def test_folders_of_splits_have_many_names(tmp_path, train, validation):
 def test_a_test_folder_alone_is_not_trained_on(tmp_path):
     make(tmp_path, *(f"{i}.mp4" for i in range(40)), "test/t.mp4")
     said = []
-    rows = [data.load_split(str(tmp_path), split, log=said.append) for split in ("train", "validation")]
+    rows = [
+        data.load_split(str(tmp_path), split, log=said.append) for split in ("train", "validation")
+    ]
     assert not any("test" in row.id for part in rows for row in part)
     assert "1 file not used: 1 in test/ (test/t)" in said
 
@@ -300,7 +306,9 @@ def test_stretches_that_share_frames_are_not_held_out(tmp_path):
     assert len(data.load_split(str(tmp_path), "validation")) == 2
     for row in ("a.mp4,1.5,3", "a.mp4,,", "b.mp4,5,6"):
         held_out.write_text(f"path,start,end\n{row}\n")
-        with pytest.raises(InputError, match="in the split 'validation' as .* and in the split 'train' as"):
+        with pytest.raises(
+            InputError, match="in the split 'validation' as .* and in the split 'train' as"
+        ):
             data.load_split(str(tmp_path), "validation")
 
 
@@ -345,12 +353,16 @@ def test_what_a_list_by_itself_cannot_tell_is_said(tmp_path):
         said.clear()
         (tmp_path / "some.csv").unlink(missing_ok=True)
         data.load_split(str(tmp_path), split, str(tmp_path / split), said.append)
-        assert any("share frames with those of another list is not looked at" in line for line in said)
+        assert any(
+            "share frames with those of another list is not looked at" in line for line in said
+        )
 
 
 def test_keys_that_a_json_list_does_not_have(tmp_path):
     make(tmp_path, "a.mp4")
-    (tmp_path / "train.json").write_text('[{"id": "a", "fps": 3, "template": "x", "start_time": 1}]')
+    (tmp_path / "train.json").write_text(
+        '[{"id": "a", "fps": 3, "template": "x", "start_time": 1}]'
+    )
     said = []
     data.load_split(str(tmp_path), "train", log=said.append)
     assert any("keys not used: fps, start_time" in line for line in said)
@@ -364,25 +376,56 @@ def test_a_first_line_of_names_names_the_videos(tmp_path):
     for name in ("file", "File_Name", "video_path"):
         rows, _ = rows_of(tmp_path, f"{name},start\na.mp4,2\n")
         assert [(row[0], row[3]) for row in rows] == [("a@2-end", 2.0)]
-    with pytest.raises(InputError, match="names the columns clip,start in its first line, but none"):
+    with pytest.raises(
+        InputError, match="names the columns clip,start in its first line, but none"
+    ):
         rows_of(tmp_path, "clip,start\na.mp4,2\n")
 
 
-@pytest.mark.parametrize("train, other", [("videos/train", "videos/val"), ("train_256", "val_256"), ("train_videos", "test_videos"), ("training_set", "valset"), ("videos/train", "videos/dev"), ("videos/train", "videos/held_out"), ("Train videos", "Test videos"), ("raw/train set", "raw/val set")])
+@pytest.mark.parametrize(
+    "train, other",
+    [
+        ("videos/train", "videos/val"),
+        ("train_256", "val_256"),
+        ("train_videos", "test_videos"),
+        ("training_set", "valset"),
+        ("videos/train", "videos/dev"),
+        ("videos/train", "videos/held_out"),
+        ("Train videos", "Test videos"),
+        ("raw/train set", "raw/val set"),
+    ],
+)
 def test_splits_that_lie_elsewhere_are_not_mixed(tmp_path, train, other):
     make(tmp_path, *(f"{part}/{i}.mp4" for part in (train, other) for i in range(20)))
     with pytest.raises(InputError, match="holds folders called .*, and no list"):
         data.load_split(str(tmp_path), "train")
 
 
-@pytest.mark.parametrize("train, other", [("train_list.csv", "val_list.csv"), ("k400_train.csv", "k400_val.csv"), ("trainlist01.txt", "testlist01.txt"), ("training.csv", "val.csv"), ("train.jsonl", "dev.jsonl"), ("ucf/trainlist01.txt", "ucf/testlist01.txt"), ("annotations/kinetics_train_list.TXT", "annotations/kinetics_val_list.TXT")])
+@pytest.mark.parametrize(
+    "train, other",
+    [
+        ("train_list.csv", "val_list.csv"),
+        ("k400_train.csv", "k400_val.csv"),
+        ("trainlist01.txt", "testlist01.txt"),
+        ("training.csv", "val.csv"),
+        ("train.jsonl", "dev.jsonl"),
+        ("ucf/trainlist01.txt", "ucf/testlist01.txt"),
+        ("annotations/kinetics_train_list.TXT", "annotations/kinetics_val_list.TXT"),
+    ],
+)
 def test_lists_by_other_names_are_not_passed_over(tmp_path, train, other):
     make(tmp_path, *(f"{i}.mp4" for i in range(40)))
     assert len(load_both(tmp_path)[0]) == 40
-    make(tmp_path, *(f"{name}{suffix}" for name in ("train_toy", "test_tube") for suffix in (".mp4", ".json")))  # of a video each
+    # of a video each
+    make(
+        tmp_path,
+        *(f"{name}{suffix}" for name in ("train_toy", "test_tube") for suffix in (".mp4", ".json")),
+    )
     assert len(load_both(tmp_path)[0]) == 42
     make(tmp_path, train, other)
-    with pytest.raises(InputError, match="which are not read under these names .*; lists are train.json"):
+    with pytest.raises(
+        InputError, match="which are not read under these names .*; lists are train.json"
+    ):
         data.load_split(str(tmp_path), "train")
 
 
@@ -398,14 +441,20 @@ def test_a_column_of_splits_is_not_passed_over(tmp_path, column):
 def test_rows_of_one_video_under_several_ids_are_said(tmp_path):
     make(tmp_path, "a.mp4", "b.mp4")
     rows, said = rows_of(tmp_path, "path,id,start\na.mp4,0,\na.mp4,1,\nb.mp4,2,\na.mp4,3,2\n")
-    assert len(rows) == 4 and any("1 rows name a video (or stretch of one) that another row names, too" in line for line in said)
+    assert len(rows) == 4 and any(
+        "1 rows name a video (or stretch of one) that another row names, too" in line
+        for line in said
+    )
 
 
 def test_a_list_called_after_a_split_is_that_split(tmp_path):
     make(tmp_path, *(f"{i}.mp4" for i in range(40)))
     (tmp_path / "val.csv").write_text("".join(f"{i}.mp4\n" for i in range(40)))
     assert len(data.load_split(str(tmp_path / "val.csv"), "validation")) == 40
-    with pytest.raises(InputError, match="is, by its name, the list of the split 'validation', and 'train' is asked for"):
+    with pytest.raises(
+        InputError,
+        match="is, by its name, the list of the split 'validation', and 'train' is asked for",
+    ):
         data.load_split(str(tmp_path / "val.csv"), "train")
 
 
@@ -416,7 +465,9 @@ def test_lists_beside_the_code_are_for_their_own_videos(tmp_path, monkeypatch):
     make(beside)
     beside.mkdir(parents=True)
     (beside / "train.json").write_text(json.dumps([{"id": str(i)} for i in range(20, 90)]))
-    with pytest.raises(InputError, match="lists 70 videos, of which .*own holds 10: say --splits_dir"):
+    with pytest.raises(
+        InputError, match="lists 70 videos, of which .*own holds 10: say --splits_dir"
+    ):
         data.load_split(str(folder), "train")
     assert len(data.load_split(str(folder), "train", str(beside))) == 70
     (beside / "train.json").write_text(json.dumps([{"id": str(i)} for i in range(35)]))
@@ -427,16 +478,29 @@ def test_lists_beside_the_code_are_for_their_own_videos(tmp_path, monkeypatch):
 
 def test_shared_frames_are_looked_for_in_all_splits(tmp_path):
     make(tmp_path, "a.mp4", "b.mp4")
-    for split, rows in (("train", "a.mp4,0,3.5"), ("validation", "a.mp4,2,4\nb.mp4,2,4"), ("test", "a.mp4,3,4\nb.mp4,2.2,4.2")):
+    for split, rows in (
+        ("train", "a.mp4,0,3.5"),
+        ("validation", "a.mp4,2,4\nb.mp4,2,4"),
+        ("test", "a.mp4,3,4\nb.mp4,2.2,4.2"),
+    ):
         (tmp_path / f"{split}.csv").write_text(f"path,start,end\n{rows}\n")
     for split, other in (("train", "validation"), ("validation", "train"), ("test", "train")):
-        with pytest.raises(InputError, match=f"in the split '{split}' as .* and in the split '{other}' as"):
+        with pytest.raises(
+            InputError, match=f"in the split '{split}' as .* and in the split '{other}' as"
+        ):
             data.load_split(str(tmp_path), split)
     (tmp_path / "train.csv").write_text("path,start,end\na.mp4,0,2\n")
-    with pytest.raises(InputError, match="in the split 'test' as .* and in the split 'validation' as"):
+    with pytest.raises(
+        InputError, match="in the split 'test' as .* and in the split 'validation' as"
+    ):
         data.load_split(str(tmp_path), "test")
     shutil.copy(tmp_path / "validation.csv", tmp_path / "test.csv")
-    assert len(data.load_split(str(tmp_path), "validation")) == len(data.load_split(str(tmp_path), "test")) == 2  # one list for both
+    # one list for both
+    assert (
+        len(data.load_split(str(tmp_path), "validation"))
+        == len(data.load_split(str(tmp_path), "test"))
+        == 2
+    )
 
 
 def test_lists_elsewhere_are_the_lists(tmp_path):
@@ -445,7 +509,9 @@ def test_lists_elsewhere_are_the_lists(tmp_path):
     make(folder, *(f"{i}.mp4" for i in range(40)))
     (folder / "train.json").write_text(json.dumps([{"id": str(i)} for i in range(30)]))
     make(mine, "my_train.csv")
-    with pytest.raises(InputError, match="no list for the split 'train': looked for train.json.* in --splits_dir"):
+    with pytest.raises(
+        InputError, match="no list for the split 'train': looked for train.json.* in --splits_dir"
+    ):
         data.load_split(str(folder), "train", str(mine))
     (mine / "train.json").write_text(json.dumps([{"id": str(i)} for i in range(5)]))
     assert len(data.load_split(str(folder), "train", str(mine))) == 5
@@ -456,10 +522,18 @@ def test_lists_elsewhere_are_the_lists(tmp_path):
         data.load_split(str(folder / "all.csv"), "train", str(mine))
 
 
-@pytest.mark.parametrize("text, problem", [
-    ("a.mp4,train\nb.mp4,val\n", "has a column label of train, val"), ("a.mp4 Train\nb.mp4 Test\n", "has a column label of test, train"),
-    ("path,start_time,end_time\na.mp4,0,1\n", "has a column start_time, which is not read: call it start or end, in seconds"),
-    ("path,t_end\na.mp4,1\n", "has a column t_end")])
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("a.mp4,train\nb.mp4,val\n", "has a column label of train, val"),
+        ("a.mp4 Train\nb.mp4 Test\n", "has a column label of test, train"),
+        (
+            "path,start_time,end_time\na.mp4,0,1\n",
+            "has a column start_time, which is not read: call it start or end, in seconds",
+        ),
+        ("path,t_end\na.mp4,1\n", "has a column t_end"),
+    ],
+)
 def test_columns_that_mean_a_split_or_a_stretch_are_not_passed_over(tmp_path, text, problem):
     make(tmp_path, "a.mp4", "b.mp4")
     with pytest.raises(InputError, match=problem):
@@ -468,7 +542,9 @@ def test_columns_that_mean_a_split_or_a_stretch_are_not_passed_over(tmp_path, te
 
 def test_videos_called_after_splits_are_not_mixed(tmp_path):
     make(tmp_path, *(f"{split}_{i}.mp4" for split in ("train", "val") for i in range(20)))
-    with pytest.raises(InputError, match="are called after splits, as 'train_0', and there is no list"):
+    with pytest.raises(
+        InputError, match="are called after splits, as 'train_0', and there is no list"
+    ):
         data.load_split(str(tmp_path), "train")
     make(tmp_path, "other.mp4")
     assert len(load_both(tmp_path)[0]) == 41
@@ -480,13 +556,22 @@ def test_links_into_a_folder_beside_the_splits_are_the_splits(tmp_path):
         (tmp_path / split).mkdir()
         for i in numbers:
             (tmp_path / split / f"{i}.mp4").symlink_to(tmp_path / "all" / f"{i}.mp4")
-    assert [row.id for row in data.load_split(str(tmp_path), "train")] == [f"train/{i}" for i in range(4)]
-    assert [row.id for row in data.load_split(str(tmp_path), "validation")] == ["validation/4", "validation/5"]  # 3 is in train/
+    assert [row.id for row in data.load_split(str(tmp_path), "train")] == [
+        f"train/{i}" for i in range(4)
+    ]
+    # 3 is in train/
+    assert [row.id for row in data.load_split(str(tmp_path), "validation")] == [
+        "validation/4",
+        "validation/5",
+    ]
 
 
 def test_class_folders_may_have_such_words(tmp_path):
-    make(tmp_path, *(f"{name}/{i}.mp4" for name in ("training dog", "crash test") for i in range(20)))
+    make(
+        tmp_path, *(f"{name}/{i}.mp4" for name in ("training dog", "crash test") for i in range(20))
+    )
     assert len(load_both(tmp_path)[0]) == 40
+
 
 def test_rounding_is_no_shared_frame(tmp_path):
     make(tmp_path, "a.mp4")

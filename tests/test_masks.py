@@ -1,4 +1,5 @@
 """The four properties of the masks, and the extension against the reference."""
+
 import math
 import os
 import subprocess
@@ -11,7 +12,9 @@ import torch
 import ops
 
 DRAWS = 20_000
-needs_extension = pytest.mark.skipif(not ops.EXTENSION["devices"], reason="the extension is not built")
+needs_extension = pytest.mark.skipif(
+    not ops.EXTENSION["devices"], reason="the extension is not built"
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,28 +24,57 @@ def drawn():
     return {family: ops.sample_masks(ids, 3, 7, family) for family in ops.FAMILIES}
 
 
-@pytest.mark.parametrize("counter, key, expected", [  # the known answers that Random123 ships for philox4x32-10
-    ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), "d16cfe09 94fdcceb 5001e420 24126ea1")])
+# the known answers that Random123 ships for philox4x32-10
+@pytest.mark.parametrize(
+    "counter, key, expected",
+    [
+        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
 def test_philox_known_answers(counter, key, expected):
-    numbers = ops.philox(key[0] | key[1] << 32, counter[1], counter[2] | counter[3] << 32, counter[0] >> 28, counter[0] & 0xFFFFFFF, 1)
+    numbers = ops.philox(
+        key[0] | key[1] << 32,
+        counter[1],
+        counter[2] | counter[3] << 32,
+        counter[0] >> 28,
+        counter[0] & 0xFFFFFFF,
+        1,
+    )
     assert " ".join(f"{x:08x}" for x in numbers.tolist()) == expected
 
 
 @needs_extension
 @pytest.mark.parametrize("family", ops.FAMILIES)
-@pytest.mark.parametrize("grid, counts, draws", [
-    ((8, 14, 14), None, 1500), ((4, 6, 6), None, 1000), ((1, 3, 5), (2, 3), 500), ((8, 16, 16), None, 200), ((3, 7, 10), (150, 20), 500),
-    ((2, 4, 4), (1, 1), 300), ((4, 6, 6), (100, 44), 300)])
+@pytest.mark.parametrize(
+    "grid, counts, draws",
+    [
+        ((8, 14, 14), None, 1500),
+        ((4, 6, 6), None, 1000),
+        ((1, 3, 5), (2, 3), 500),
+        ((8, 16, 16), None, 200),
+        ((3, 7, 10), (150, 20), 500),
+        ((2, 4, 4), (1, 1), 300),
+        ((4, 6, 6), (100, 44), 300),
+    ],
+)
 def test_extension_and_reference_agree_exactly(family, grid, counts, draws):
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, 2**63, draws))
     fast = ops.sample_masks(ids, 2**32 - 1, 2**63 - 1, family, grid, counts)
-    plain = ops.sample_masks_reference(ids, 2**32 - 1, 2**63 - 1, ops.mask_spec(family, grid, counts))
+    plain = ops.sample_masks_reference(
+        ids, 2**32 - 1, 2**63 - 1, ops.mask_spec(family, grid, counts)
+    )
     assert torch.equal(fast.context, plain.context) and torch.equal(fast.target, plain.target)
 
 
-@pytest.mark.parametrize("family, counts", [("short", (352, 784)), ("long", (112, 1088)), ("ratio", (392, 1176))])
+@pytest.mark.parametrize(
+    "family, counts", [("short", (352, 784)), ("long", (112, 1088)), ("ratio", (392, 1176))]
+)
 def test_1_counts_are_exact(drawn, family, counts):
     masks = drawn[family]
     assert masks.context.shape == (DRAWS, counts[0]) and masks.target.shape == (DRAWS, counts[1])
@@ -61,9 +93,12 @@ def test_4_indices_are_sorted_unique_and_disjoint(drawn, family):
 
 @pytest.mark.parametrize("family", ["short", "long"])
 def test_2_each_time_slice_is_as_likely_and_space_is_mirror_symmetric(drawn, family):
-    """Each figure against its mean over slices or over a position and its mirror images, in standard errors over clips."""
+    """Each figure against its mean over slices or over a position and its mirror images, in
+    standard errors over clips.
+    """
     for index in drawn[family]:
-        slices = torch.stack([(index // 196 == t).sum(1) for t in range(8)], dim=1).double()  # [draws, 8] tokens a slice
+        # [draws, 8] tokens a slice
+        slices = torch.stack([(index // 196 == t).sum(1) for t in range(8)], dim=1).double()
         z = (slices.mean(0) - index.shape[1] / 8) / (slices.std(0) / math.sqrt(DRAWS))
         assert z.abs().max() < 5
         places = torch.zeros(DRAWS, 14, 14).view(DRAWS, 196)
@@ -76,9 +111,12 @@ def test_2_each_time_slice_is_as_likely_and_space_is_mirror_symmetric(drawn, fam
 
 
 def test_2_surplus_tokens_are_dropped_uniformly():
-    """On a grid whose union is all of it but one corner at most, dropping alone decides: every token is as likely."""
+    """On a grid whose union is all of it but one corner at most, dropping alone decides: every
+    token is as likely.
+    """
     ids = torch.arange(DRAWS)
-    masks = ops.sample_masks(ids, 0, 0, "short", (8, 1, 1), (3, 2))  # blocks cover everything: 3 tokens move, 3 of 5 drop
+    # blocks cover everything: 3 tokens move, 3 of 5 drop
+    masks = ops.sample_masks(ids, 0, 0, "short", (8, 1, 1), (3, 2))
     for index, share in zip(masks, (3 / 8, 2 / 8)):
         counts = torch.bincount(index.flatten(), minlength=8)
         assert ((counts / DRAWS - share).abs() < 5 * math.sqrt(share * (1 - share) / DRAWS)).all()
@@ -89,7 +127,11 @@ def test_3_masks_depend_on_seed_epoch_id_and_family_alone(drawn):
     masks = ops.sample_masks(ids, 1, 2, "short")
     assert torch.equal(masks.target[0], masks.target[3])
     assert torch.equal(ops.sample_masks(ids[1:2], 1, 2, "short").target[0], masks.target[1])
-    for other in (ops.sample_masks(ids, 2, 2, "short"), ops.sample_masks(ids, 1, 3, "short"), ops.sample_masks(ids + 1, 1, 2, "short")):
+    for other in (
+        ops.sample_masks(ids, 2, 2, "short"),
+        ops.sample_masks(ids, 1, 3, "short"),
+        ops.sample_masks(ids + 1, 1, 2, "short"),
+    ):
         assert not torch.equal(other.target, masks.target)
     threads = torch.get_num_threads()
     try:
@@ -102,12 +144,17 @@ def test_3_masks_depend_on_seed_epoch_id_and_family_alone(drawn):
 
 
 def test_3_the_format_is_frozen():
-    """A changed draw makes runs incomparable: this fails if anybody changes the order in which numbers are drawn."""
+    """A changed draw makes runs incomparable: this fails if anybody changes the order in which
+    numbers are drawn.
+    """
     masks = ops.sample_masks(torch.tensor([123456789]), 1, 42, "short", (2, 4, 4))
     assert masks.context.tolist() == FROZEN[0] and masks.target.tolist() == FROZEN[1]
 
 
-FROZEN = ([[1, 9, 12, 13, 15, 17, 24, 28]], [[0, 2, 4, 6, 7, 10, 11, 14, 16, 18, 20, 22, 23, 26, 27, 30]])
+FROZEN = (
+    [[1, 9, 12, 13, 15, 17, 24, 28]],
+    [[0, 2, 4, 6, 7, 10, 11, 14, 16, 18, 20, 22, 23, 26, 27, 30]],
+)
 
 
 @pytest.mark.parametrize("family, area, blocks", [("short", 0.15, 8), ("long", 0.70, 2)])
@@ -116,12 +163,17 @@ def test_block_sizes_follow_the_textbook(family, area, blocks):
     tokens = int(196 * area)
     for (h, w), step in zip(spec["sizes"].tolist(), range(ops.ASPECT_RATIOS)):
         ratio = 0.75 + 0.75 * (step + 0.5) / ops.ASPECT_RATIOS
-        assert (h, w) == (min(14, round(math.sqrt(tokens * ratio))), min(14, round(math.sqrt(tokens / ratio))))
+        assert (h, w) == (
+            min(14, round(math.sqrt(tokens * ratio))),
+            min(14, round(math.sqrt(tokens / ratio))),
+        )
     assert spec["blocks"] == (blocks, blocks)
 
 
 def test_context_is_the_complement_of_whole_blocks():
-    """Before anything is dropped a target covers columns of time: a place is target in all slices or in none."""
+    """Before anything is dropped a target covers columns of time: a place is target in all slices
+    or in none.
+    """
     for family in ("short", "long"):
         masks = ops.sample_masks(torch.arange(500), 0, 0, family)
         for context, target in zip(masks.context, masks.target):
@@ -136,21 +188,38 @@ def test_counts_on_other_grids():
     assert ops.mask_counts("short", (8, 16, 16)) == (456, 1024)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((torch.arange(2), 0, 0, "shrot"), "unknown mask family"), ((torch.arange(2), -1, 0, "short"), "epoch"),
-    ((torch.tensor([-1]), 0, 0, "short"), "sample_ids"), ((torch.arange(2).int(), 0, 0, "short"), "sample_ids"),
-    ((torch.arange(2), 0, 0, "short", (2, 2, 2), (5, 5)), "do not fit"), ((torch.arange(2), 0, 0, "short", (2, 2)), "grid")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.arange(2), 0, 0, "shrot"), "unknown mask family"),
+        ((torch.arange(2), -1, 0, "short"), "epoch"),
+        ((torch.tensor([-1]), 0, 0, "short"), "sample_ids"),
+        ((torch.arange(2).int(), 0, 0, "short"), "sample_ids"),
+        ((torch.arange(2), 0, 0, "short", (2, 2, 2), (5, 5)), "do not fit"),
+        ((torch.arange(2), 0, 0, "short", (2, 2)), "grid"),
+    ],
+)
 def test_bad_arguments_are_one_clear_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         ops.sample_masks(*arguments)
 
 
 def test_everything_runs_without_the_extension():
-    code = ("import torch, ops; m = ops.sample_masks(torch.arange(2), 0, 0, 'long'); x = torch.randn(2, 1568, 4, requires_grad=True);"
-            "ops.masked_mse(ops.masked_gather(x, m.target), torch.zeros(2, 1568, 4), m.target).backward();"
-            "print(ops.extension_line(), m.target.sum().item())")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(ops.__file__),
-                         env={**os.environ, "SALT_OPS": "reference"})
+    code = (
+        "import torch, ops; m = ops.sample_masks(torch.arange(2), 0, 0, 'long'); x = torch.randn(2,"
+        " 1568, 4, requires_grad=True);ops.masked_mse(ops.masked_gather(x, m.target),"
+        " torch.zeros(2, 1568, 4), m.target).backward();print(ops.extension_line(),"
+        " m.target.sum().item())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(ops.__file__),
+        env={**os.environ, "SALT_OPS": "reference"},
+    )
     assert run.returncode == 0, run.stderr
     assert "plain PyTorch reference" in run.stdout
-    assert run.stdout.split()[-1] == str(ops.sample_masks(torch.arange(2), 0, 0, "long").target.sum().item())
+    assert run.stdout.split()[-1] == str(
+        ops.sample_masks(torch.arange(2), 0, 0, "long").target.sum().item()
+    )

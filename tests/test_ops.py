@@ -1,6 +1,9 @@
-"""Gather, patches and loss: the extension and the reference against plain PyTorch, values and gradients."""
-import shutil
+"""Gather, patches and loss: the extension and the reference against plain PyTorch, values and
+gradients.
+"""
+
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ops
 from config import InputError
 
-needs_extension = pytest.mark.skipif(not ops.EXTENSION["devices"], reason="the extension is not built")
+needs_extension = pytest.mark.skipif(
+    not ops.EXTENSION["devices"], reason="the extension is not built"
+)
 
 
 SPEC = ops.mask_spec("short", (4, 6, 6), None)
@@ -32,15 +37,30 @@ def test_the_extension_is_what_runs():
     assert "masked_gather" in ops.masked_gather(x, rows(2, 5, 2)).grad_fn.name()
 
 
-@pytest.mark.parametrize("architectures, capability, runs", [
-    ("8.0;9.0;12.0+PTX", (8, 0), True), ("8.0;9.0;12.0+PTX", (8, 6), True), ("8.0;9.0;12.0+PTX", (7, 5), False), ("8.0;9.0", (10, 0), False),
-    ("9.0a", (9, 0), True), ("10.0a", (10, 3), False), ("8.6", (8, 0), False), ("8.0 9.0+PTX", (12, 1), True), ("", (9, 0), False)])
+@pytest.mark.parametrize(
+    "architectures, capability, runs",
+    [
+        ("8.0;9.0;12.0+PTX", (8, 0), True),
+        ("8.0;9.0;12.0+PTX", (8, 6), True),
+        ("8.0;9.0;12.0+PTX", (7, 5), False),
+        ("8.0;9.0", (10, 0), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("8.6", (8, 0), False),
+        ("8.0 9.0+PTX", (12, 1), True),
+        ("", (9, 0), False),
+    ],
+)
 def test_which_gpus_a_build_runs_on(architectures, capability, runs):
     assert ops.covers(architectures, capability) == runs
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int64])
-@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (1, 1, 1, 1), (3, 64, 768, 40), (2, 6, 4, 0), (0, 6, 4, 0)])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int64]
+)
+@pytest.mark.parametrize(
+    "shape", [(2, 7, 5, 3), (1, 1, 1, 1), (3, 64, 768, 40), (2, 6, 4, 0), (0, 6, 4, 0)]
+)
 def test_gather_copies_the_rows_asked_for(dtype, shape):
     b, n, d, k = shape
     x = (torch.randn(b, n, d) * 50).abs().to(dtype)
@@ -71,7 +91,11 @@ def test_gather_gradient_scatters_into_zeros():
 def test_an_index_out_of_range_is_an_error(bad):
     x, index = torch.randn(2, 6, 4), rows(2, 6, 3)
     index[1, 2] = bad
-    for call in (ops.masked_gather, ops.masked_gather_reference, lambda x, i: ops.masked_mse(torch.zeros(2, 3, 4), x, i)):
+    for call in (
+        ops.masked_gather,
+        ops.masked_gather_reference,
+        lambda x, i: ops.masked_mse(torch.zeros(2, 3, 4), x, i),
+    ):
         with pytest.raises(IndexError):
             call(x, index)
 
@@ -86,41 +110,72 @@ def test_shapes_that_do_not_fit_are_an_error():
 
 
 def textbook(prediction, target, index, kind="mse", normalise="none", mean=None, rstd=None):
-    """(loss, per-token error) in float64, written out from the definitions; `target` uint8 is pixels."""
+    """(loss, per-token error) in float64, written out from the definitions; `target` uint8 is
+    pixels.
+    """
     y = (target.float() / 255 if target.dtype == torch.uint8 else target).double()
     position = torch.arange(target.shape[1]).expand(len(target), -1) if index is None else index
-    y = torch.stack([y[b, position[b]] for b in range(len(y))]) if len(y) else y[:, :prediction.shape[1]]
+    y = (
+        torch.stack([y[b, position[b]] for b in range(len(y))])
+        if len(y)
+        else y[:, : prediction.shape[1]]
+    )
     if normalise == "layer_norm":
         y = y - y.mean(-1, keepdim=True)
         y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     if normalise == "standardise":
         y = (y - mean.double()[position]) * rstd.double()[position]
     d = prediction.double() - y
-    error = d ** 2 if kind == "mse" else d.abs() if kind == "l1" else torch.where(d.abs() < 1, d ** 2 / 2, d.abs() - 0.5)
+    error = (
+        d**2
+        if kind == "mse"
+        else d.abs()
+        if kind == "l1"
+        else torch.where(d.abs() < 1, d**2 / 2, d.abs() - 0.5)
+    )
     return error.mean(), error.mean(-1)
 
 
 @pytest.mark.parametrize("prediction_dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "target_dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 @pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize("kind", ops.KINDS)
 @pytest.mark.parametrize("normalise", ops.NORMALISATIONS)
-def test_loss_and_gradient_match_their_definition(prediction_dtype, target_dtype, indexed, kind, normalise):
+def test_loss_and_gradient_match_their_definition(
+    prediction_dtype, target_dtype, indexed, kind, normalise
+):
     torch.manual_seed(0)
     for width in (96, 37):
         prediction = torch.randn(3, 20, width).to(prediction_dtype).requires_grad_()
-        target = (torch.randn(3, 31 if indexed else 20, width) * 60).abs().clamp(0, 255).to(target_dtype)
+        target = (
+            (torch.randn(3, 31 if indexed else 20, width) * 60).abs().clamp(0, 255).to(target_dtype)
+        )
         target = target if target_dtype == torch.uint8 else target / 60
-        index, mean, rstd = rows(3, 31, 20) if indexed else None, torch.randn(target.shape[1], width), torch.rand(target.shape[1], width) + 0.5
-        loss, tokens = ops.masked_mse(prediction, target, index, kind, normalise, mean, rstd, per_token=True)
+        index, mean, rstd = (
+            rows(3, 31, 20) if indexed else None,
+            torch.randn(target.shape[1], width),
+            torch.rand(target.shape[1], width) + 0.5,
+        )
+        loss, tokens = ops.masked_mse(
+            prediction, target, index, kind, normalise, mean, rstd, per_token=True
+        )
         (loss * 3).backward()
         truth = prediction.detach().double().requires_grad_()
         expected, expected_tokens = textbook(truth, target, index, kind, normalise, mean, rstd)
         (expected * 3).backward()
-        assert loss.dtype == tokens.dtype == (torch.float64 if prediction_dtype == torch.float64 else torch.float32) and not tokens.requires_grad
+        assert (
+            loss.dtype
+            == tokens.dtype
+            == (torch.float64 if prediction_dtype == torch.float64 else torch.float32)
+            and not tokens.requires_grad
+        )
         close = 1e-9 if prediction_dtype == torch.float64 else 2e-6
         torch.testing.assert_close(loss.double(), expected.detach(), rtol=close, atol=0)
-        torch.testing.assert_close(tokens.double(), expected_tokens.detach(), rtol=10 * close, atol=1e-7)
+        torch.testing.assert_close(
+            tokens.double(), expected_tokens.detach(), rtol=10 * close, atol=1e-7
+        )
         coarse = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2**-7}[prediction_dtype]
         torch.testing.assert_close(prediction.grad.double(), truth.grad, rtol=coarse, atol=1e-7)
 
@@ -128,13 +183,21 @@ def test_loss_and_gradient_match_their_definition(prediction_dtype, target_dtype
 @pytest.mark.parametrize("kind", ops.KINDS)
 @pytest.mark.parametrize("dtype", ops.PREDICTIONS)
 def test_the_weighted_gradient_comes_with_the_loss(kind, dtype):
-    prediction, target, index = torch.randn(2, 5, 24).to(dtype), torch.randn(2, 9, 24).half(), rows(2, 9, 5)
-    loss, gradient = ops.masked_mse_with_grad(prediction, target, index, kind, "layer_norm", weight=0.25)
+    prediction, target, index = (
+        torch.randn(2, 5, 24).to(dtype),
+        torch.randn(2, 9, 24).half(),
+        rows(2, 9, 5),
+    )
+    loss, gradient = ops.masked_mse_with_grad(
+        prediction, target, index, kind, "layer_norm", weight=0.25
+    )
     leaf = prediction.clone().requires_grad_()
     expected = ops.masked_mse(leaf, target, index, kind, "layer_norm")
     (expected * 0.25).backward()
     assert torch.equal(loss, expected.detach()) and gradient.dtype == dtype
-    torch.testing.assert_close(gradient, leaf.grad, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    torch.testing.assert_close(
+        gradient, leaf.grad, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=0
+    )
 
 
 @needs_extension
@@ -143,9 +206,15 @@ def test_half_precision_is_read_exactly():
     finite = every[every.isfinite()]
     for dtype in (torch.float16, torch.bfloat16):
         values = finite.to(dtype)[None, :, None]
-        _, tokens = ops.masked_mse(torch.zeros(values.shape, dtype=torch.float64), values, per_token=True)
+        _, tokens = ops.masked_mse(
+            torch.zeros(values.shape, dtype=torch.float64), values, per_token=True
+        )
         assert torch.equal(tokens, values.double()[..., 0] ** 2)
-    _, tokens = ops.masked_mse(torch.zeros(1, 2, 1), torch.tensor([[[float("inf")], [float("nan")]]]).half(), per_token=True)
+    _, tokens = ops.masked_mse(
+        torch.zeros(1, 2, 1),
+        torch.tensor([[[float("inf")], [float("nan")]]]).half(),
+        per_token=True,
+    )
     assert tokens[0, 0].isinf() and tokens[0, 1].isnan()
 
 
@@ -156,7 +225,10 @@ def test_gradients_in_float64(kind, normalise):
     prediction = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
     target, index = torch.randn(2, 7, 5, dtype=torch.float64), rows(2, 7, 4)
     mean, rstd = torch.randn(7, 5, dtype=torch.float64), torch.rand(7, 5, dtype=torch.float64) + 0.5
-    loss = lambda p: ops.masked_mse(p, target, index, kind, normalise, mean, rstd)
+
+    def loss(p):
+        return ops.masked_mse(p, target, index, kind, normalise, mean, rstd)
+
     assert torch.autograd.gradcheck(loss, prediction)
 
 
@@ -164,15 +236,18 @@ def test_standardise_uses_the_statistics_of_each_position():
     target, index = torch.randn(1, 5, 3), torch.tensor([[4, 1]])
     mean, rstd = torch.randn(5, 3), torch.rand(5, 3)
     expected = torch.stack([(target[0, n] - mean[n]) * rstd[n] for n in (4, 1)])[None]
-    assert ops.masked_mse(expected, target, index, normalise="standardise", mean=mean, rstd=rstd) < 1e-12
+    assert (
+        ops.masked_mse(expected, target, index, normalise="standardise", mean=mean, rstd=rstd)
+        < 1e-12
+    )
 
 
 @needs_extension
 def test_the_saved_gradient_is_not_changed_by_backward():
     prediction = torch.randn(2, 3, 4, requires_grad=True)
     loss = ops.masked_mse(prediction, torch.randn(2, 3, 4))
-    first, = torch.autograd.grad(loss * 5, prediction, retain_graph=True)
-    second, = torch.autograd.grad(loss, prediction)
+    (first,) = torch.autograd.grad(loss * 5, prediction, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, prediction)
     torch.testing.assert_close(first, 5 * second)
 
 
@@ -181,11 +256,15 @@ def test_the_saved_gradient_is_not_changed_by_backward():
 def test_backward_costs_nothing_where_the_scale_is_one(dtype):
     class Large(TorchDispatchMode):
         """Notes the operators that make or read a tensor of more than one number."""
+
         seen = []
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if any(isinstance(x, torch.Tensor) and x.numel() > 1 for x in (*args, out)) and func is not torch.ops.aten.detach.default:
+            if (
+                any(isinstance(x, torch.Tensor) and x.numel() > 1 for x in (*args, out))
+                and func is not torch.ops.aten.detach.default
+            ):
                 self.seen.append(str(func))
             return out
 
@@ -195,12 +274,19 @@ def test_backward_costs_nothing_where_the_scale_is_one(dtype):
         with Large() as mode:
             mode.seen = []
             torch.autograd.grad(loss, prediction)
-        assert any("mul" in name or "copy" in name or "zeros" in name for name in mode.seen) == expected, mode.seen
+        assert (
+            any("mul" in name or "copy" in name or "zeros" in name for name in mode.seen)
+            == expected
+        ), mode.seen
 
 
 @needs_extension
 def test_the_loss_does_not_depend_on_the_thread_count():
-    prediction, target, index = torch.randn(4, 100, 96), torch.randn(4, 200, 96).half(), rows(4, 200, 100)
+    prediction, target, index = (
+        torch.randn(4, 100, 96),
+        torch.randn(4, 200, 96).half(),
+        rows(4, 200, 100),
+    )
     threads, losses = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -219,25 +305,43 @@ def test_no_gradient_is_made_where_none_is_wanted():
 def test_patches_are_normalised_and_gathered():
     patches, index = torch.randint(0, 256, (3, 11, 3 * 14), dtype=torch.uint8), rows(3, 11, 6)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    a_channel = lambda values: torch.tensor(values, dtype=torch.float64).repeat_interleave(14)
+
+    def a_channel(values):
+        return torch.tensor(values, dtype=torch.float64).repeat_interleave(14)
+
     expected = (patches.double() / 255 - a_channel(mean)) / a_channel(std)
-    whole, some = ops.patch_normalise(patches, mean, std), ops.patch_normalise(patches, mean, std, index)
+    whole, some = (
+        ops.patch_normalise(patches, mean, std),
+        ops.patch_normalise(patches, mean, std, index),
+    )
     torch.testing.assert_close(whole.double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(some, torch.stack([whole[b, index[b]] for b in range(3)]))
-    assert torch.equal(ops.patch_normalise(patches, mean, std, index, torch.bfloat16), some.bfloat16())
-    plain = ops.patch_normalise_reference(patches, [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)], index)
+    assert torch.equal(
+        ops.patch_normalise(patches, mean, std, index, torch.bfloat16), some.bfloat16()
+    )
+    plain = ops.patch_normalise_reference(
+        patches, [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)], index
+    )
     assert torch.equal(some, plain)
     grey = ops.patch_normalise(patches, (0.5,), (0.25,))
-    torch.testing.assert_close(grey.double(), (patches.double() / 255 - 0.5) / 0.25, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        grey.double(), (patches.double() / 255 - 0.5) / 0.25, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_patches_that_do_not_fit_are_an_error():
     patches = torch.zeros(2, 5, 12, dtype=torch.uint8)
     with pytest.raises(InputError, match="not torch.float16"):
         ops.patch_normalise(patches, (0,), (1,), dtype=torch.float16)
-    for bad in (lambda: ops.patch_normalise(patches.float(), (0,), (1,)), lambda: ops.patch_normalise(patches, (0,) * 3, (1,) * 2),
-                lambda: ops.patch_normalise(patches, (), ()), lambda: ops.patch_normalise(patches, (0,), (0,)), lambda: ops.patch_normalise(patches, (0,) * 6, (1,) * 6),
-                lambda: ops.patch_normalise(patches[..., :11], (0,) * 3, (1,) * 3), lambda: ops.patch_normalise(patches, (0,), (1,), rows(3, 5, 2))):
+    for bad in (
+        lambda: ops.patch_normalise(patches.float(), (0,), (1,)),
+        lambda: ops.patch_normalise(patches, (0,) * 3, (1,) * 2),
+        lambda: ops.patch_normalise(patches, (), ()),
+        lambda: ops.patch_normalise(patches, (0,), (0,)),
+        lambda: ops.patch_normalise(patches, (0,) * 6, (1,) * 6),
+        lambda: ops.patch_normalise(patches[..., :11], (0,) * 3, (1,) * 3),
+        lambda: ops.patch_normalise(patches, (0,), (1,), rows(3, 5, 2)),
+    ):
         with pytest.raises(InputError, match="patch_normalise takes"):
             bad()
     with pytest.raises(IndexError):
@@ -245,21 +349,95 @@ def test_patches_that_do_not_fit_are_an_error():
 
 
 @needs_extension
-@pytest.mark.parametrize("call, message", [
-    (lambda op: op.masked_gather(torch.randn(2, 6, 4), torch.zeros(2, 3)), "must be int64"),
-    (lambda op: op.masked_gather(torch.randn(2, 6), rows(2, 6, 3)), r"must be \[B, N, D\]"),
-    (lambda op: op.masked_scatter(torch.randn(2, 4, 4), rows(2, 6, 3), 6), "3 columns and x 4 rows"),
-    (lambda op: op.masked_scatter(torch.randn(2, 3, 4), rows(2, 6, 3) + 6, 6), r"must be in \[0, 6\)"),
-    (lambda op: op.masked_mse(torch.randn(2, 3, 4).half(), torch.randn(2, 3, 4), None, "mse", "none", None, None, 1.0, True), "prediction is Half"),
-    (lambda op: op.masked_mse(torch.randn(2, 3, 4), torch.randn(2, 3, 5), None, "mse", "none", None, None, 1.0, True), "does not fit prediction"),
-    (lambda op: op.masked_mse(*[torch.randn(2, 3, 4)] * 2, None, "mse", "standardise", torch.zeros(3, 5), torch.zeros(3, 4), 1.0, True), "mean has shape"),
-    (lambda op: op.masked_mse(*[torch.randn(2, 3, 4)] * 2, None, "rmse", "none", None, None, 1.0, True), "unknown loss 'rmse'"),
-    (lambda op: op.patch_normalise(torch.zeros(2, 3, 4), None, [1.0], [0.0], torch.float32), "must be uint8"),
-    (lambda op: op.patch_normalise(torch.zeros(2, 3, 4).byte(), None, [1.0] * 3, [0.0] * 3, torch.float32), "must divide"),
-    (lambda op: op.sample_masks(torch.arange(2), -1, 0, NUMBERS, SIZES), "epoch must be"),
-    (lambda op: op.sample_masks(torch.arange(2), 0, 0, NUMBERS[1:], SIZES), "15 numbers, not 14"),
-    (lambda op: op.sample_masks(torch.arange(2), 0, 0, [2**20, 2**20, 2**30, *NUMBERS[3:]], SIZES), "fewer than 2"),
-    (lambda op: op.sample_masks(torch.arange(2), 0, 0, NUMBERS, torch.full((2, 2), 7, dtype=torch.int32)), "does not fit the grid")])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda op: op.masked_gather(torch.randn(2, 6, 4), torch.zeros(2, 3)), "must be int64"),
+        (lambda op: op.masked_gather(torch.randn(2, 6), rows(2, 6, 3)), r"must be \[B, N, D\]"),
+        (
+            lambda op: op.masked_scatter(torch.randn(2, 4, 4), rows(2, 6, 3), 6),
+            "3 columns and x 4 rows",
+        ),
+        (
+            lambda op: op.masked_scatter(torch.randn(2, 3, 4), rows(2, 6, 3) + 6, 6),
+            r"must be in \[0, 6\)",
+        ),
+        (
+            lambda op: op.masked_mse(
+                torch.randn(2, 3, 4).half(),
+                torch.randn(2, 3, 4),
+                None,
+                "mse",
+                "none",
+                None,
+                None,
+                1.0,
+                True,
+            ),
+            "prediction is Half",
+        ),
+        (
+            lambda op: op.masked_mse(
+                torch.randn(2, 3, 4),
+                torch.randn(2, 3, 5),
+                None,
+                "mse",
+                "none",
+                None,
+                None,
+                1.0,
+                True,
+            ),
+            "does not fit prediction",
+        ),
+        (
+            lambda op: op.masked_mse(
+                *[torch.randn(2, 3, 4)] * 2,
+                None,
+                "mse",
+                "standardise",
+                torch.zeros(3, 5),
+                torch.zeros(3, 4),
+                1.0,
+                True,
+            ),
+            "mean has shape",
+        ),
+        (
+            lambda op: op.masked_mse(
+                *[torch.randn(2, 3, 4)] * 2, None, "rmse", "none", None, None, 1.0, True
+            ),
+            "unknown loss 'rmse'",
+        ),
+        (
+            lambda op: op.patch_normalise(torch.zeros(2, 3, 4), None, [1.0], [0.0], torch.float32),
+            "must be uint8",
+        ),
+        (
+            lambda op: op.patch_normalise(
+                torch.zeros(2, 3, 4).byte(), None, [1.0] * 3, [0.0] * 3, torch.float32
+            ),
+            "must divide",
+        ),
+        (lambda op: op.sample_masks(torch.arange(2), -1, 0, NUMBERS, SIZES), "epoch must be"),
+        (
+            lambda op: op.sample_masks(torch.arange(2), 0, 0, NUMBERS[1:], SIZES),
+            "15 numbers, not 14",
+        ),
+        (
+            lambda op: op.sample_masks(
+                torch.arange(2), 0, 0, [2**20, 2**20, 2**30, *NUMBERS[3:]], SIZES
+            ),
+            "fewer than 2",
+        ),
+        (
+            lambda op: op.sample_masks(
+                torch.arange(2), 0, 0, NUMBERS, torch.full((2, 2), 7, dtype=torch.int32)
+            ),
+            "does not fit the grid",
+        ),
+    ],
+)
 def test_an_op_called_wrongly_is_an_error_and_no_read_out_of_bounds(call, message):
     with pytest.raises((RuntimeError, IndexError), match=message):
         call(torch.ops.salt_ops)
@@ -267,26 +445,41 @@ def test_an_op_called_wrongly_is_an_error_and_no_read_out_of_bounds(call, messag
 
 def test_tensors_on_two_devices_are_an_error():
     x, elsewhere = torch.zeros(2, 6, 4), torch.zeros(2, 3, dtype=torch.int64, device="meta")
-    for bad in (lambda: ops.masked_gather(x, elsewhere), lambda: ops.masked_mse(x, x.to("meta")), lambda: ops.patch_normalise(x.byte(), (0,), (1,), elsewhere)):
+    for bad in (
+        lambda: ops.masked_gather(x, elsewhere),
+        lambda: ops.masked_mse(x, x.to("meta")),
+        lambda: ops.patch_normalise(x.byte(), (0,), (1,), elsewhere),
+    ):
         with pytest.raises(InputError, match="on one device, not on cpu and meta"):
             bad()
 
 
 @needs_extension
 def test_every_simd_level_gives_the_same_bits(tmp_path):
-    code = ("import sys, torch, ops; torch.manual_seed(0); p = torch.randn(2, 60, 83).to(getattr(torch, sys.argv[2])); y = torch.randn(2, 90, 83).half();"
-            "i = torch.stack([torch.randperm(90)[:60] for _ in range(2)]); m, r = torch.randn(90, 83), torch.rand(90, 83); x = (y[..., :81] * 99).byte();"
-            "out = [t for k in ops.KINDS for n in ops.NORMALISATIONS for t in ops.masked_mse_with_grad(p, y, i, k, n, m, r)];"
-            "out += [ops.patch_normalise(x, (.1, .2, .3), (.4, .5, .6), i, d) for d in (torch.float32, torch.bfloat16)];"
-            "out += [t for f in ops.FAMILIES for t in ops.sample_masks(torch.arange(64), 1, 2, f)]; torch.save([ops.EXTENSION['simd'], out], sys.argv[1])")
-    levels = ["avx512", "avx2", "baseline"][["avx512", "avx2", "baseline"].index(ops.EXTENSION["simd"]):]
+    code = (
+        "import sys, torch, ops; torch.manual_seed(0); p = torch.randn(2, 60, 83).to(getattr(torch,"
+        " sys.argv[2])); y = torch.randn(2, 90, 83).half();i = torch.stack([torch.randperm(90)[:60]"
+        " for _ in range(2)]); m, r = torch.randn(90, 83), torch.rand(90, 83); x = (y[..., :81] *"
+        " 99).byte();out = [t for k in ops.KINDS for n in ops.NORMALISATIONS for t in"
+        " ops.masked_mse_with_grad(p, y, i, k, n, m, r)];out += [ops.patch_normalise(x, (.1, .2,"
+        " .3), (.4, .5, .6), i, d) for d in (torch.float32, torch.bfloat16)];out += [t for f in"
+        " ops.FAMILIES for t in ops.sample_masks(torch.arange(64), 1, 2, f)];"
+        " torch.save([ops.EXTENSION['simd'], out], sys.argv[1])"
+    )
+    levels = ["avx512", "avx2", "baseline"][
+        ["avx512", "avx2", "baseline"].index(ops.EXTENSION["simd"]) :
+    ]
     if len(levels) < 2:
         pytest.skip("this processor has the baseline alone")
     for dtype in ("float32", "bfloat16"):
         found = []
         for level in levels:
-            subprocess.run([sys.executable, "-c", code, str(tmp_path / "out.pt"), dtype], env={**os.environ, "SALT_SIMD": level}, check=True,
-                           cwd=os.path.dirname(ops.__file__))
+            subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path / "out.pt"), dtype],
+                env={**os.environ, "SALT_SIMD": level},
+                check=True,
+                cwd=os.path.dirname(ops.__file__),
+            )
             name, tensors = torch.load(tmp_path / "out.pt")
             assert name == level
             found.append(tensors)
@@ -294,14 +487,34 @@ def test_every_simd_level_gives_the_same_bits(tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(found[0], tensors, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- properties, by hypothesis
+# ------------------------------------------------------------------------ properties, by hypothesis
+
 
 def strided(draw, b, n, d, dtype):
-    """A tensor [b, n, d] of one of several layouts: whole, transposed, every other, broadcast, or an element off alignment."""
-    make = lambda *shape: torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.randint(0, 256, shape, dtype=dtype)
-    return draw(st.sampled_from([
-        lambda: make(b, n, d), lambda: make(b, d, n).transpose(1, 2), lambda: make(b, 2 * n, d)[:, ::2], lambda: make(b, n, 2 * d)[..., ::2],
-        lambda: make(1, n, d).expand(b, n, d), lambda: make(b * n * d + 1)[1:].view(b, n, d), lambda: make(n, b, d).transpose(0, 1)]))()
+    """A tensor [b, n, d] of one of several layouts: whole, transposed, every other, broadcast, or
+    an element off alignment.
+    """
+
+    def make(*shape):
+        return (
+            torch.randn(shape).to(dtype)
+            if dtype.is_floating_point
+            else torch.randint(0, 256, shape, dtype=dtype)
+        )
+
+    return draw(
+        st.sampled_from(
+            [
+                lambda: make(b, n, d),
+                lambda: make(b, d, n).transpose(1, 2),
+                lambda: make(b, 2 * n, d)[:, ::2],
+                lambda: make(b, n, 2 * d)[..., ::2],
+                lambda: make(1, n, d).expand(b, n, d),
+                lambda: make(b * n * d + 1)[1:].view(b, n, d),
+                lambda: make(n, b, d).transpose(0, 1),
+            ]
+        )
+    )()
 
 
 @st.composite
@@ -309,20 +522,30 @@ def gathers(draw, dtypes):
     b, n, d = draw(st.integers(0, 4)), draw(st.integers(1, 33)), draw(st.integers(0, 70))
     k, dtype = draw(st.integers(0, n)), draw(st.sampled_from(dtypes))
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    index = torch.stack([torch.randperm(n)[:k] for _ in range(b)]) if b else torch.zeros(0, k, dtype=torch.int64)
-    return strided(draw, b, n, d, dtype), draw(st.sampled_from([lambda i: i, lambda i: i.T.contiguous().T]))(index), draw
+    index = (
+        torch.stack([torch.randperm(n)[:k] for _ in range(b)])
+        if b
+        else torch.zeros(0, k, dtype=torch.int64)
+    )
+    return (
+        strided(draw, b, n, d, dtype),
+        draw(st.sampled_from([lambda i: i, lambda i: i.T.contiguous().T]))(index),
+        draw,
+    )
 
 
 @given(gathers([torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.float64]))
 def test_any_gather_and_its_transpose(case):
     x, index, _ = case
     b, n, d = x.shape
-    expected = torch.stack([x[i][index[i]] for i in range(b)]) if b else x.new_zeros(0, index.shape[1], d)
+    expected = (
+        torch.stack([x[i][index[i]] for i in range(b)]) if b else x.new_zeros(0, index.shape[1], d)
+    )
     assert torch.equal(ops.masked_gather(x, index), expected)
     if x.is_floating_point():
         leaf = x.clone().requires_grad_()
         upstream = torch.randn(expected.shape).to(x.dtype)
-        gradient, = torch.autograd.grad(ops.masked_gather(leaf, index), leaf, upstream)
+        (gradient,) = torch.autograd.grad(ops.masked_gather(leaf, index), leaf, upstream)
         back = torch.zeros_like(x, memory_format=torch.contiguous_format)
         for i in range(b):
             back[i, index[i]] = upstream[i]
@@ -336,14 +559,27 @@ def test_any_patches(case, dtype):
     mean, std = [0.1 * c for c in range(channels)], [0.2 + 0.1 * c for c in range(channels)]
     for at in (index, None):
         picked = patches if at is None else ops.masked_gather_reference(patches, at)
-        span = lambda values: torch.tensor(values, dtype=torch.float64).repeat_interleave(patches.shape[2] // channels)
+
+        def span(values):
+            return torch.tensor(values, dtype=torch.float64).repeat_interleave(
+                patches.shape[2] // channels
+            )
+
         expected = (picked.double() / 255 - span(mean)) / span(std)
         made = ops.patch_normalise(patches, mean, std, at, dtype)
         assert made.dtype == dtype
-        torch.testing.assert_close(made.double(), expected, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            made.double(), expected, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6
+        )
 
 
-@given(gathers(list(ops.TARGETS)), st.sampled_from(ops.PREDICTIONS), st.sampled_from(ops.KINDS), st.sampled_from(ops.NORMALISATIONS), st.booleans())
+@given(
+    gathers(list(ops.TARGETS)),
+    st.sampled_from(ops.PREDICTIONS),
+    st.sampled_from(ops.KINDS),
+    st.sampled_from(ops.NORMALISATIONS),
+    st.booleans(),
+)
 def test_any_loss(case, dtype, kind, normalise, indexed):
     target, index, draw = case
     index = index if indexed else None
@@ -353,32 +589,63 @@ def test_any_loss(case, dtype, kind, normalise, indexed):
     leaf = prediction.detach().requires_grad_()
     assert leaf.stride() == prediction.stride() and leaf.data_ptr() == prediction.data_ptr()
     loss, tokens = ops.masked_mse(leaf, target, index, kind, normalise, mean, rstd, per_token=True)
-    gradient, = torch.autograd.grad(loss, leaf)
+    (gradient,) = torch.autograd.grad(loss, leaf)
     truth = prediction.detach().double().requires_grad_()
     expected, expected_tokens = textbook(truth, target, index, kind, normalise, mean, rstd)
-    expected_gradient, = torch.autograd.grad(expected, truth)
-    torch.testing.assert_close(tokens.double(), expected_tokens, rtol=1e-4, atol=1e-5, equal_nan=True)
+    (expected_gradient,) = torch.autograd.grad(expected, truth)
+    torch.testing.assert_close(
+        tokens.double(), expected_tokens, rtol=1e-4, atol=1e-5, equal_nan=True
+    )
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-    if kind != "l1" or normalise == "none":  # an l1 slope jumps at 0, where a normalised target's rounding decides
+    # an l1 slope jumps at 0, where a normalised target's rounding decides
+    if kind != "l1" or normalise == "none":
         torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ torch.compile
+# ------------------------------------------------------------------------------------ torch.compile
+
 
 def loss_arguments(kind="mse", normalise="none", gradient=True):
     torch.manual_seed(0)
-    return (torch.randn(2, 3, 4, requires_grad=gradient), torch.randn(2, 6, 4).half(), rows(2, 6, 3), kind, normalise,
-            *((torch.randn(6, 4), torch.rand(6, 4)) if normalise == "standardise" else (None, None)))
+    return (
+        torch.randn(2, 3, 4, requires_grad=gradient),
+        torch.randn(2, 6, 4).half(),
+        rows(2, 6, 3),
+        kind,
+        normalise,
+        *((torch.randn(6, 4), torch.rand(6, 4)) if normalise == "standardise" else (None, None)),
+    )
 
 
 @needs_extension
 def test_opcheck():
     x, index = torch.randn(2, 6, 4, requires_grad=True), rows(2, 6, 3)
-    checks = [(torch.ops.salt_ops.masked_gather, (x, index), {}), (torch.ops.salt_ops.masked_scatter, (torch.randn(2, 3, 4, requires_grad=True), index, 6), {}),
-              (torch.ops.salt_ops.sample_masks, (torch.arange(3), 0, 0, NUMBERS, SIZES), {}),
-              (torch.ops.salt_ops.patch_normalise, (torch.zeros(2, 6, 6, dtype=torch.uint8), index, [1.0, 2.0], [0.0, 1.0], torch.bfloat16), {}),
-              (torch.ops.salt_ops.masked_mse, (*loss_arguments(gradient=False), 1.0, False), {})]
-    checks += [(torch.ops.salt_ops.masked_mse, (*loss_arguments(kind, normalise), 1.0, True), {}) for kind in ops.KINDS for normalise in ops.NORMALISATIONS]
+    checks = [
+        (torch.ops.salt_ops.masked_gather, (x, index), {}),
+        (
+            torch.ops.salt_ops.masked_scatter,
+            (torch.randn(2, 3, 4, requires_grad=True), index, 6),
+            {},
+        ),
+        (torch.ops.salt_ops.sample_masks, (torch.arange(3), 0, 0, NUMBERS, SIZES), {}),
+        (
+            torch.ops.salt_ops.patch_normalise,
+            (
+                torch.zeros(2, 6, 6, dtype=torch.uint8),
+                index,
+                [1.0, 2.0],
+                [0.0, 1.0],
+                torch.bfloat16,
+            ),
+            {},
+        ),
+        (torch.ops.salt_ops.masked_mse, (*loss_arguments(gradient=False), 1.0, False), {}),
+    ]
+    checks += [
+        (torch.ops.salt_ops.masked_mse, (*loss_arguments(kind, normalise), 1.0, True), {})
+        for kind in ops.KINDS
+        for normalise in ops.NORMALISATIONS
+    ]
     for op, arguments, named in checks:
         assert set(torch.library.opcheck(op.default, arguments, named).values()) == {"SUCCESS"}
 
@@ -386,43 +653,75 @@ def test_opcheck():
 @needs_extension
 def test_a_compiled_step_is_one_graph_with_the_same_results():
     torch.manual_seed(0)
-    patches, latents, ids = torch.randint(0, 256, (2, 144, 12), dtype=torch.uint8), torch.randn(2, 144, 8).half(), torch.arange(2)
+    patches, latents, ids = (
+        torch.randint(0, 256, (2, 144, 12), dtype=torch.uint8),
+        torch.randn(2, 144, 8).half(),
+        torch.arange(2),
+    )
     weight = torch.randn(12, 8, requires_grad=True)
 
     def step(patches, latents, ids, weight):
         masks = ops.sample_masks(ids, 3, 1, "short", (4, 6, 6), (24, 64))
         features = ops.patch_normalise(patches, (0.5,) * 3, (0.25,) * 3) @ weight
         prediction = ops.masked_gather(features, masks.target)
-        return ops.masked_mse(prediction, latents, masks.target, "smooth_l1", "layer_norm") / 2, ops.masked_mse_with_grad(prediction, latents, masks.target)[1]
+        return (
+            ops.masked_mse(prediction, latents, masks.target, "smooth_l1", "layer_norm") / 2,
+            ops.masked_mse_with_grad(prediction, latents, masks.target)[1],
+        )
 
     plain, plain_gradient = step(patches, latents, ids, weight)
-    expected, = torch.autograd.grad(plain, weight)
+    (expected,) = torch.autograd.grad(plain, weight)
     loss, gradient = torch.compile(step, fullgraph=True)(patches, latents, ids, weight)
-    found, = torch.autograd.grad(loss, weight)
+    (found,) = torch.autograd.grad(loss, weight)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(gradient, plain_gradient)
     torch.testing.assert_close(found, expected)
 
 
 def test_what_a_compiled_caller_keeps_is_marked_without_the_compiler():
-    assert vars(ops.constant(lambda: None)) == vars(torch.compiler.assume_constant_result(lambda: None))
+    assert vars(ops.constant(lambda: None)) == vars(
+        torch.compiler.assume_constant_result(lambda: None)
+    )
     code = "import sys; import ops; print('torch._dynamo' in sys.modules)"
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+        ).stdout
+        == "False\n"
+    )
 
 
 def test_an_extension_of_other_sources_is_not_used(tmp_path):
-    """A stand-in that says it was built from others; and the digest follows names and contents of csrc/."""
-    (tmp_path / "salt_ops.py").write_text("def build_info():\n    return {'devices': ['cpu'], 'sources': 'ab', 'simd': 'avx2', 'amx': True, 'architectures': ''}\n")
+    """A stand-in that says it was built from others; and the digest follows names and contents of
+    csrc/.
+    """
+    (tmp_path / "salt_ops.py").write_text(
+        "def build_info():\n    return {'devices': ['cpu'], 'sources': 'ab', 'simd': 'avx2', 'amx':"
+        " True, 'architectures': ''}\n"
+    )
     code = "import sys; sys.path[:0] = sys.argv[1:]; import ops; print(ops.extension_line())"
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), root], capture_output=True, text=True)
-    assert done.returncode == 0 and "was built from other sources than csrc/" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), root], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "was built from other sources than csrc/" in done.stdout, (
+        done.stderr
+    )
     shutil.copy(os.path.join(root, "config.py"), tmp_path)
     (tmp_path / "csrc").mkdir()
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import config; print(config.source_digest())"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import config; print(config.source_digest())"
+    )
     digests = []
     for name, content in (("a.cpp", "1"), ("a.cpp", "2"), ("b.cpp", "1")):
         (tmp_path / "csrc" / name).write_text(content)
-        digests.append(subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout)
+        digests.append(
+            subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path)],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
     assert len(set(digests)) == 3

@@ -1,4 +1,7 @@
-"""Several processes under torchrun, gloo on the CPU: the same run as one process, stopped and killed ones included."""
+"""Several processes under torchrun, gloo on the CPU: the same run as one process, stopped and
+killed ones included.
+"""
+
 import json
 import os
 import re
@@ -14,15 +17,39 @@ import torch
 import data
 import ranks
 import weights
-from tests.test_health import poisoned
 from tests.stages import ROOT, SMALL, run, run_folder, start
+from tests.test_health import poisoned
 
-FLAGS = [*SMALL, "--epochs", "3", "--save_every", "3", "--eval_every", "5", "--val_batches", "3", "--matrix_rate", "1"]  # 12 steps of 4 clips
+# 12 steps of 4 clips
+FLAGS = [
+    *SMALL,
+    "--epochs",
+    "3",
+    "--save_every",
+    "3",
+    "--eval_every",
+    "5",
+    "--val_batches",
+    "3",
+    "--matrix_rate",
+    "1",
+]
 
 
 def launch(count, folder, *flags, script="train", restarts=0, path=""):
     """torchrun with `count` ranks: the process, with its output in a pipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, "--max_restarts", restarts, ROOT / f"{script}.py", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        count,
+        "--max_restarts",
+        restarts,
+        ROOT / f"{script}.py",
+        *flags,
+    ]
     return start(command, folder, PYTHONPATH=path)
 
 
@@ -34,11 +61,23 @@ def finish(process, code=0):
 
 def last(folder, name="r"):
     """The newest last.pth of a run."""
-    return weights.load_checkpoint(max(Path(folder).glob(f"checkpoints/{name}_*/last.pth"), key=os.path.getmtime))
+    return weights.load_checkpoint(
+        max(Path(folder).glob(f"checkpoints/{name}_*/last.pth"), key=os.path.getmtime)
+    )
 
 
 def metrics(folder, name="r"):
-    return [json.loads(line) for line in (max(Path(folder).glob(f"checkpoints/{name}_*"), key=os.path.getmtime) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (
+            (
+                max(Path(folder).glob(f"checkpoints/{name}_*"), key=os.path.getmtime)
+                / "metrics.jsonl"
+            )
+            .read_text()
+            .splitlines()
+        )
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +97,54 @@ def agrees(folder, other, rtol):
         torch.testing.assert_close(mine["student"][name], value, rtol=0, atol=2e-5)
     for number, state in theirs["optimizer"]["state"].items():
         for name, value in state.items():
-            torch.testing.assert_close(mine["optimizer"]["state"][number][name], value, rtol=1e-2, atol=1e-4 * value.abs().max().item())
+            torch.testing.assert_close(
+                mine["optimizer"]["state"][number][name],
+                value,
+                rtol=1e-2,
+                atol=1e-4 * value.abs().max().item(),
+            )
     rows, expected = metrics(folder), metrics(other)
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, like in zip(rows, expected):
-        for name in ("loss", "r2", "lr", "weight_decay", "grad_norm", "update_ratio", "feature_std", "effective_rank", "val_r2", "val_mse"):
-            assert (name in row) == (name in like) and row.get(name, 0) == pytest.approx(like.get(name, 0), rel=1e-3, abs=1e-4), (name, row, like)
+        for name in (
+            "loss",
+            "r2",
+            "lr",
+            "weight_decay",
+            "grad_norm",
+            "update_ratio",
+            "feature_std",
+            "effective_rank",
+            "val_r2",
+            "val_mse",
+        ):
+            assert (name in row) == (name in like) and row.get(name, 0) == pytest.approx(
+                like.get(name, 0), rel=1e-3, abs=1e-4
+            ), (name, row, like)
 
 
-@pytest.mark.parametrize("count, more", [(2, ["--accumulate", "2"]), (4, ["--ema", "0.9"]), (2, ["--fsdp", "--accumulate", "2", "--recompute"])])
+@pytest.mark.parametrize(
+    "count, more",
+    [
+        (2, ["--accumulate", "2"]),
+        (4, ["--ema", "0.9"]),
+        (2, ["--fsdp", "--accumulate", "2", "--recompute"]),
+    ],
+)
 def test_more_ranks_are_the_same_run(alone, tmp_path, count, more):
     folder, flags = alone
     said = finish(launch(count, tmp_path, *flags, "--run_name", "r", *more))
     agrees(tmp_path, folder, 1e-5)
-    assert f"{count} ranks; {'FSDP2' if '--fsdp' in more else 'DDP'}" in said and said.count("status: finished") == 1
-    assert {path.name for path in next(tmp_path.glob("checkpoints/r_*")).iterdir()} == {"best.pth", "last.pth", "metrics.jsonl", "starts.jsonl"}
+    assert (
+        f"{count} ranks; {'FSDP2' if '--fsdp' in more else 'DDP'}" in said
+        and said.count("status: finished") == 1
+    )
+    assert {path.name for path in next(tmp_path.glob("checkpoints/r_*")).iterdir()} == {
+        "best.pth",
+        "last.pth",
+        "metrics.jsonl",
+        "starts.jsonl",
+    }
 
 
 def test_bfloat16_over_ranks_and_shards(alone, tmp_path):
@@ -81,32 +153,49 @@ def test_bfloat16_over_ranks_and_shards(alone, tmp_path):
     finish(launch(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "ddp"))
     finish(launch(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "fsdp", "--fsdp"))
     for name in ("ddp", "fsdp"):
-        torch.testing.assert_close(last(tmp_path, name)["losses"], last(tmp_path, "one")["losses"], rtol=2e-3, atol=0)
+        torch.testing.assert_close(
+            last(tmp_path, name)["losses"], last(tmp_path, "one")["losses"], rtol=2e-3, atol=0
+        )
 
 
 @pytest.mark.parametrize("more", [[], ["--fsdp"]])
 def test_a_killed_rank_leads_to_a_clean_restart(alone, tmp_path, more):
-    """Rank 1 dies after a line of step 6: torchrun starts both again, they go on from last.pth, and the result is the one of two ranks undisturbed."""
+    """Rank 1 dies after a line of step 6: torchrun starts both again, they go on from last.pth, and
+    the result is the one of two ranks undisturbed.
+    """
     _, flags = alone
     finish(launch(2, tmp_path, *flags, "--run_name", "whole", *more))
-    process, killed, text = launch(2, tmp_path, *flags, "--run_name", "r", "--resume", "auto", *more, restarts=2), False, ""
+    process, killed, text = (
+        launch(2, tmp_path, *flags, "--run_name", "r", "--resume", "auto", *more, restarts=2),
+        False,
+        "",
+    )
     for line in process.stdout:
         text += line
         if line.startswith("step 6/") and not killed:
             mine = int(re.search(r"start r_\d+_\d+_pid(\d+)", text)[1])  # rank 0
             parent = Path(f"/proc/{mine}/stat").read_text().rpartition(")")[2].split()[1]
-            other = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split() if int(pid) != mine]
+            other = [
+                int(pid)
+                for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+                if int(pid) != mine
+            ]
             os.kill(other[0], signal.SIGKILL)
             killed = True
     assert process.wait() == 0 and killed, text
     assert "started again for the 1. time" in text and "resumed" in text
     whole, resumed = last(tmp_path, "whole"), last(tmp_path)
-    assert torch.equal(whole["losses"], resumed["losses"]) and all(torch.equal(value, resumed["student"][name]) for name, value in whole["student"].items())
+    assert torch.equal(whole["losses"], resumed["losses"]) and all(
+        torch.equal(value, resumed["student"][name]) for name, value in whole["student"].items()
+    )
     assert whole["history"] == resumed["history"]
 
 
 def test_a_run_goes_on_under_another_number_of_ranks(alone, tmp_path):
-    """Torchrun is told to stop: all ranks stop at one step and save. One process goes on, then sharded over two."""
+    """Torchrun is told to stop: all ranks stop at one step and save.
+
+    One process goes on, then sharded over two.
+    """
     folder, flags = alone
     process = launch(2, tmp_path, *flags, "--run_name", "r")
     for line in process.stdout:
@@ -117,7 +206,9 @@ def test_a_run_goes_on_under_another_number_of_ranks(alone, tmp_path):
     assert process.returncode != 0 and "status: stopped" in text
     stopped = last(tmp_path)["step"]
     assert 4 <= stopped < 12
-    process = start([sys.executable, ROOT / "train.py", *flags, "--run_name", "r", "--resume", "auto"], tmp_path)
+    process = start(
+        [sys.executable, ROOT / "train.py", *flags, "--run_name", "r", "--resume", "auto"], tmp_path
+    )
     said = ""
     for line in process.stdout:
         said += line
@@ -131,11 +222,26 @@ def test_a_run_goes_on_under_another_number_of_ranks(alone, tmp_path):
 
 
 def test_evaluation_over_ranks_is_the_same(world, tmp_path):
-    flags = ["--checkpoint", run_folder(world, "student") / "best.pth", "--cache", world / "held_out", "--batch_size", "3", "--dtype", "fp32"]
+    flags = [
+        "--checkpoint",
+        run_folder(world, "student") / "best.pth",
+        "--cache",
+        world / "held_out",
+        "--batch_size",
+        "3",
+        "--dtype",
+        "fp32",
+    ]
     run(tmp_path, "eval_distill", *flags, "--out", "one.json")
     finish(launch(2, tmp_path, *flags, "--out", "two.json", script="eval_distill"))
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text())["results"][0] for name in ("one", "two"))
-    assert one["clips"] == two["clips"] == 8 and one["r2"] == pytest.approx(two["r2"], rel=1e-5) and one["r2_ci95"] == pytest.approx(two["r2_ci95"], rel=1e-4)
+    one, two = (
+        json.loads((tmp_path / f"{name}.json").read_text())["results"][0] for name in ("one", "two")
+    )
+    assert (
+        one["clips"] == two["clips"] == 8
+        and one["r2"] == pytest.approx(two["r2"], rel=1e-5)
+        and one["r2_ci95"] == pytest.approx(two["r2_ci95"], rel=1e-4)
+    )
 
 
 def test_clips_that_other_ranks_lose_are_said(alone, world, tmp_path):
@@ -143,21 +249,56 @@ def test_clips_that_other_ranks_lose_are_said(alone, world, tmp_path):
     teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
     shutil.copytree(world / "data", tmp_path / "data")
     for split in ("train", "validation"):
-        run(tmp_path, "cache_latents", "--data", "data", "--split", split, "--teacher", teacher, "--clips", "off", "--out", split, "--dtype", "fp32")
+        run(
+            tmp_path,
+            "cache_latents",
+            "--data",
+            "data",
+            "--split",
+            split,
+            "--teacher",
+            teacher,
+            "--clips",
+            "off",
+            "--out",
+            split,
+            "--dtype",
+            "fp32",
+        )
     for number in (*range(1, 6), *range(19, 25)):
         path = tmp_path / "data" / "videos" / f"{number}.webm"
         path.write_bytes(bytes(path.stat().st_size))
-    flags = [*SMALL, "--cache", "train", "--val_cache", "validation", "--data", "data", "--max_steps", "4", "--matrix_rate", "1"]
+    flags = [
+        *SMALL,
+        "--cache",
+        "train",
+        "--val_cache",
+        "validation",
+        "--data",
+        "data",
+        "--max_steps",
+        "4",
+        "--matrix_rate",
+        "1",
+    ]
     text = finish(launch(2, tmp_path, *flags, "--run_name", "r"))
     folder = next(tmp_path.glob("checkpoints/r_*"))
     lost = [json.loads(line) for line in (folder / "failures-rank1.jsonl").read_text().splitlines()]
     assert {entry["part"] for entry in lost} == {"held-out", "training"}
-    assert all(f"rank 1: skipped, {number} so far: {entry['reason']}" in text for number, entry in enumerate(lost, 1))
-    assert re.search(r"step 0 held-out R2 \S+ mse \S+ over 2 of 8 clips", text) and re.search(r"\d+ clips could not be had", text)
+    assert all(
+        f"rank 1: skipped, {number} so far: {entry['reason']}" in text
+        for number, entry in enumerate(lost, 1)
+    )
+    assert re.search(r"step 0 held-out R2 \S+ mse \S+ over 2 of 8 clips", text) and re.search(
+        r"\d+ clips could not be had", text
+    )
 
 
 def test_skipped_steps_and_a_diagnosis_over_ranks(alone, world, tmp_path):
-    """A record that is not finite: both ranks skip the steps that hold it. All of them: both stop, and the diagnosis names clips of both."""
+    """A record that is not finite: both ranks skip the steps that hold it.
+
+    All of them: both stop, and the diagnosis names clips of both.
+    """
     _, flags = alone
     names = poisoned(world, tmp_path, [3])
     finish(launch(2, tmp_path, *flags, "--cache", "poisoned", "--run_name", "r", "--tensorboard"))
@@ -165,19 +306,42 @@ def test_skipped_steps_and_a_diagnosis_over_ranks(alone, world, tmp_path):
     assert 1 <= lost <= 3 and last(tmp_path)["optimizer"]["state"][0]["step"] == 12 - lost
     shutil.rmtree(tmp_path / "poisoned")
     names = poisoned(world, tmp_path, range(17))
-    text = finish(launch(2, tmp_path, *flags, "--cache", "poisoned", "--run_name", "all", "--skip_limit", "3", "--fsdp"), 1)
-    assert "rank 0: error: the loss or its gradient was not finite in 3 steps in a row" in text and text.count("Traceback (most recent call last)") == 1  # torchrun's own
+    text = finish(
+        launch(
+            2,
+            tmp_path,
+            *flags,
+            "--cache",
+            "poisoned",
+            "--run_name",
+            "all",
+            "--skip_limit",
+            "3",
+            "--fsdp",
+        ),
+        1,
+    )
+    # torchrun's own
+    assert (
+        "rank 0: error: the loss or its gradient was not finite in 3 steps in a row" in text
+        and text.count("Traceback (most recent call last)") == 1
+    )
     found = json.loads(next(tmp_path.glob("checkpoints/all_*/diagnosis.json")).read_text())
     assert len(found["targets"]) == 4 and set(found["targets"]) <= set(names)
 
 
 def test_what_happens_to_one_rank_alone_is_said(world, tmp_path):
     """Rank 1 runs out of memory while it is set up."""
-    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif os.environ.get('RANK') == '1':\n    import torch\n"
-                                               "    def full(self, *a, **k): raise torch.OutOfMemoryError('CUDA out of memory')\n    torch.nn.Module.to = full\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif os.environ.get('RANK') == '1':\n    import torch\n    def full(self,"
+        " *a, **k): raise torch.OutOfMemoryError('CUDA out of memory')\n    torch.nn.Module.to ="
+        " full\n"
+    )
     process = launch(2, tmp_path, "--cache", world / "latents", *FLAGS, path=str(tmp_path))
     text = finish(process, 1)
-    assert "train.py, rank 1: error: the GPU is out of memory; in training give --accumulate 2" in text, text
+    assert (
+        "train.py, rank 1: error: the GPU is out of memory; in training give --accumulate 2" in text
+    ), text
 
 
 SLOW_TO_SPEAK = """
@@ -196,12 +360,24 @@ def test_wrong_inputs_under_torchrun_are_said_once(alone, world, tmp_path):
     _, flags = alone
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "sitecustomize.py").write_text(SLOW_TO_SPEAK)
-    for more, restarts, message in ((["--batch_size", "5"], 0, "2 ranks do not divide --batch_size 5"), (["--run_name", "x"], 1, "give --resume auto"), (["--cache", "nowhere"], 0, "nowhere is no cache")):
-        text = finish(launch(2, tmp_path, *flags, *more, restarts=restarts, path=tmp_path / "late"), 1)
-        lines = [line for line in text.splitlines() if "train.py, rank" in line and ": error: " in line]
-        assert len(lines) == 1 + restarts and all(message in line and "rank 0" in line for line in lines), text
+    for more, restarts, message in (
+        (["--batch_size", "5"], 0, "2 ranks do not divide --batch_size 5"),
+        (["--run_name", "x"], 1, "give --resume auto"),
+        (["--cache", "nowhere"], 0, "nowhere is no cache"),
+    ):
+        text = finish(
+            launch(2, tmp_path, *flags, *more, restarts=restarts, path=tmp_path / "late"), 1
+        )
+        lines = [
+            line for line in text.splitlines() if "train.py, rank" in line and ": error: " in line
+        ]
+        assert len(lines) == 1 + restarts and all(
+            message in line and "rank 0" in line for line in lines
+        ), text
     assert "--fsdp splits the model over ranks" in run(tmp_path, "train", *flags, "--fsdp", code=1)
-    assert "(RANK,LOCAL_RANK,LOCAL_WORLD_SIZE,MASTER_PORT,MASTER_ADDR)" in run(tmp_path, "train", *flags, code=1, WORLD_SIZE="2")
+    assert "(RANK,LOCAL_RANK,LOCAL_WORLD_SIZE,MASTER_PORT,MASTER_ADDR)" in run(
+        tmp_path, "train", *flags, code=1, WORLD_SIZE="2"
+    )
 
 
 def test_ranks_take_their_parts_of_the_same_batches():
@@ -214,7 +390,11 @@ def test_ranks_take_their_parts_of_the_same_batches():
 
 def test_a_rank_cannot_choose_its_gpu(monkeypatch):
     monkeypatch.setattr(ranks, "world", 2)
-    for name, value in {"MASTER_ADDR": "localhost", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+    for name, value in {
+        "MASTER_ADDR": "localhost",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ranks.InputError, match="each rank takes the GPU of its number"):
         ranks.start("cuda:0")
@@ -225,9 +405,18 @@ def test_a_rank_cannot_choose_its_gpu(monkeypatch):
             ranks.start("cuda")
 
 
-@pytest.mark.parametrize("environ, wrong", [
-    ({"RANK": "1"}, None), ({"RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK"), ({"RANK": "x"}, "RANK"), ({"WORLD_SIZE": "-1"}, "WORLD_SIZE"), ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE"),
-    ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT"), ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT")])
+@pytest.mark.parametrize(
+    "environ, wrong",
+    [
+        ({"RANK": "1"}, None),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK"),
+        ({"RANK": "x"}, "RANK"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE"),
+        ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT"),
+    ],
+)
 def test_an_environment_in_part_is_refused(monkeypatch, environ, wrong):
     for name in (*ranks.NUMBERS, "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
@@ -239,5 +428,10 @@ def test_an_environment_in_part_is_refused(monkeypatch, environ, wrong):
 
 
 def test_alone_nothing_is_asked_of_others():
-    assert ranks.agree(True, False) == (True, False) and ranks.gather(3) == [3] and ranks.first(lambda: 5) == 5 and ranks.start("cpu") == "cpu"
+    assert (
+        ranks.agree(True, False) == (True, False)
+        and ranks.gather(3) == [3]
+        and ranks.first(lambda: 5) == 5
+        and ranks.start("cpu") == "cpu"
+    )
     assert ranks.whole({"a": [torch.ones(2)], "b": 1})["a"][0].tolist() == [1, 1]

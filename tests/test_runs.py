@@ -1,4 +1,7 @@
-"""Runs on disk: one folder a run, a log a start; names match exactly, the furthest step wins, nothing outside a run's folder is touched."""
+"""Runs on disk: one folder a run, a log a start; names match exactly, the furthest step wins,
+nothing outside a run's folder is touched.
+"""
+
 import json
 import os
 import re
@@ -10,10 +13,10 @@ import time
 import pytest
 import torch
 
+import cache
 import journal
 import ranks
 import runs
-import cache
 import weights
 from config import InputError
 from tests.stages import ROOT, SMALL, error_of, run, run_folder, start, stopped_at
@@ -25,26 +28,43 @@ PARTS = dict.fromkeys(weights.CHECKPOINT_PARTS, 0)
 
 def checkpoint(folder, name, step, run=None, mtime=None):
     folder.mkdir(parents=True, exist_ok=True)
-    weights.save_checkpoint(str(folder / name), {**PARTS, "step": step, "run": run or folder.name, "w": torch.arange(step)})
+    weights.save_checkpoint(
+        str(folder / name),
+        {**PARTS, "step": step, "run": run or folder.name, "w": torch.arange(step)},
+    )
     if mtime:
         os.utime(folder / name, (mtime, mtime))
 
 
 def opened(home, resume, name="salt", start="salt_20260909_090909_pid9"):
     (home / "checkpoints").mkdir(exist_ok=True)
-    return runs.Run(str(home / "checkpoints"), str(home / "run_logs"), name, start, resume, lambda line: None)
+    return runs.Run(
+        str(home / "checkpoints"), str(home / "run_logs"), name, start, resume, lambda line: None
+    )
 
 
 def content_of(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# ---------------------------------------------------------------------------------------------------------------- naming
+# ------------------------------------------------------------------------------------------- naming
+
 
 @pytest.mark.parametrize("name", ["salt", "a[b]*?", "x.y+z", "salt_20260102_030405_pid7", "ö"])
 def test_names_match_exactly(name):
-    others = [f"{name}{STAMP}.bak", f"{name}_before_lr_change", f"{name}_too{STAMP}", f"my{name}{STAMP}", name, f"{name}_old_copy_of_it"]
-    mine = [f"{name}_20260102_030405_pid7", f"{name}_20260102_030405_pid7_2", f"{name}_20260103_000000_pid1"]
+    others = [
+        f"{name}{STAMP}.bak",
+        f"{name}_before_lr_change",
+        f"{name}_too{STAMP}",
+        f"my{name}{STAMP}",
+        name,
+        f"{name}_old_copy_of_it",
+    ]
+    mine = [
+        f"{name}_20260102_030405_pid7",
+        f"{name}_20260102_030405_pid7_2",
+        f"{name}_20260103_000000_pid1",
+    ]
     assert runs.named([*others, *mine], name) == mine
 
 
@@ -57,21 +77,33 @@ def test_two_starts_of_one_second_and_pid_have_a_log_and_a_folder_each(tmp_path,
     assert [log.start for log in logs] == [f"salt{STAMP}", f"salt{STAMP}_2", f"salt{STAMP}_3"]
     assert (tmp_path / f"salt{STAMP}.log").read_text() == "the first one's\n"
     folders = [opened(tmp_path, None, start=f"salt{STAMP}").folder for _ in range(3)]
-    assert [os.path.basename(folder) for folder in folders] == [f"salt{STAMP}", f"salt{STAMP}_2", f"salt{STAMP}_3"]
+    assert [os.path.basename(folder) for folder in folders] == [
+        f"salt{STAMP}",
+        f"salt{STAMP}_2",
+        f"salt{STAMP}_3",
+    ]
 
 
-# -------------------------------------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------------------- resuming
+
 
 def test_the_furthest_step_wins_and_not_the_newest_file(tmp_path):
     checkpoint(tmp_path / "checkpoints" / f"salt{STAMP}", "last.pth", 30, mtime=1000)
     checkpoint(tmp_path / "checkpoints" / f"salt{STAMP}", "previous.pth", 20, mtime=9000)
     checkpoint(tmp_path / "checkpoints" / "salt_20260202_030405_pid7", "last.pth", 10, mtime=5000)
     found = opened(tmp_path, "auto")
-    assert found.content["step"] == 30 and found.path.endswith(os.path.join(f"salt{STAMP}", "last.pth")) and found.folder == os.path.dirname(found.path)
+    assert (
+        found.content["step"] == 30
+        and found.path.endswith(os.path.join(f"salt{STAMP}", "last.pth"))
+        and found.folder == os.path.dirname(found.path)
+    )
 
 
 def test_of_equal_steps_the_latest_wins_and_damaged_ones_are_passed_over(tmp_path):
-    first, second = tmp_path / "checkpoints" / f"salt{STAMP}", tmp_path / "checkpoints" / "salt_20260202_030405_pid7"
+    first, second = (
+        tmp_path / "checkpoints" / f"salt{STAMP}",
+        tmp_path / "checkpoints" / "salt_20260202_030405_pid7",
+    )
     checkpoint(first, "last.pth", 30, mtime=9000)
     checkpoint(second, "last.pth", 30, mtime=1000)
     found = opened(tmp_path, "auto")
@@ -95,25 +127,33 @@ def test_a_copy_that_is_named_gives_a_run_of_its_own_and_stays_as_it_is(tmp_path
     before = content_of(tmp_path / "kept")
     for word in ("kept/last.pth", "kept"):
         found = opened(tmp_path, str(tmp_path / word))
-        assert found.content["step"] == 50 and os.path.dirname(found.folder) == str(tmp_path / "checkpoints")
+        assert found.content["step"] == 50 and os.path.dirname(found.folder) == str(
+            tmp_path / "checkpoints"
+        )
         assert content_of(tmp_path / "kept") == before
 
 
 def test_what_a_run_goes_on_from_becomes_its_last_checkpoint(tmp_path):
-    """previous.pth is asked for, though last.pth is whole and further: from then on the run is where it was told to go back to, and nothing is lost."""
+    """previous.pth is asked for, though last.pth is whole and further: from then on the run is
+    where it was told to go back to, and nothing is lost.
+    """
     folder = tmp_path / "checkpoints" / f"salt{STAMP}"
     checkpoint(folder, "last.pth", 30)
     checkpoint(folder, "previous.pth", 20)
     further, back = (folder / "last.pth").read_bytes(), (folder / "previous.pth").read_bytes()
     found = opened(tmp_path, str(folder / "previous.pth"))
     found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20)
-    assert (folder / "last.pth").read_bytes() == back and (folder / "left_behind_by_salt_9.pth").read_bytes() == further
+    assert (folder / "last.pth").read_bytes() == back and (
+        folder / "left_behind_by_salt_9.pth"
+    ).read_bytes() == further
     found.file.close()
     assert opened(tmp_path, "auto").content["step"] == 20
 
 
 def test_a_branch_that_is_left_is_left_with_all_its_checkpoints(tmp_path):
-    """A step back to a kept checkpoint: neither previous.pth nor a best.pth of later steps may lead back."""
+    """A step back to a kept checkpoint: neither previous.pth nor a best.pth of later steps may lead
+    back.
+    """
     folder = tmp_path / "checkpoints" / f"salt{STAMP}"
     for name, step in (("last.pth", 60), ("previous.pth", 40), ("best.pth", 55), ("kept.pth", 20)):
         checkpoint(folder, name, step)
@@ -121,21 +161,42 @@ def test_a_branch_that_is_left_is_left_with_all_its_checkpoints(tmp_path):
     found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20)
     found.file.close()
     assert {path.name: weights.step_and_run(path)[0] for path in folder.glob("*.pth")} == {
-        "last.pth": 20, "kept.pth": 20, "left_behind_by_salt_9.pth": 60, "left_behind_by_salt_9_previous.pth": 40, "left_behind_by_salt_9_best.pth": 55}
+        "last.pth": 20,
+        "kept.pth": 20,
+        "left_behind_by_salt_9.pth": 60,
+        "left_behind_by_salt_9_previous.pth": 40,
+        "left_behind_by_salt_9_best.pth": 55,
+    }
     assert opened(tmp_path, "auto").content["step"] == 20
 
 
 def test_a_step_back_makes_a_best_of_its_own(world, tmp_path):
-    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--max_steps", "8", "--eval_every", "2", "--save_every", "2", "--run_name", "r"]
+    flags = [
+        "--cache",
+        world / "latents",
+        "--val_cache",
+        world / "held_out",
+        *SMALL,
+        "--max_steps",
+        "8",
+        "--eval_every",
+        "2",
+        "--save_every",
+        "2",
+        "--run_name",
+        "r",
+    ]
     stopped_at("step 2/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
-    folder, = (tmp_path / "checkpoints").iterdir()
+    (folder,) = (tmp_path / "checkpoints").iterdir()
     shutil.copy(folder / "last.pth", folder / "kept.pth")
     run(tmp_path, "train", *flags, "--resume", "auto")
     figures = weights.load_checkpoint(folder / "best.pth")
     said = run(tmp_path, "train", *flags, "--resume", folder / "kept.pth")
     assert "left behind: " in said and "best.pth; the next evaluation makes a new best.pth" in said
     again = weights.load_checkpoint(folder / "best.pth")
-    assert (again["step"], again["best"]) == (figures["step"], figures["best"]) and len(list(folder.glob("left_behind_by_*_best.pth"))) == 1
+    assert (again["step"], again["best"]) == (figures["step"], figures["best"]) and len(
+        list(folder.glob("left_behind_by_*_best.pth"))
+    ) == 1
 
 
 def run_metrics(folder):
@@ -177,7 +238,12 @@ def test_damage_to_the_list_of_starts_does_not_stop_a_run(tmp_path):
     (folder / "starts.jsonl").write_bytes(b'{"log": "x.log"}\n\xff\xfe{"x')
     found = opened(tmp_path, "auto")
     found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 3)
-    assert json.loads((folder / "starts.jsonl").read_bytes().decode(errors="replace").splitlines()[-1])["step"] == 3
+    assert (
+        json.loads(
+            (folder / "starts.jsonl").read_bytes().decode(errors="replace").splitlines()[-1]
+        )["step"]
+        == 3
+    )
 
 
 def test_a_run_is_gone_on_with_by_its_own_name(world, tmp_path):
@@ -188,34 +254,96 @@ def test_a_run_is_gone_on_with_by_its_own_name(world, tmp_path):
 
 
 def test_a_copy_that_is_gone_on_with_is_a_run_of_its_own_from_its_first_moment(world, tmp_path):
-    """Its last.pth says so, and is there before its first step: killed there, it goes on from there."""
-    flags = ["--cache", world / "latents", *SMALL, "--save_every", "4", "--run_name", "r", "--epochs", "500"]
+    """Its last.pth says so, and is there before its first step: killed there, it goes on from
+    there.
+    """
+    flags = [
+        "--cache",
+        world / "latents",
+        *SMALL,
+        "--save_every",
+        "4",
+        "--run_name",
+        "r",
+        "--epochs",
+        "500",
+    ]
     stopped_at("step 6/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
-    first, = (tmp_path / "checkpoints").iterdir()
+    (first,) = (tmp_path / "checkpoints").iterdir()
     first.rename(tmp_path / "kept")
-    stopped_at("step ", [sys.executable, ROOT / "train.py", *flags, "--resume", "kept/last.pth"], tmp_path, signal.SIGKILL)
-    second, = (tmp_path / "checkpoints").iterdir()
+    stopped_at(
+        "step ",
+        [sys.executable, ROOT / "train.py", *flags, "--resume", "kept/last.pth"],
+        tmp_path,
+        signal.SIGKILL,
+    )
+    (second,) = (tmp_path / "checkpoints").iterdir()
     saved = weights.load_checkpoint(second / "last.pth")
     assert saved["run"] == second.name != first.name and saved["step"] >= 6
-    found = runs.Run(str(tmp_path / "checkpoints"), str(tmp_path / "run_logs"), "r", "r_x", "auto", lambda line: None)
+    found = runs.Run(
+        str(tmp_path / "checkpoints"),
+        str(tmp_path / "run_logs"),
+        "r",
+        "r_x",
+        "auto",
+        lambda line: None,
+    )
     assert found.folder == str(second) and found.content["step"] == saved["step"]
 
 
 def test_identities_of_different_kinds_do_not_agree():
     agree = cache.agree_on
     assert agree({"a": 1, "b": 2}, {"a": 1, "c": 3}) and not agree({"a": 1}, {"a": 2})
-    assert not agree({"list": "x"}, {"ids_sha256": "y"}) and not agree({"t": {"x": 1}}, {"t": {"y": 1}}) and agree(None, None) and agree({}, {})
+    assert (
+        not agree({"list": "x"}, {"ids_sha256": "y"})
+        and not agree({"t": {"x": 1}}, {"t": {"y": 1}})
+        and agree(None, None)
+        and agree({}, {})
+    )
 
 
 def test_resuming_with_other_files_of_the_same_list_is_refused(world, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
-    flags = ["--target", "pixels", "--data", "data", "--frames", "4", "--resolution", "48", *SMALL, "--max_steps", "4", "--stats_clips", "4", "--run_name", "r"]
+    flags = [
+        "--target",
+        "pixels",
+        "--data",
+        "data",
+        "--frames",
+        "4",
+        "--resolution",
+        "48",
+        *SMALL,
+        "--max_steps",
+        "4",
+        "--stats_clips",
+        "4",
+        "--run_name",
+        "r",
+    ]
     run(tmp_path, "train", *flags)
     shutil.copy(tmp_path / "data" / "videos" / "20.webm", tmp_path / "data" / "videos" / "0.webm")
-    assert "trained with other training clips" in error_of(tmp_path, "train", *flags, "--resume", "auto")
-    run(tmp_path, "cache_latents", "--data", "data", "--teacher", "none", "--frames", "4", "--resolution", "48", "--out", "clips")
+    assert "trained with other training clips" in error_of(
+        tmp_path, "train", *flags, "--resume", "auto"
+    )
+    run(
+        tmp_path,
+        "cache_latents",
+        "--data",
+        "data",
+        "--teacher",
+        "none",
+        "--frames",
+        "4",
+        "--resolution",
+        "48",
+        "--out",
+        "clips",
+    )
     cached = ["--target", "pixels", "--cache", "clips", *flags[8:]]
-    assert "trained with other training clips" in error_of(tmp_path, "train", *cached, "--resume", "auto")
+    assert "trained with other training clips" in error_of(
+        tmp_path, "train", *cached, "--resume", "auto"
+    )
 
 
 def test_a_run_that_is_going_is_not_gone_on_with(tmp_path):
@@ -225,7 +353,8 @@ def test_a_run_that_is_going_is_not_gone_on_with(tmp_path):
     assert len(os.listdir(tmp_path / "checkpoints")) == 1
     first.file.close()
     again = opened(tmp_path, "auto")
-    assert again.folder == first.folder and again.path is None  # it died before its first checkpoint
+    # it died before its first checkpoint
+    assert again.folder == first.folder and again.path is None
 
 
 def test_a_start_that_came_to_nothing_leaves_no_folder(tmp_path):
@@ -240,24 +369,55 @@ def test_a_start_that_came_to_nothing_leaves_no_folder(tmp_path):
 
 
 def test_a_failed_start_of_training_leaves_its_log_alone(world, tmp_path):
-    line = error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, "--predictor_heads", "5", "--resume", "auto")
+    line = error_of(
+        tmp_path,
+        "train",
+        "--cache",
+        world / "latents",
+        *SMALL,
+        "--predictor_heads",
+        "5",
+        "--resume",
+        "auto",
+    )
     assert "must be a multiple of its heads" in line
-    assert os.listdir(tmp_path / "checkpoints") == [] and len(os.listdir(tmp_path / "run_logs")) == 1
+    assert (
+        os.listdir(tmp_path / "checkpoints") == [] and len(os.listdir(tmp_path / "run_logs")) == 1
+    )
 
 
 def test_a_run_of_an_odd_name_is_resumed_in_place_beside_its_copies(world, tmp_path):
-    flags = ["--cache", world / "latents", *SMALL, "--max_steps", "6", "--save_every", "2", "--run_name", "a[b]*"]
+    flags = [
+        "--cache",
+        world / "latents",
+        *SMALL,
+        "--max_steps",
+        "6",
+        "--save_every",
+        "2",
+        "--run_name",
+        "a[b]*",
+    ]
     run(tmp_path, "train", *flags)
-    folder, = (tmp_path / "checkpoints").iterdir()
+    (folder,) = (tmp_path / "checkpoints").iterdir()
     for copy in (f"{folder.name}.bak", "a[b]*_before_lr_change"):
         shutil.copytree(folder, tmp_path / "checkpoints" / copy)
     (folder / "last.pth").unlink()
     shutil.copy(world / "latents" / "ids.txt", tmp_path / "checkpoints" / "notes.txt")
-    before = {copy: content_of(tmp_path / "checkpoints" / copy) for copy in (f"{folder.name}.bak", "a[b]*_before_lr_change")}
+    before = {
+        copy: content_of(tmp_path / "checkpoints" / copy)
+        for copy in (f"{folder.name}.bak", "a[b]*_before_lr_change")
+    }
     said = run(tmp_path, "train", *flags, "--resume", "auto")
-    assert "starting afresh" in said and "passed over" not in said and (folder / "best.pth").is_file()
-    assert before == {copy: content_of(tmp_path / "checkpoints" / copy) for copy in before} and len(os.listdir(tmp_path / "checkpoints")) == 5
-    assert len(run_metrics(folder)) == 3  # what is there of a run without a last.pth is not written over
+    assert (
+        "starting afresh" in said and "passed over" not in said and (folder / "best.pth").is_file()
+    )
+    assert (
+        before == {copy: content_of(tmp_path / "checkpoints" / copy) for copy in before}
+        and len(os.listdir(tmp_path / "checkpoints")) == 5
+    )
+    # what is there of a run without a last.pth is not written over
+    assert len(run_metrics(folder)) == 3
 
 
 def test_another_kernel_set_is_announced(world, tmp_path):
@@ -265,22 +425,47 @@ def test_another_kernel_set_is_announced(world, tmp_path):
     stopped_at("step 4/", [sys.executable, ROOT / "train.py", *flags, "--epochs", "500"], tmp_path)
     quick = [sys.executable, ROOT / "train.py", *flags, "--epochs", "500", "--resume", "auto"]
     said = stopped_at("step ", quick, tmp_path, SALT_OPS="reference")
-    assert re.search(r"it ran under .*'simd': 'avx.*now under .*'simd': 'none'", said) or "salt_ops is not in use" in said and "it ran under" in said
+    assert (
+        re.search(r"it ran under .*'simd': 'avx.*now under .*'simd': 'none'", said)
+        or "salt_ops is not in use" in said
+        and "it ran under" in said
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- finding
+# ------------------------------------------------------------------------------------------ finding
+
 
 def test_every_way_to_name_a_checkpoint(world, tmp_path, monkeypatch):
     monkeypatch.chdir(world)
     folder = run_folder(world, "student")
     best = os.path.join("checkpoints", folder.name, "best.pth")
-    for word in (best, f"checkpoints/{folder.name}", f"run_logs/{folder.name}.log", folder.name, "student", f"checkpoints/{folder.name}/metrics.jsonl"):
+    for word in (
+        best,
+        f"checkpoints/{folder.name}",
+        f"run_logs/{folder.name}.log",
+        folder.name,
+        "student",
+        f"checkpoints/{folder.name}/metrics.jsonl",
+    ):
         assert os.path.samefile(runs.checkpoint_of(word), best), word
     assert os.path.samefile(runs.checkpoint_of("student", "last.pth"), folder / "last.pth")
-    for word, message in (("studnt", "did you mean student"), ("checkpoints", "is a folder of runs"), ("checkpoints/x.pth", "there is no checkpoint"), ("data", "holds no run")):
+    for word, message in (
+        ("studnt", "did you mean student"),
+        ("checkpoints", "is a folder of runs"),
+        ("checkpoints/x.pth", "there is no checkpoint"),
+        ("data", "holds no run"),
+    ):
         with pytest.raises(InputError, match=message):
             runs.checkpoint_of(word)
-    said = run(world, "eval_distill", "--checkpoint", "student", str(folder / "last.pth"), "--cache", "held_out")
+    said = run(
+        world,
+        "eval_distill",
+        "--checkpoint",
+        "student",
+        str(folder / "last.pth"),
+        "--cache",
+        "held_out",
+    )
     assert f"{best} " in said and "last.pth " in said
 
 
@@ -291,9 +476,13 @@ def run_with_log(home, name, step, told=None, best=True):
     if best:
         checkpoint(folder, "best.pth", step, run=told)
     (home / "run_logs").mkdir(exist_ok=True)
-    (folder / "starts.jsonl").write_text(json.dumps({"log": f"../../run_logs/{told or name}.log"}) + "\n")
+    (folder / "starts.jsonl").write_text(
+        json.dumps({"log": f"../../run_logs/{told or name}.log"}) + "\n"
+    )
     if not told:
-        (home / "run_logs" / f"{name}.log").write_text(f"start {name}\nfolder checkpoints/{name}\nstatus: finished\nProcess exiting.\n")
+        (home / "run_logs" / f"{name}.log").write_text(
+            f"start {name}\nfolder checkpoints/{name}\nstatus: finished\nProcess exiting.\n"
+        )
     return folder
 
 
@@ -305,9 +494,12 @@ def test_a_name_does_not_lead_to_a_copy(tmp_path, monkeypatch, logs):
     if not logs:
         shutil.rmtree("run_logs")
     assert runs.checkpoint_of("salt") == f"checkpoints/salt{STAMP}/best.pth"
-    assert os.path.samefile(runs.checkpoint_of(copy.name), copy / "best.pth")  # which is what was asked for
+    # which is what was asked for
+    assert os.path.samefile(runs.checkpoint_of(copy.name), copy / "best.pth")
     if logs:
-        assert runs.wait_for_end("salt", "checkpoints", "run_logs", 0.01) == f"checkpoints/salt{STAMP}"
+        assert (
+            runs.wait_for_end("salt", "checkpoints", "run_logs", 0.01) == f"checkpoints/salt{STAMP}"
+        )
 
 
 def test_a_younger_run_without_the_checkpoint_is_named(tmp_path, monkeypatch, capsys):
@@ -315,7 +507,11 @@ def test_a_younger_run_without_the_checkpoint_is_named(tmp_path, monkeypatch, ca
     run_with_log(tmp_path, f"salt{STAMP}", 200)
     run_with_log(tmp_path, "salt_20260203_030405_pid8", 5, best=False)
     assert runs.checkpoint_of("salt") == f"checkpoints/salt{STAMP}/best.pth"
-    assert capsys.readouterr().out == f"salt: checkpoints/salt{STAMP}, not checkpoints/salt_20260203_030405_pid8, which has none yet\n"
+    assert (
+        capsys.readouterr().out
+        == f"salt: checkpoints/salt{STAMP}, not checkpoints/salt_20260203_030405_pid8, which has"
+        " none yet\n"
+    )
 
 
 def test_after_waits_for_the_run_at_work_whatever_its_name_says(tmp_path, monkeypatch, capsys):
@@ -326,7 +522,10 @@ def test_after_waits_for_the_run_at_work_whatever_its_name_says(tmp_path, monkey
     at_work = runs.lock(f"checkpoints/salt{STAMP}")
     monkeypatch.setattr(runs.time, "sleep", lambda seconds: at_work.close())
     assert runs.wait_for_end("salt", "checkpoints", "run_logs", 0.01) == f"checkpoints/salt{STAMP}"
-    assert f"that is checkpoints/salt{STAMP}, not checkpoints/salt_20260203_030405_pid8" in capsys.readouterr().out
+    assert (
+        f"that is checkpoints/salt{STAMP}, not checkpoints/salt_20260203_030405_pid8"
+        in capsys.readouterr().out
+    )
 
 
 def test_stamps_are_utc(monkeypatch):
@@ -336,6 +535,7 @@ def test_stamps_are_utc(monkeypatch):
 
 def test_one_who_asks_for_a_moment_does_not_refuse_a_start(tmp_path, monkeypatch):
     import fcntl
+
     asked = open(tmp_path / "starts.jsonl", "w")
     fcntl.flock(asked, fcntl.LOCK_SH)
     monkeypatch.setattr(runs.time, "sleep", lambda seconds: asked.close())
@@ -348,21 +548,38 @@ def test_the_logs_of_a_moved_run_are_found_by_name(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (tmp_path / "run_logs").mkdir()
     names = [f"salt{STAMP}.log", "salt_20260103_030405_pid8.log"]
-    (folder / "starts.jsonl").write_text("".join(json.dumps({"log": f"../../run_logs/{name}"}) + "\n" for name in names) + '{"log": "to')
+    (folder / "starts.jsonl").write_text(
+        "".join(json.dumps({"log": f"../../run_logs/{name}"}) + "\n" for name in names)
+        + '{"log": "to'
+    )
     for name in names:
         (tmp_path / "run_logs" / name).write_text(f"start {name}\nfolder checkpoints/salt{STAMP}\n")
     shutil.move(folder, tmp_path / "here" / folder.name)
-    assert [os.path.basename(path) for path in runs.logs_of_folder(str(tmp_path / "here" / folder.name), "run_logs")] == names
+    assert [
+        os.path.basename(path)
+        for path in runs.logs_of_folder(str(tmp_path / "here" / folder.name), "run_logs")
+    ] == names
     (tmp_path / "checkpoints").mkdir()
     shutil.move(tmp_path / "here" / folder.name, tmp_path / "checkpoints")
-    assert os.path.basename(runs.folder_of_log("run_logs/salt_20260103_030405_pid8.log", "checkpoints")) == f"salt{STAMP}"
+    assert (
+        os.path.basename(
+            runs.folder_of_log("run_logs/salt_20260103_030405_pid8.log", "checkpoints")
+        )
+        == f"salt{STAMP}"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- alive or not
+# ------------------------------------------------------------------------------------- alive or not
+
 
 def log_of(folder, process, *more):
     path = folder / f"salt{STAMP}.log"
-    path.write_text("\n".join([f"start salt{STAMP}", f"process {json.dumps(process)}" if process else "x", *more]) + "\n")
+    path.write_text(
+        "\n".join(
+            [f"start salt{STAMP}", f"process {json.dumps(process)}" if process else "x", *more]
+        )
+        + "\n"
+    )
     return str(path)
 
 
@@ -372,7 +589,8 @@ def test_a_reused_pid_is_another_process(tmp_path):
     assert not runs.alive(log_of(tmp_path, {**mine, "ticks": mine["ticks"] - 1}))
     assert not runs.alive(log_of(tmp_path, {**mine, "boot": "another"}))
     assert not runs.alive(log_of(tmp_path, {**mine, "pid": 2**22 + 1}))
-    assert runs.alive(log_of(tmp_path, {**mine, "host": "another", "ticks": 1}))  # nothing is known of it
+    # nothing is known of it
+    assert runs.alive(log_of(tmp_path, {**mine, "host": "another", "ticks": 1}))
     assert not runs.alive(log_of(tmp_path, None))
 
 
@@ -385,7 +603,9 @@ def test_after_does_not_wait_for_a_reused_pid(tmp_path, monkeypatch):
 
 
 def test_a_lock_tells_more_than_a_pid(tmp_path):
-    """Another pid namespace or host name on the same machine: as long as the lock is held the run lives, and no longer."""
+    """Another pid namespace or host name on the same machine: as long as the lock is held the run
+    lives, and no longer.
+    """
     found = opened(tmp_path, None)
     assert runs.held(found.folder)
     other = {**runs.this_process(), "host": "pod-2", "pid": 1, "ticks": 7}
@@ -400,10 +620,17 @@ def test_the_log_of_another_folder_is_not_a_copys(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints" / f"salt{STAMP}"
     checkpoint(folder, "best.pth", 3)
     (tmp_path / "run_logs").mkdir()
-    (tmp_path / "run_logs" / f"salt{STAMP}.log").write_text(f"start x\nfolder checkpoints/salt{STAMP}\nstatus: finished\nProcess exiting.\n")
-    (folder / "starts.jsonl").write_text(json.dumps({"log": f"../../run_logs/salt{STAMP}.log"}) + "\n")
+    (tmp_path / "run_logs" / f"salt{STAMP}.log").write_text(
+        f"start x\nfolder checkpoints/salt{STAMP}\nstatus: finished\nProcess exiting.\n"
+    )
+    (folder / "starts.jsonl").write_text(
+        json.dumps({"log": f"../../run_logs/salt{STAMP}.log"}) + "\n"
+    )
     shutil.copytree(folder, tmp_path / "checkpoints" / "copy")
-    assert len(runs.logs_of_folder(str(folder), "run_logs")) == 1 and runs.logs_of_folder("checkpoints/copy", "run_logs") == []
+    assert (
+        len(runs.logs_of_folder(str(folder), "run_logs")) == 1
+        and runs.logs_of_folder("checkpoints/copy", "run_logs") == []
+    )
     with pytest.raises(InputError, match="has no log of its own"):
         runs.wait_for_end("checkpoints/copy", "checkpoints", "run_logs", 0.01)
     assert runs.wait_for_end(str(folder), "checkpoints", "run_logs", 0.01) == str(folder)
@@ -416,32 +643,60 @@ def test_after_takes_a_runs_name_and_its_latest_start(world, monkeypatch):
         assert os.path.samefile(runs.wait_for_end(word, "checkpoints", "run_logs", 0.01), folder)
 
 
-# ----------------------------------------------------------------------------------------------------- silence and signals
+# ------------------------------------------------------------------------------ silence and signals
+
 
 def test_rank_without_world_size_is_one_line(world, tmp_path):
-    for environ in ({"RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "many"}):
-        line = error_of(tmp_path, "train", "--cache", world / "latents", *SMALL, "--max_steps", "2", **environ)
+    for environ in (
+        {"RANK": "1"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "many"},
+    ):
+        line = error_of(
+            tmp_path, "train", "--cache", world / "latents", *SMALL, "--max_steps", "2", **environ
+        )
         assert "one is missing or wrong" in line and ranks.world == 1
 
 
 def test_a_wrong_path_is_found_before_torch_is_imported(world, tmp_path):
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
-    cases = {"train": ["--cache", world / "latent"], "cache_latents": ["--data", world / "dat", "--teacher", "none", "--out", "o"],
-             "eval_distill": ["--checkpoint", "nobody", "--cache", world / "held_out"], "probe_time_arrow": ["--checkpoint", world / "nobody.pth", "--data", world / "data"]}
+    cases = {
+        "train": ["--cache", world / "latent"],
+        "cache_latents": ["--data", world / "dat", "--teacher", "none", "--out", "o"],
+        "eval_distill": ["--checkpoint", "nobody", "--cache", world / "held_out"],
+        "probe_time_arrow": ["--checkpoint", world / "nobody.pth", "--data", world / "data"],
+    }
     for script, flags in cases.items():
         assert "imported" not in error_of(tmp_path, script, *flags, PYTHONPATH=str(tmp_path))
-    assert "did you mean latents" in error_of(tmp_path, "train", *cases["train"], PYTHONPATH=str(tmp_path))
+    assert "did you mean latents" in error_of(
+        tmp_path, "train", *cases["train"], PYTHONPATH=str(tmp_path)
+    )
 
 
 def test_a_name_one_letter_from_a_setting_is_pointed_out(tmp_path, capsys):
     apply(tmp_path, EPOCH="1", PATH="/bin", SHUFLE="1", OTHER="1", CACHES="x", epoch="1")
     said = capsys.readouterr().out.splitlines()
     near = {"CACHES": "CACHE", "EPOCH": "EPOCHS", "SHUFLE": "SHUFFLE"}
-    assert said[-3:] == [f"{word} is set in the environment and is no setting; did you mean {name}?" for word, name in near.items()]
+    assert said[-3:] == [
+        f"{word} is set in the environment and is no setting; did you mean {name}?"
+        for word, name in near.items()
+    ]
 
 
 def test_a_signal_before_training_begins_leaves_at_once(world, tmp_path):
-    process = start([sys.executable, ROOT / "train.py", "--cache", world / "latents", *SMALL, "--max_steps", "10000000"], tmp_path)
+    process = start(
+        [
+            sys.executable,
+            ROOT / "train.py",
+            "--cache",
+            world / "latents",
+            *SMALL,
+            "--max_steps",
+            "10000000",
+        ],
+        tmp_path,
+    )
     for line in process.stdout:
         if line.startswith("folder "):
             process.send_signal(signal.SIGTERM)
@@ -449,15 +704,24 @@ def test_a_signal_before_training_begins_leaves_at_once(world, tmp_path):
     rest = process.stdout.read()
     assert process.wait() == 128 + signal.SIGTERM and "status: stopped" in rest
     began = "saving after step" in rest
-    assert began or "training has not begun: leaving at once" in rest and os.listdir(tmp_path / "checkpoints") == []
+    assert (
+        began
+        or "training has not begun: leaving at once" in rest
+        and os.listdir(tmp_path / "checkpoints") == []
+    )
 
 
 def test_a_summary_of_many_short_epochs_is_short():
     lines = list(journal.summary([1.0] * 100000, 1))
-    assert len(lines) < 60 and lines[1] == "epochs: 100000; the last 40:" and lines[-2].startswith("epoch 100000: average loss 1.0")
+    assert (
+        len(lines) < 60
+        and lines[1] == "epochs: 100000; the last 40:"
+        and lines[-2].startswith("epoch 100000: average loss 1.0")
+    )
 
 
-# ------------------------------------------------------------------------------------------------- stepping back, and failing at it
+# ----------------------------------------------------------------- stepping back, and failing at it
+
 
 def test_a_step_back_without_room_leaves_everything_as_it_was(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints" / f"salt{STAMP}"
@@ -471,7 +735,9 @@ def test_a_step_back_without_room_leaves_everything_as_it_was(tmp_path, monkeypa
 
     found = opened(tmp_path, str(folder / "kept.pth"))
     monkeypatch.setattr(runs.shutil, "copyfile", full)
-    with pytest.raises(InputError, match="last.pth.part cannot be written: No space left on device; make room"):
+    with pytest.raises(
+        InputError, match="last.pth.part cannot be written: No space left on device; make room"
+    ):
         found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20)
     found.file.close()
     (folder / "starts.jsonl").unlink()
@@ -480,7 +746,9 @@ def test_a_step_back_without_room_leaves_everything_as_it_was(tmp_path, monkeypa
 
 @pytest.mark.parametrize("calls", range(5))
 def test_a_step_back_that_is_killed_at_any_moment_loses_nothing(tmp_path, monkeypatch, calls):
-    """Killed before its nth change of the folder: --resume auto goes on from where the run was, or from where it was told to go."""
+    """Killed before its nth change of the folder: --resume auto goes on from where the run was, or
+    from where it was told to go.
+    """
     folder = tmp_path / "checkpoints" / f"salt{STAMP}"
     for name, step in (("last.pth", 60), ("previous.pth", 40), ("best.pth", 55), ("kept.pth", 20)):
         checkpoint(folder, name, step)
@@ -492,6 +760,7 @@ def test_a_step_back_that_is_killed_at_any_moment_loses_nothing(tmp_path, monkey
                 raise KeyboardInterrupt
             left[0] -= 1
             return change(*arguments)
+
         return changed
 
     for module, name in ((runs.os, "replace"), (runs.os, "link"), (runs.shutil, "copyfile")):
@@ -504,13 +773,32 @@ def test_a_step_back_that_is_killed_at_any_moment_loses_nothing(tmp_path, monkey
 
 
 def test_a_tracker_that_is_missing_changes_nothing(world, tmp_path):
-    flags = ["--cache", world / "latents", *SMALL, "--max_steps", "4", "--save_every", "2", "--run_name", "r"]
+    flags = [
+        "--cache",
+        world / "latents",
+        *SMALL,
+        "--max_steps",
+        "4",
+        "--save_every",
+        "2",
+        "--run_name",
+        "r",
+    ]
     run(tmp_path, "train", *flags)
-    folder, = (tmp_path / "checkpoints").iterdir()
+    (folder,) = (tmp_path / "checkpoints").iterdir()
     shutil.copy(folder / "last.pth", folder / "kept.pth")
     before = content_of(folder)
     (tmp_path / "wandb.py").write_text("raise ImportError")
-    assert "pip install wandb" in error_of(tmp_path, "train", *flags, "--resume", folder / "kept.pth", "--wandb", "p", PYTHONPATH=str(tmp_path))
+    assert "pip install wandb" in error_of(
+        tmp_path,
+        "train",
+        *flags,
+        "--resume",
+        folder / "kept.pth",
+        "--wandb",
+        "p",
+        PYTHONPATH=str(tmp_path),
+    )
     assert content_of(folder) == before
 
 
@@ -529,30 +817,72 @@ def test_only_previous_is_gone_on_with_by_every_name(tmp_path, monkeypatch):
 
 
 def test_the_best_is_the_one_in_the_file(world, tmp_path):
-    """A last.pth of before it was put back: the threshold is the file's own figure, which a worse one does not replace."""
-    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--eval_every", "1", "--save_every", "2", "--max_steps", "12", "--run_name", "r"]
+    """A last.pth of before it was put back: the threshold is the file's own figure, which a worse
+    one does not replace.
+    """
+    flags = [
+        "--cache",
+        world / "latents",
+        "--val_cache",
+        world / "held_out",
+        *SMALL,
+        "--eval_every",
+        "1",
+        "--save_every",
+        "2",
+        "--max_steps",
+        "12",
+        "--run_name",
+        "r",
+    ]
     stopped_at("step 2/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
-    folder, = (tmp_path / "checkpoints").iterdir()
+    (folder,) = (tmp_path / "checkpoints").iterdir()
     shutil.copy(folder / "last.pth", tmp_path / "backup.pth")
     run(tmp_path, "train", *flags, "--resume", "auto")
     best = weights.load_checkpoint(folder / "best.pth")
-    weights.save_checkpoint(str(folder / "best.pth"), {**best, "best": 0.9, "step": 11})  # better than all that comes
+    # better than all that comes
+    weights.save_checkpoint(str(folder / "best.pth"), {**best, "best": 0.9, "step": 11})
     shutil.copy(tmp_path / "backup.pth", folder / "last.pth")
     said = run(tmp_path, "train", *flags, "--resume", "auto")
-    assert "best.pth is of step 11, its figure is 0.9: the next better evaluation takes its place" in said
-    assert weights.load_checkpoint(folder / "best.pth")["best"] == 0.9 and weights.load_checkpoint(folder / "last.pth")["best"] == 0.9
+    assert (
+        "best.pth is of step 11, its figure is 0.9: the next better evaluation takes its place"
+        in said
+    )
+    assert (
+        weights.load_checkpoint(folder / "best.pth")["best"] == 0.9
+        and weights.load_checkpoint(folder / "last.pth")["best"] == 0.9
+    )
 
 
 def test_evaluations_that_metrics_lost_are_written_again(world, tmp_path):
-    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL, "--run_name", "r", "--eval_every", "2", "--epochs", "4"]
+    flags = [
+        "--cache",
+        world / "latents",
+        "--val_cache",
+        world / "held_out",
+        *SMALL,
+        "--run_name",
+        "r",
+        "--eval_every",
+        "2",
+        "--epochs",
+        "4",
+    ]
     stopped_at("step 8/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
     path = next(tmp_path.glob("checkpoints/r_*")) / "metrics.jsonl"
     before = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in before if "loss" in row and row["step"] > 4))
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in before if "loss" in row and row["step"] > 4)
+    )
     said = run(tmp_path, "train", *flags, "--resume", "auto")
-    assert f"was cut or replaced: {sum('val_r2' in row for row in before)} evaluations are written again from the checkpoint" in said
+    assert (
+        f"was cut or replaced: {sum('val_r2' in row for row in before)} evaluations are written"
+        " again from the checkpoint" in said
+    )
     after = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row for row in after if row in before] == [row for row in before if "val_r2" in row or row["step"] > 4]
+    assert [row for row in after if row in before] == [
+        row for row in before if "val_r2" in row or row["step"] > 4
+    ]
     assert [row["step"] for row in after if "val_r2" in row] == list(range(0, 17, 2))
 
 
@@ -561,7 +891,9 @@ def test_a_start_under_another_name_does_not_make_the_run_one_of_that_name(tmp_p
     run_with_log(tmp_path, f"salt{STAMP}", 5)
     folder = run_with_log(tmp_path, f"big{STAMP}", 9)
     later = "salt_20270101_000000_pid1"
-    (tmp_path / "run_logs" / f"{later}.log").write_text(f"start {later}\nfolder checkpoints/{folder.name}\nstatus: finished\nProcess exiting.\n")
+    (tmp_path / "run_logs" / f"{later}.log").write_text(
+        f"start {later}\nfolder checkpoints/{folder.name}\nstatus: finished\nProcess exiting.\n"
+    )
     with open(folder / "starts.jsonl", "a") as file:
         file.write(json.dumps({"log": f"../../run_logs/{later}.log"}) + "\n")
     assert runs.find("salt")[0] == f"checkpoints/salt{STAMP}" and runs.find("salt")[2] is None
@@ -569,5 +901,11 @@ def test_a_start_under_another_name_does_not_make_the_run_one_of_that_name(tmp_p
     assert runs.find(later)[0] == f"checkpoints/big{STAMP}"  # the start itself is that run's
     shutil.rmtree(f"checkpoints/salt{STAMP}")
     os.remove(f"run_logs/salt{STAMP}.log")
-    with pytest.raises(InputError, match=f"salt was the --run_name of a start that went on with the run big{STAMP}; give that name"):
+    with pytest.raises(
+        InputError,
+        match=(
+            f"salt was the --run_name of a start that went on with the run big{STAMP}; give that"
+            " name"
+        ),
+    ):
         runs.find("salt")

@@ -13,7 +13,7 @@ from tests.test_model import make_salt
 
 
 def few_bad_videos(random, videos, views):
-    """Errors of clips, alike within a video, and their videos; a tenth of these is predicted badly."""
+    """Errors of clips, alike within a video, and their videos; a tenth is predicted badly."""
     spread = random.gamma(3, 1, videos)
     share = np.where(random.random(videos) < 0.1, 2.5, 0.3)
     spread, share, names = (np.repeat(x, views) for x in (spread, share, np.arange(videos)))

@@ -1,5 +1,6 @@
-"""The training step: attention and products on the matrix tiles against float64, one pass over all families against separate ones, the parts
-of train.py's loop against plain PyTorch."""
+"""The training step: attention and products on the matrix tiles against float64, one pass over all
+families against separate ones, the parts of train.py's loop against plain PyTorch."""
+
 import copy
 import json
 import math
@@ -22,14 +23,29 @@ import ops
 from config import InputError
 
 ROOT = Path(ops.__file__).resolve().parent
-needs_tiles = pytest.mark.skipif(not ops.EXTENSION["amx"], reason="needs the extension and a processor with AMX")
+needs_tiles = pytest.mark.skipif(
+    not ops.EXTENSION["amx"], reason="needs the extension and a processor with AMX"
+)
 GRID, FAMILIES = (4, 6, 6), ("short", "long")
 
 
 def make_salt(depth=2, families=FAMILIES, seed=0):
     torch.manual_seed(seed)
-    encoder_config = model.EncoderConfig(dim=64, depth=depth, heads=2, mlp_dim=128, frames=8, size=96)
-    salt = model.build_salt(encoder_config, {"dim_in": 64, "dim_out": 24, "tokens": 144, "families": list(families), "dim": 48, "depth": depth, "heads": 3})
+    encoder_config = model.EncoderConfig(
+        dim=64, depth=depth, heads=2, mlp_dim=128, frames=8, size=96
+    )
+    salt = model.build_salt(
+        encoder_config,
+        {
+            "dim_in": 64,
+            "dim_out": 24,
+            "tokens": 144,
+            "families": list(families),
+            "dim": 48,
+            "depth": depth,
+            "heads": 3,
+        },
+    )
     with torch.no_grad():  # zeros would hide mistakes
         for parameter in salt.parameters():
             if parameter.dim() < 2:
@@ -39,8 +55,14 @@ def make_salt(depth=2, families=FAMILIES, seed=0):
 
 def some_batch(b=3, seed=0, families=FAMILIES):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(0, 256, (b, 144, 1536), dtype=torch.uint8, generator=generator), torch.randn(b, 144, 24, generator=generator).half(),
-            {family: ops.sample_masks(torch.arange(b) + 100 * seed, 0, 0, family, GRID) for family in families})
+    return (
+        torch.randint(0, 256, (b, 144, 1536), dtype=torch.uint8, generator=generator),
+        torch.randn(b, 144, 24, generator=generator).half(),
+        {
+            family: ops.sample_masks(torch.arange(b) + 100 * seed, 0, 0, family, GRID)
+            for family in families
+        },
+    )
 
 
 SPACE = model.Space("latents", "none", None, None, torch.zeros(144, 24))
@@ -55,46 +77,71 @@ def attention_in_float64(qkv, lengths):
     found = []
     for span in qkv.double().split(list(lengths), 1):
         q, k, v = span.permute(2, 0, 3, 1, 4)
-        found.append((torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v).transpose(1, 2))
+        found.append(
+            (torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v).transpose(
+                1, 2
+            )
+        )
     return torch.cat(found, 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
-SHAPES = [(1, (32,), 2, 64), (2, (40, 7), 3, 64), (1, (1, 33, 100), 2, 48), (2, (130, 300), 1, 88), (3, (16,), 1, 1), (1, (257, 129), 2, 128), (1, (31, 32, 33), 2, 80), (0, (5,), 2, 64)]
+SHAPES = [
+    (1, (32,), 2, 64),
+    (2, (40, 7), 3, 64),
+    (1, (1, 33, 100), 2, 48),
+    (2, (130, 300), 1, 88),
+    (3, (16,), 1, 1),
+    (1, (257, 129), 2, 128),
+    (1, (31, 32, 33), 2, 80),
+    (0, (5,), 2, 64),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("b, lengths, heads, d", SHAPES)
 def test_attention_and_its_gradient(b, lengths, heads, d, dtype):
     torch.manual_seed(0)
-    qkv, gradient = (torch.randn(b, sum(lengths), 3, heads, d) * 1.5).to(dtype).requires_grad_(), torch.randn(b, sum(lengths), heads, d).to(dtype)
+    qkv, gradient = (
+        (torch.randn(b, sum(lengths), 3, heads, d) * 1.5).to(dtype).requires_grad_(),
+        torch.randn(b, sum(lengths), heads, d).to(dtype),
+    )
     found = ops.attention(qkv, lengths)
-    back, = torch.autograd.grad(found, qkv, gradient)
+    (back,) = torch.autograd.grad(found, qkv, gradient)
     assert found.shape == gradient.shape and found.dtype == back.dtype == dtype
     if not b:
         return
     exact = qkv.detach().double().requires_grad_()
     expected = attention_in_float64(exact, lengths)
-    expected_back, = torch.autograd.grad(expected, exact, gradient.double())
+    (expected_back,) = torch.autograd.grad(expected, exact, gradient.double())
     limit = 8e-3 if dtype == torch.bfloat16 else 1e-5  # bfloat16 itself rounds by up to 4e-3
     assert distance(found, expected) < limit and distance(back, expected_back) < limit
     plain = ops.attention_reference(qkv, lengths)
-    plain_back, = torch.autograd.grad(plain, qkv, gradient)
-    assert distance(found, expected) < 1.1 * distance(plain, expected) + 1e-6  # no worse than PyTorch's own
+    (plain_back,) = torch.autograd.grad(plain, qkv, gradient)
+    # no worse than PyTorch's own
+    assert distance(found, expected) < 1.1 * distance(plain, expected) + 1e-6
     assert distance(back, expected_back) < 1.2 * distance(plain_back, expected_back) + 1e-6
 
 
 @needs_tiles
-@given(st.lists(st.integers(1, 150), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 128), st.integers(0, 100))
+@given(
+    st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 128),
+    st.integers(0, 100),
+)
 def test_attention_of_any_shape(lengths, heads, d, seed):
     torch.manual_seed(seed)
-    qkv, gradient = torch.randn(2, sum(lengths), 3, heads, d).bfloat16().requires_grad_(), torch.randn(2, sum(lengths), heads, d).bfloat16()
+    qkv, gradient = (
+        torch.randn(2, sum(lengths), 3, heads, d).bfloat16().requires_grad_(),
+        torch.randn(2, sum(lengths), heads, d).bfloat16(),
+    )
     found = ops.attention(qkv, lengths)
-    back, = torch.autograd.grad(found, qkv, gradient)
+    (back,) = torch.autograd.grad(found, qkv, gradient)
     exact = qkv.detach().double().requires_grad_()
     expected = attention_in_float64(exact, lengths)
-    expected_back, = torch.autograd.grad(expected, exact, gradient.double())
+    (expected_back,) = torch.autograd.grad(expected, exact, gradient.double())
     assert distance(found, expected) < 5e-3 and distance(back, expected_back) < 8e-3
 
 
@@ -105,9 +152,15 @@ def test_attention_runs_on_the_tiles_in_bfloat16_and_on_flash_attention_otherwis
             torch.autograd.grad(ops.attention(qkv, (20, 12)).float().sum(), qkv)
         return {event.key for event in seen.key_averages()}
 
-    half, full = (torch.randn(2, 32, 3, 2, 64, dtype=dtype, requires_grad=True) for dtype in (torch.bfloat16, torch.float32))
+    half, full = (
+        torch.randn(2, 32, 3, 2, 64, dtype=dtype, requires_grad=True)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     assert {"salt_ops::attention", "salt_ops::attention_backward"} <= kernels(half)
-    assert {"aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention_for_cpu_backward"} <= kernels(full)
+    assert {
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    } <= kernels(full)
     wide = torch.randn(1, 8, 3, 1, 160, dtype=torch.bfloat16)
     torch.testing.assert_close(ops.attention(wide, (8,)), ops.attention_reference(wide, (8,)))
 
@@ -119,7 +172,7 @@ def test_attention_where_one_key_takes_all(scale):
     qkv = (torch.randn(1, 70, 3, 2, 64) * scale).bfloat16().requires_grad_()
     found = ops.attention(qkv, (50, 20))
     expected = attention_in_float64(qkv.detach(), (50, 20))
-    back, = torch.autograd.grad(found, qkv, torch.randn(found.shape).bfloat16())
+    (back,) = torch.autograd.grad(found, qkv, torch.randn(found.shape).bfloat16())
     assert distance(found, expected) < 5e-3 and back.isfinite().all()
 
 
@@ -129,8 +182,13 @@ def test_a_nan_reaches_the_tokens_that_see_it_and_no_other():
     qkv[0, 3, 1] = math.nan  # a key of the first span
     qkv.requires_grad_()
     found = ops.attention(qkv, (30, 10))
-    back, = torch.autograd.grad(found, qkv, torch.ones_like(found))
-    assert found[:, :30].isnan().all() and found[:, 30:].isfinite().all() and back[:, :30].isnan().any() and back[:, 30:].isfinite().all()
+    (back,) = torch.autograd.grad(found, qkv, torch.ones_like(found))
+    assert (
+        found[:, :30].isnan().all()
+        and found[:, 30:].isfinite().all()
+        and back[:, :30].isnan().any()
+        and back[:, 30:].isfinite().all()
+    )
 
 
 @needs_tiles
@@ -139,30 +197,68 @@ def test_the_thread_count_does_not_show():
         import hashlib, sys, torch, ops
         torch.manual_seed(0); torch.set_num_threads(int(sys.argv[1]))
         qkv = torch.randn(2, 90, 3, 3, 64).bfloat16(); g = torch.randn(2, 90, 3, 64).bfloat16()
-        out, lse = torch.ops.salt_ops.attention(qkv, (50, 40)); back = torch.ops.salt_ops.attention_backward(g, qkv, out, lse, (50, 40))
+        out, lse = torch.ops.salt_ops.attention(qkv, (50, 40))
+        back = torch.ops.salt_ops.attention_backward(g, qkv, out, lse, (50, 40))
         across, sums = torch.ops.salt_ops.transpose_and_sum(g.reshape(180, 192))
-        print(hashlib.sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in (out, lse, back, across, sums))).hexdigest())"""
-    runs = {subprocess.run([sys.executable, "-c", code, threads], cwd=ROOT, capture_output=True, text=True, check=True).stdout for threads in ("1", "2", "3")}
+        made = [x.contiguous().view(torch.uint8).numpy() for x in (out, lse, back, across, sums)]
+        print(hashlib.sha256(b"".join(x.tobytes() for x in made)).hexdigest())"""
+    runs = {
+        subprocess.run(
+            [sys.executable, "-c", code, threads],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2", "3")
+    }
     assert len(runs) == 1
 
 
 def test_attention_refuses_lengths_that_do_not_fit():
-    for shape, lengths in (((1, 8, 3, 1, 4), (4, 3)), ((1, 8, 3, 1, 4), (8, 0)), ((1, 8, 3, 1, 4), ()), ((1, 8, 2, 1, 4), (8,)), ((8, 3, 1, 4), (8,))):
+    for shape, lengths in (
+        ((1, 8, 3, 1, 4), (4, 3)),
+        ((1, 8, 3, 1, 4), (8, 0)),
+        ((1, 8, 3, 1, 4), ()),
+        ((1, 8, 2, 1, 4), (8,)),
+        ((8, 3, 1, 4), (8,)),
+    ):
         with pytest.raises(InputError, match="attention takes"):
             ops.attention(torch.zeros(shape), lengths)
 
 
 @needs_tiles
-@pytest.mark.parametrize("call, message", [
-    (lambda op: op.attention(torch.zeros(1, 8, 3, 1, 4), (8,)), "must be bfloat16"),
-    (lambda op: op.attention(torch.zeros(1, 8, 3, 1, 4).bfloat16(), (7,)), "add up to 7"),
-    (lambda op: op.attention(torch.zeros(1, 8, 3, 1, 4).bfloat16(), (9, -1)), "a span has 9"),
-    (lambda op: op.attention(torch.zeros(1, 8, 3, 1, 200).bfloat16(), (8,)), "1 <= d <= 128"),
-    (lambda op: op.attention_backward(torch.zeros(1, 8, 1, 5).bfloat16(), torch.zeros(1, 8, 3, 1, 4).bfloat16(), torch.zeros(1, 8, 1, 4).bfloat16(), torch.zeros(1, 1, 8), (8,)), "must be"),
-    (lambda op: op.attention_backward(torch.zeros(1, 8, 1, 4).bfloat16(), torch.zeros(1, 8, 3, 1, 4).bfloat16(), torch.zeros(1, 8, 1, 4).bfloat16(), torch.zeros(1, 8), (8,)), "lse must be"),
-    (lambda op: op.transpose_and_sum(torch.zeros(3, 4)), "must be bfloat16"),
-    (lambda op: op.transpose_and_sum(torch.zeros(3).bfloat16()), r"must be \[R, C\]"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda op: op.attention(torch.zeros(1, 8, 3, 1, 4), (8,)), "must be bfloat16"),
+        (lambda op: op.attention(torch.zeros(1, 8, 3, 1, 4).bfloat16(), (7,)), "add up to 7"),
+        (lambda op: op.attention(torch.zeros(1, 8, 3, 1, 4).bfloat16(), (9, -1)), "a span has 9"),
+        (lambda op: op.attention(torch.zeros(1, 8, 3, 1, 200).bfloat16(), (8,)), "1 <= d <= 128"),
+        (
+            lambda op: op.attention_backward(
+                torch.zeros(1, 8, 1, 5).bfloat16(),
+                torch.zeros(1, 8, 3, 1, 4).bfloat16(),
+                torch.zeros(1, 8, 1, 4).bfloat16(),
+                torch.zeros(1, 1, 8),
+                (8,),
+            ),
+            "must be",
+        ),
+        (
+            lambda op: op.attention_backward(
+                torch.zeros(1, 8, 1, 4).bfloat16(),
+                torch.zeros(1, 8, 3, 1, 4).bfloat16(),
+                torch.zeros(1, 8, 1, 4).bfloat16(),
+                torch.zeros(1, 8),
+                (8,),
+            ),
+            "lse must be",
+        ),
+        (lambda op: op.transpose_and_sum(torch.zeros(3, 4)), "must be bfloat16"),
+        (lambda op: op.transpose_and_sum(torch.zeros(3).bfloat16()), r"must be \[R, C\]"),
+    ],
+)
 def test_the_kernels_check_what_they_get(call, message):
     with pytest.raises(RuntimeError, match=message):
         call(torch.ops.salt_ops)
@@ -172,16 +268,22 @@ def test_the_kernels_check_what_they_get(call, message):
 def test_opcheck():
     qkv = torch.randn(2, 9, 3, 2, 8).bfloat16()
     out, lse = torch.ops.salt_ops.attention(qkv, (5, 4))
-    checks = [(torch.ops.salt_ops.attention, (qkv.requires_grad_(), (5, 4))), (torch.ops.salt_ops.attention_backward, (out, qkv.detach(), out, lse, (5, 4))),
-              (torch.ops.salt_ops.transpose_and_sum, (torch.randn(5, 7).bfloat16(),))]
+    checks = [
+        (torch.ops.salt_ops.attention, (qkv.requires_grad_(), (5, 4))),
+        (torch.ops.salt_ops.attention_backward, (out, qkv.detach(), out, lse, (5, 4))),
+        (torch.ops.salt_ops.transpose_and_sum, (torch.randn(5, 7).bfloat16(),)),
+    ]
     for op, arguments in checks:
         assert set(torch.library.opcheck(op.default, arguments).values()) == {"SUCCESS"}
 
 
-# ----------------------------------------------------------------------------------------------------------------- linear
+# ------------------------------------------------------------------------------------------- linear
+
 
 @needs_tiles
-@pytest.mark.parametrize("rows, columns", [(1, 1), (5, 3), (32, 32), (33, 65), (100, 31), (928, 96), (0, 4), (4, 0)])
+@pytest.mark.parametrize(
+    "rows, columns", [(1, 1), (5, 3), (32, 32), (33, 65), (100, 31), (928, 96), (0, 4), (4, 0)]
+)
 def test_transposition_and_sums(rows, columns):
     x = torch.randn(rows, columns).bfloat16()
     across, sums = torch.ops.salt_ops.transpose_and_sum(x)
@@ -194,7 +296,10 @@ def test_transposition_and_sums(rows, columns):
 @pytest.mark.parametrize("gelu", [False, True])
 def test_linear_and_its_gradients(dtype, bias, gelu):
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 70, 40).to(dtype).requires_grad_(), torch.randn(24, 40).to(dtype).requires_grad_()
+    x, weight = (
+        torch.randn(2, 70, 40).to(dtype).requires_grad_(),
+        torch.randn(24, 40).to(dtype).requires_grad_(),
+    )
     extra = torch.randn(24, requires_grad=True) if bias else None
     upstream = torch.randn(24, 2, 70).to(dtype).permute(1, 2, 0)  # not contiguous
     found = (ops.gelu_linear if gelu else ops.linear)(x, weight, extra)
@@ -204,11 +309,14 @@ def test_linear_and_its_gradients(dtype, bias, gelu):
     expected = F.linear(F.gelu(exact[0]) if gelu else exact[0], *exact[1:])
     limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
     assert distance(found, expected) < limit and found.dtype == dtype
-    for got, want, like in zip(gradients, torch.autograd.grad(expected, exact, upstream.double()), inputs, strict=True):
+    for got, want, like in zip(
+        gradients, torch.autograd.grad(expected, exact, upstream.double()), inputs, strict=True
+    ):
         assert got.dtype == like.dtype and distance(got, want) < limit
 
 
-# ------------------------------------------------------------------------------------------------------------ one pass for all
+# --------------------------------------------------------------------------------- one pass for all
+
 
 def test_one_pass_gives_what_a_pass_a_family_gives():
     salt, (patches, _, masks) = make_salt(), some_batch()
@@ -227,48 +335,84 @@ def test_masks_of_one_clip_do_not_see_each_other():
     changed = patches.clone()
     changed[0, only_short] = 255 - changed[0, only_short]
     before, after = salt(patches, masks), salt(changed, masks)
-    assert torch.equal(before["long"], after["long"]) and not torch.equal(before["short"], after["short"])
+    assert torch.equal(before["long"], after["long"]) and not torch.equal(
+        before["short"], after["short"]
+    )
 
 
 def test_nothing_is_computed_for_tokens_that_no_mask_asks_for():
     salt, (patches, _, masks) = make_salt(), some_batch()
     rows = {}
-    for name in ("student.patch_embed", "student.blocks.0.fc1", "predictor.embed", "predictor.blocks.1.fc2", "predictor.proj"):
-        salt.get_submodule(name).register_forward_hook(lambda module, given, out, name=name: rows.update({name: rows.get(name, 0) + given[0].shape[:-1].numel()}))
+    for name in (
+        "student.patch_embed",
+        "student.blocks.0.fc1",
+        "predictor.embed",
+        "predictor.blocks.1.fc2",
+        "predictor.proj",
+    ):
+        salt.get_submodule(name).register_forward_hook(
+            lambda module, given, out, name=name: rows.update(
+                {name: rows.get(name, 0) + given[0].shape[:-1].numel()}
+            )
+        )
     salt(patches, masks)
-    context, target = (sum(getattr(drawn, part).shape[1] for drawn in masks.values()) * 3 for part in ("context", "target"))
-    assert rows == {"student.patch_embed": context, "student.blocks.0.fc1": context, "predictor.embed": context, "predictor.blocks.1.fc2": context + target, "predictor.proj": target}
+    context, target = (
+        sum(getattr(drawn, part).shape[1] for drawn in masks.values()) * 3
+        for part in ("context", "target")
+    )
+    assert rows == {
+        "student.patch_embed": context,
+        "student.blocks.0.fc1": context,
+        "predictor.embed": context,
+        "predictor.blocks.1.fc2": context + target,
+        "predictor.proj": target,
+    }
 
 
 def test_the_budget_counts_what_torch_counts():
     salt, (patches, latents, masks) = make_salt(), some_batch(2)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # as plain products, which it knows
+    # as plain products, which it knows
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         predictions = salt(patches, masks)
         forward = counter.get_total_flops()
         *_, gradients = model.salt_loss(predictions, patches, latents, masks, SPACE)
         torch.autograd.backward(list(predictions.values()), list(gradients.values()))
     counts = [ops.mask_counts(family, GRID) for family in masks]
-    parts = budget.forward_parts(salt.student.config, {"dim": 48, "depth": 2, "dim_out": 24}, counts)
+    parts = budget.forward_parts(
+        salt.student.config, {"dim": 48, "depth": 2, "dim_out": 24}, counts
+    )
     assert forward == 2 * sum(part.forward for part in parts)
-    step = 2 * budget.step_flops(salt.student.config, {"dim": 48, "depth": 2, "dim_out": 24}, counts)
-    pixels = 2 * 2 * parts[0].forward / 2  # pixels need no gradient, which torch does not compute and the usual count of three passes includes
+    step = 2 * budget.step_flops(
+        salt.student.config, {"dim": 48, "depth": 2, "dim_out": 24}, counts
+    )
+    # pixels need no gradient, which torch does not compute and the usual count of three passes
+    # includes
+    pixels = 2 * 2 * parts[0].forward / 2
     assert counter.get_total_flops() == step - pixels
 
 
-# -------------------------------------------------------------------------------------------------------- numbers of a step
+# -------------------------------------------------------------------------------- numbers of a step
+
 
 def run_steps(salt, steps, dtype="fp32", families=FAMILIES, accumulate=1):
     """train.py's loop, over batches of 4: the losses."""
-    optimizer = torch.optim.AdamW(model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), fused=True
+    )
     losses = []
     for seed in range(steps):
         patches, latents, masks = some_batch(4, seed, families)
         model.cast_matrices(salt, dtype)
         total, part = 0, 4 // accumulate
         for few in (slice(i, i + part) for i in range(0, 4, part)):
-            drawn = {family: ops.Masks(both.context[few], both.target[few]) for family, both in masks.items()}
+            drawn = {
+                family: ops.Masks(both.context[few], both.target[few])
+                for family, both in masks.items()
+            }
             predictions = salt(patches[few], drawn)
-            error, _, _, gradients = model.salt_loss(predictions, patches[few], latents[few], drawn, SPACE, weight=1 / accumulate)
+            error, _, _, gradients = model.salt_loss(
+                predictions, patches[few], latents[few], drawn, SPACE, weight=1 / accumulate
+            )
             torch.autograd.backward(list(predictions.values()), list(gradients.values()))
             total += error.item() / accumulate
         model.update(optimizer, list(salt.parameters()), 0.02)
@@ -277,32 +421,69 @@ def run_steps(salt, steps, dtype="fp32", families=FAMILIES, accumulate=1):
 
 
 def plain_steps(salt, steps):
-    """The same in plain PyTorch, float32: modules called a family at a time, gather, mse_loss, clip_grad_norm_, AdamW tensor by tensor."""
+    """The same in plain PyTorch, float32: modules called a family at a time, gather, mse_loss,
+    clip_grad_norm_, AdamW tensor by tensor.
+    """
     student, predictor, config = salt.student, salt.predictor, salt.student.config
 
     def attention(module, x):
         bias = torch.cat([module.q_bias, torch.zeros_like(module.q_bias), module.v_bias])
-        q, k, v = (x @ module.qkv.weight.T + bias).unflatten(-1, (3, module.heads, -1)).permute(2, 0, 3, 1, 4)
-        return F.linear((torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v).transpose(1, 2).flatten(2), module.proj.weight, module.proj.bias)
+        q, k, v = (
+            (x @ module.qkv.weight.T + bias)
+            .unflatten(-1, (3, module.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
+        return F.linear(
+            (torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v)
+            .transpose(1, 2)
+            .flatten(2),
+            module.proj.weight,
+            module.proj.bias,
+        )
 
     def blocks(modules, x):
         for block in modules:
             x = x + attention(block.attn, block.norm1(x))
-            x = x + F.linear(F.gelu(F.linear(block.norm2(x), block.fc1.weight, block.fc1.bias)), block.fc2.weight, block.fc2.bias)
+            x = x + F.linear(
+                F.gelu(F.linear(block.norm2(x), block.fc1.weight, block.fc1.bias)),
+                block.fc2.weight,
+                block.fc2.bias,
+            )
         return x
 
-    optimizer = torch.optim.AdamW(model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), foreach=False)
+    optimizer = torch.optim.AdamW(
+        model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), foreach=False
+    )
     losses = []
     for seed in range(steps):
         patches, latents, masks = some_batch(4, seed)
-        pixels = (patches.float().unflatten(-1, (3, -1)) / 255 - torch.tensor(config.mean)[:, None]) / torch.tensor(config.std)[:, None]
+        pixels = (
+            patches.float().unflatten(-1, (3, -1)) / 255 - torch.tensor(config.mean)[:, None]
+        ) / torch.tensor(config.std)[:, None]
         total = 0
         for number, drawn in enumerate(masks.values()):
-            at = lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-            x = F.linear(pixels.flatten(-2), student.patch_embed.weight, student.patch_embed.bias) + student.position
+
+            def at(x, index):
+                return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+            x = (
+                F.linear(pixels.flatten(-2), student.patch_embed.weight, student.patch_embed.bias)
+                + student.position
+            )
             x = student.norm(blocks(student.blocks, at(x, drawn.context)))
-            x = torch.cat([F.linear(x, predictor.embed.weight, predictor.embed.bias) + predictor.position[drawn.context], predictor.mask_tokens[number] + predictor.position[drawn.target]], 1)
-            prediction = F.linear(predictor.norm(blocks(predictor.blocks, x)), predictor.proj.weight, predictor.proj.bias)[:, drawn.context.shape[1]:]
+            x = torch.cat(
+                [
+                    F.linear(x, predictor.embed.weight, predictor.embed.bias)
+                    + predictor.position[drawn.context],
+                    predictor.mask_tokens[number] + predictor.position[drawn.target],
+                ],
+                1,
+            )
+            prediction = F.linear(
+                predictor.norm(blocks(predictor.blocks, x)),
+                predictor.proj.weight,
+                predictor.proj.bias,
+            )[:, drawn.context.shape[1] :]
             total = total + F.mse_loss(prediction, at(latents, drawn.target).float()) / 2
         total.backward()
         torch.nn.utils.clip_grad_norm_(salt.parameters(), 0.02, foreach=False)
@@ -334,7 +515,13 @@ def test_recomputation_keeps_less():
         salt, sizes = make_salt(4), []
         salt.student.recompute = salt.predictor.recompute = recompute
         patches, _, masks = some_batch()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel() * x.element_size() * (not x.is_leaf or not x.requires_grad)) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (
+                sizes.append(x.numel() * x.element_size() * (not x.is_leaf or not x.requires_grad))
+                or x
+            ),
+            lambda x: x,
+        ):
             salt(patches, masks)
         return sum(sizes)
 
@@ -342,7 +529,10 @@ def test_recomputation_keeps_less():
 
 
 def test_gradients_of_the_working_copies_are_autocasts():
-    """bfloat16 copies made once a step give the gradients that autocast gives, in float32, as close to the exact ones."""
+    """bfloat16 copies made once a step give the gradients that autocast gives, in float32, as close
+    to the exact ones.
+    """
+
     def gradients(salt, forward):
         patches, latents, masks = some_batch()
         predictions = forward(salt, patches, masks)
@@ -358,8 +548,14 @@ def test_gradients_of_the_working_copies_are_autocasts():
         with torch.autocast("cpu", torch.bfloat16):
             return salt(patches, masks)
 
-    exact, found, theirs = (gradients(make_salt(), forward) for forward in (lambda salt, *x: salt(*x), working, autocast))
-    flat = lambda x: torch.cat([value.flatten() for value in x.values()])
+    exact, found, theirs = (
+        gradients(make_salt(), forward)
+        for forward in (lambda salt, *x: salt(*x), working, autocast)
+    )
+
+    def flat(x):
+        return torch.cat([value.flatten() for value in x.values()])
+
     assert all(value.dtype == torch.float32 for value in found.values())
     assert distance(flat(found), flat(exact)) < 1.2 * distance(flat(theirs), flat(exact)) < 0.02
 
@@ -376,7 +572,10 @@ def test_working_copies_leave_no_trace():
     twin = copy.deepcopy(salt)  # none of these goes on with the old copies
     assert torch.equal(twin(patches, masks)["long"], before)
     salt.load_state_dict(make_salt(seed=1).state_dict())
-    assert torch.equal(salt(patches, masks)["long"], make_salt(seed=1)(patches, masks)["long"]) and salt(patches, masks)["long"].dtype == torch.float32
+    assert (
+        torch.equal(salt(patches, masks)["long"], make_salt(seed=1)(patches, masks)["long"])
+        and salt(patches, masks)["long"].dtype == torch.float32
+    )
     model.cast_matrices(salt, "bf16")
     assert salt.float()(patches, masks)["long"].dtype == torch.float32
 
@@ -388,10 +587,15 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(clip):
     for bad in (False, True, False):
         parameter.grad = torch.full((50,), math.inf if bad else 0.5)
         before = parameter.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
-        assert model.update(optimizer, [parameter], clip).isfinite() != bad and parameter.grad is None
+        assert (
+            model.update(optimizer, [parameter], clip).isfinite() != bad and parameter.grad is None
+        )
         assert torch.equal(parameter, before[0]) == bad
         if bad:
-            assert all(torch.equal(value, before[1][0][name]) for name, value in optimizer.state_dict()["state"][0].items())
+            assert all(
+                torch.equal(value, before[1][0][name])
+                for name, value in optimizer.state_dict()["state"][0].items()
+            )
 
 
 def test_a_moving_average_moves_and_keeps_no_graph():
@@ -406,14 +610,22 @@ def test_a_moving_average_moves_and_keeps_no_graph():
 @pytest.mark.parametrize("clip", [0.02, 100.0, 0])
 def test_an_update_is_clip_grad_norm_and_adamw(clip):
     torch.manual_seed(0)
-    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in (torch.ones(30), torch.ones(4, 5))] for _ in range(2))
-    fused, plain = torch.optim.AdamW(ours, lr=0.1, fused=True), torch.optim.AdamW(theirs, lr=0.1, foreach=False)
+    ours, theirs = (
+        [torch.nn.Parameter(x.clone()) for x in (torch.ones(30), torch.ones(4, 5))]
+        for _ in range(2)
+    )
+    fused, plain = (
+        torch.optim.AdamW(ours, lr=0.1, fused=True),
+        torch.optim.AdamW(theirs, lr=0.1, foreach=False),
+    )
     for _ in range(3):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
         norm = model.update(fused, ours, clip)
-        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, clip or math.inf, foreach=False))
+        torch.testing.assert_close(
+            norm, torch.nn.utils.clip_grad_norm_(theirs, clip or math.inf, foreach=False)
+        )
         plain.step()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -421,6 +633,7 @@ def test_an_update_is_clip_grad_norm_and_adamw(clip):
 
 def test_compiled_blocks_are_compiled_once_and_agree():
     from torch._dynamo.utils import counters
+
     torch._dynamo.reset()
     counters.clear()
     expected = run_steps(make_salt(3), 4, "bf16")
@@ -431,24 +644,68 @@ def test_compiled_blocks_are_compiled_once_and_agree():
     compiled = counters["frames"]["ok"], counters["stats"]["unique_graphs"]
     assert compiled == (2, 2)  # one for the student's blocks, one for the predictor's
     patches, latents, masks = some_batch(1)
-    with torch.compiler.set_stance("force_eager"), torch.no_grad():  # a held-out evaluation, with a smaller batch at its end
-        model.clip_errors(salt, SPACE, model.data.Batch(torch.arange(1), patches, latents, masks), FAMILIES)
+    # a held-out evaluation, with a smaller batch at its end
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        model.clip_errors(
+            salt, SPACE, model.data.Batch(torch.arange(1), patches, latents, masks), FAMILIES
+        )
     salt.load_state_dict(make_salt(3).state_dict())
     found = run_steps(salt, 4, "bf16")
     assert (counters["frames"]["ok"], counters["stats"]["unique_graphs"]) == compiled
     assert found == pytest.approx(expected, rel=2e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------- bench.py
+# ----------------------------------------------------------------------------------------- bench.py
+
 
 def test_bench_compares_and_counts(tmp_path):
-    done = subprocess.run([sys.executable, "bench.py", "step", "--sizes", "tiny", "--batch_sizes", "1", "--rounds", "3", "--variants", "textbook,ours,loader", "--no_memory", "--no_attention",
-                           "--clips", "4", "--dtype", "fp32", "--folder", str(tmp_path), "--json", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "bench.py",
+            "step",
+            "--sizes",
+            "tiny",
+            "--batch_sizes",
+            "1",
+            "--rounds",
+            "3",
+            "--variants",
+            "textbook,ours,loader",
+            "--no_memory",
+            "--no_attention",
+            "--clips",
+            "4",
+            "--dtype",
+            "fp32",
+            "--folder",
+            str(tmp_path),
+            "--json",
+            "--out",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    step, = json.loads(next(tmp_path.glob("step-cpu-*.json")).read_text())["results"]["steps"]
-    assert set(step["seconds"]) == {"textbook", "ours", "loader"} and len(step["losses"]) == 3 and "x the textbook's speed" in done.stdout
-    assert step["flops"] == budget.step_flops(model.config_of_size("tiny"), {"dim": 512, "depth": 12, "dim_out": 768}, [(352, 784), (112, 1088)])
-    done = subprocess.run([sys.executable, "bench.py", "budget", "--sizes", "tiny", "--batch_size", "1"], cwd=ROOT, capture_output=True, text=True)
+    (step,) = json.loads(next(tmp_path.glob("step-cpu-*.json")).read_text())["results"]["steps"]
+    assert (
+        set(step["seconds"]) == {"textbook", "ours", "loader"}
+        and len(step["losses"]) == 3
+        and "x the textbook's speed" in done.stdout
+    )
+    assert step["flops"] == budget.step_flops(
+        model.config_of_size("tiny"),
+        {"dim": 512, "depth": 12, "dim_out": 768},
+        [(352, 784), (112, 1088)],
+    )
+    done = subprocess.run(
+        [sys.executable, "bench.py", "budget", "--sizes", "tiny", "--batch_size", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and f"{step['flops'] / 1e9:.0f}" in done.stdout
 
 
@@ -459,11 +716,19 @@ def test_a_line_says_where_more_threads_do_not_help(monkeypatch):
     def rate(device, dtype):
         asked.append(torch.get_num_threads())
         return 1e12
+
     monkeypatch.setattr(budget, "matrix_rate", rate)
     torch.set_num_threads(2)
     try:
-        assert "2 compute threads multiply matrices 1.0 times as fast as one" in budget.fewer_threads(torch.device("cpu"), "bf16", 1.02e12)
-        assert budget.fewer_threads(torch.device("cpu"), "bf16", 1.9e12) is None and asked == [1, 1] and torch.get_num_threads() == 2
+        assert (
+            "2 compute threads multiply matrices 1.0 times as fast as one"
+            in budget.fewer_threads(torch.device("cpu"), "bf16", 1.02e12)
+        )
+        assert (
+            budget.fewer_threads(torch.device("cpu"), "bf16", 1.9e12) is None
+            and asked == [1, 1]
+            and torch.get_num_threads() == 2
+        )
         torch.set_num_threads(1)
         assert budget.fewer_threads(torch.device("cpu"), "bf16", 1e12) is None
     finally:

@@ -188,8 +188,10 @@ def test_encode_keeps_a_graph_only_where_it_is_asked_to():
     [
         (
             np.zeros((8, 224, 224, 3), np.uint8),
-            "8 frames of 224x224 were given; this encoder takes 16 of 112x112: "
-            "data.read_clip(path, encoder.view) cuts them",
+            (
+                "8 frames of 224x224 were given; this encoder takes 16 of 112x112: "
+                "data.read_clip(path, encoder.view) cuts them"
+            ),
         ),
         (np.zeros((2, 16, 240, 320, 3), np.uint8), "16 frames of 320x240 were given"),
         (

@@ -1,6 +1,8 @@
-// Enough of CUDA to run the project's kernels on a CPU, a block at a time, for `make emulate`: every thread of a block is a fibre that
-// runs until it reaches a barrier or a shuffle. It finds wrong indices, wrong sums and missing outputs, and lets AddressSanitizer and
-// UndefinedBehaviorSanitizer look at the device code; it does not find races. the Makefile turns `kernel<<<...>>>(...)` into salt_launch.
+// Enough of CUDA to run the project's kernels on a CPU, a block at a time, for `make emulate`:
+// every thread of a block is a fibre that runs until it reaches a barrier or a shuffle. It finds
+// wrong indices, wrong sums and missing outputs, and lets AddressSanitizer and
+// UndefinedBehaviorSanitizer look at the device code; it does not find races. the Makefile turns
+// `kernel<<<...>>>(...)` into salt_launch.
 #pragma once
 #include <ucontext.h>
 
@@ -71,7 +73,8 @@ inline void run_block(unsigned threads) {
   for (Fibre& fibre : fibres) {
     if (!fibre.stack) fibre.stack.reset(new char[STACK]);
     getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.get(), fibre.context.uc_stack.ss_size = STACK, fibre.context.uc_link = nullptr;
+    fibre.context.uc_stack.ss_sp = fibre.stack.get(), fibre.context.uc_stack.ss_size = STACK,
+    fibre.context.uc_link = nullptr;
     makecontext(&fibre.context, enter, 0);
     fibre.state = State::runs;
   }
@@ -83,12 +86,14 @@ inline void run_block(unsigned threads) {
         thread_index.x = current;
         swapcontext(&scheduler, &fibres[current].context);
       }
-    for (size_t warp = 0; warp < threads; warp += 32) moved |= release(warp, warp + 32 < threads ? warp + 32 : threads, State::at_warp_barrier);
+    for (size_t warp = 0; warp < threads; warp += 32)
+      moved |= release(warp, warp + 32 < threads ? warp + 32 : threads, State::at_warp_barrier);
     moved |= release(0, threads, State::at_block_barrier);
     if (!moved) break;
   }
   for (const Fibre& fibre : fibres)
-    if (fibre.state != State::done) std::fprintf(stderr, "emulation: threads wait at different barriers\n"), std::abort();
+    if (fibre.state != State::done)
+      std::fprintf(stderr, "emulation: threads wait at different barriers\n"), std::abort();
 }
 
 template <typename Kernel>
@@ -110,8 +115,9 @@ auto launcher(Kernel kernel, dim3 blocks, unsigned threads, size_t shared_bytes)
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
 #define gridDim emulation::grid
-#define salt_launch(kernel, blocks, threads, shared_bytes, stream) \
-  (static_cast<void>(stream), emulation::launcher([](auto... arguments) { kernel(arguments...); }, dim3(blocks), threads, shared_bytes))
+#define salt_launch(kernel, blocks, threads, shared_bytes, stream)                                 \
+  (static_cast<void>(stream), emulation::launcher([](auto... arguments) { kernel(arguments...); }, \
+                                                  dim3(blocks), threads, shared_bytes))
 
 inline void __syncwarp() { emulation::wait(emulation::State::at_warp_barrier); }
 inline void __syncthreads() { emulation::wait(emulation::State::at_block_barrier); }
@@ -132,4 +138,6 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};

@@ -1,8 +1,10 @@
-"""What the fault tests share: how many faults are tried, a child with a watchdog, and the record that docs/RELIABILITY.md is made from.
+"""What the fault tests share: how many faults are tried, a child with a watchdog, and the record
+that docs/RELIABILITY.md is made from.
 
     make faults        the full counts, with the table at the end
     make test          a few of each
 """
+
 import json
 import os
 import signal
@@ -38,7 +40,9 @@ def command(script, *flags):
 
 
 def run(folder, script, *flags, prefix=(), **how):
-    """(exit code, what it printed) of a stage; a child that does not end is killed, and the test fails."""
+    """(exit code, what it printed) of a stage; a child that does not end is killed, and the test
+    fails.
+    """
     return watched([*prefix, *command(script, *flags)], folder, **how)
 
 
@@ -57,7 +61,8 @@ def one_line(text):
 
 
 def killed_at_random(words, folder, kills, random, shortest, longest, phase):
-    """Run a command again and again, killed at a random moment between `shortest` and `longest` seconds each time, `kills` times or until it ends; then to its end.
+    """Run a command again and again, killed at a random moment between `shortest` and `longest`
+    seconds each time, `kills` times or until it ends; then to its end.
 
     Returns a Counter of the moments: what phase(what it had printed) says after each kill.
     """
@@ -84,17 +89,31 @@ def seconds_of(words, folder):
 def flip(content, random):
     """`content` with one bit flipped, and where."""
     place, bit = int(random.integers(len(content))), int(random.integers(8))
-    return content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1:], (place, bit)
+    return content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :], (
+        place,
+        bit,
+    )
 
 
 def same(x, y):
     """Whether two checkpoints' contents are equal bit for bit."""
     if isinstance(x, dict):
-        return isinstance(y, dict) and x.keys() == y.keys() and all(same(x[name], y[name]) for name in x)
+        return (
+            isinstance(y, dict)
+            and x.keys() == y.keys()
+            and all(same(x[name], y[name]) for name in x)
+        )
     if isinstance(x, (list, tuple)):
         return type(x) is type(y) and len(x) == len(y) and all(map(same, x, y))
     if hasattr(x, "numpy"):
-        return x.dtype == y.dtype and x.shape == y.shape and np.array_equal(x.numpy().view(np.uint8) if x.dim() else x.numpy(), y.numpy().view(np.uint8) if y.dim() else y.numpy())
+        return (
+            x.dtype == y.dtype
+            and x.shape == y.shape
+            and np.array_equal(
+                x.numpy().view(np.uint8) if x.dim() else x.numpy(),
+                y.numpy().view(np.uint8) if y.dim() else y.numpy(),
+            )
+        )
     return x == y or x != x and y != y
 
 

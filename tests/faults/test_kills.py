@@ -1,4 +1,7 @@
-"""SIGKILL at random moments, of training and of caching; what comes out in the end is what an undisturbed run gives, to the bit."""
+"""SIGKILL at random moments, of training and of caching; what comes out in the end is what an
+undisturbed run gives, to the bit.
+"""
+
 import json
 from collections import Counter
 
@@ -21,25 +24,51 @@ def newest(folder, name):
 
 
 def logged(folder):
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in TIMES}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
-WAYS = {"plain": [], "accumulated": ["--accumulate", "2", "--dtype", "bf16", "--ema", "0.9"], "videos": ["--recompute"]}
+WAYS = {
+    "plain": [],
+    "accumulated": ["--accumulate", "2", "--dtype", "bf16", "--ema", "0.9"],
+    "videos": ["--recompute"],
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_training_killed_and_resumed(world, tmp_path, way):
-    """Steps are saved all the time, so that kills fall into saving, too; epochs are of 4 steps, lines of 3."""
+    """Steps are saved all the time, so that kills fall into saving, too; epochs are of 4 steps,
+    lines of 3.
+    """
     total = count(1, {"plain": 20, "accumulated": 20, "videos": 10}[way])
     if way == "videos" and total == 1:
         pytest.skip("in the full form")
-    source = ["--cache", world / "latents", "--val_cache", world / "held_out"] if way != "videos" else ["--target", "pixels", "--data", world / "data", "--frames", "4", "--resolution", "48"]
-    flags = [*source, *TINY, "--log_every", "3", "--save_every", "2", "--eval_every", "9", "--val_batches", "1", *WAYS[way]]
+    source = (
+        ["--cache", world / "latents", "--val_cache", world / "held_out"]
+        if way != "videos"
+        else ["--target", "pixels", "--data", world / "data", "--frames", "4", "--resolution", "48"]
+    )
+    flags = [
+        *source,
+        *TINY,
+        "--log_every",
+        "3",
+        "--save_every",
+        "2",
+        "--eval_every",
+        "9",
+        "--val_batches",
+        "1",
+        *WAYS[way],
+    ]
     random, moments, runs = np.random.default_rng(len(way)), Counter(), 0
     steps = ["--max_steps", count(40, 300)]
     longest = seconds_of(command("train", *flags, *steps, "--run_name", "whole"), tmp_path)
     whole = newest(tmp_path, "whole")
     expected = weights.load_checkpoint(whole)
+
     def phase(text):
         if list(tmp_path.glob("checkpoints/*/*.part")):
             return "while saving"
@@ -48,18 +77,46 @@ def test_training_killed_and_resumed(world, tmp_path, way):
     while moments.total() < total:
         name, runs = f"r{runs}", runs + 1
         words = command("train", *flags, *steps, "--run_name", name, "--resume", "auto")
-        moments += killed_at_random(words, tmp_path, total - moments.total(), random, 0.3 * longest, 0.9 * longest, phase)
+        moments += killed_at_random(
+            words, tmp_path, total - moments.total(), random, 0.3 * longest, 0.9 * longest, phase
+        )
         found = weights.load_checkpoint(newest(tmp_path, name))
-        for part in ("student", "predictor", "optimizer", "losses", "history", "pending", "best", "step", "space", "stats", "ema", "rng"):
+        for part in (
+            "student",
+            "predictor",
+            "optimizer",
+            "losses",
+            "history",
+            "pending",
+            "best",
+            "step",
+            "space",
+            "stats",
+            "ema",
+            "rng",
+        ):
             assert same(expected.get(part), found.get(part)), part
         assert logged(newest(tmp_path, name).parent) == logged(whole.parent)
-        mine, theirs = (weights.load_checkpoint(folder.parent / "best.pth") for folder in (newest(tmp_path, name), whole))
+        mine, theirs = (
+            weights.load_checkpoint(folder.parent / "best.pth")
+            for folder in (newest(tmp_path, name), whole)
+        )
         assert mine["step"] == theirs["step"] and same(mine["student"], theirs["student"])
         folder = newest(tmp_path, name).parent
-        assert {path.name for path in folder.iterdir()} <= {"best.pth", "last.pth", "metrics.jsonl", "starts.jsonl", "failures.jsonl"} and len(list(tmp_path.glob(f"checkpoints/{name}_*"))) == 1
+        assert {path.name for path in folder.iterdir()} <= {
+            "best.pth",
+            "last.pth",
+            "metrics.jsonl",
+            "starts.jsonl",
+            "failures.jsonl",
+        } and len(list(tmp_path.glob(f"checkpoints/{name}_*"))) == 1
     said = " ".join(WAYS[way]) if way != "videos" else "--target pixels from videos, --recompute"
-    record(f"SIGKILL at a random moment in training ({said or 'plain'}), then --resume auto", moments.total(),
-           f"{in_words(moments)}; {runs} runs to their end, weights, moments, losses, logged lines and best.pth the same to the bit")
+    record(
+        f"SIGKILL at a random moment in training ({said or 'plain'}), then --resume auto",
+        moments.total(),
+        f"{in_words(moments)}; {runs} runs to their end, weights, moments, losses, logged lines and"
+        " best.pth the same to the bit",
+    )
 
 
 @pytest.mark.parametrize("dtype, repair", [("f16", False), ("i8", False), ("i8", True)])
@@ -69,16 +126,49 @@ def test_caching_killed_and_run_again(world, tmp_path, dtype, repair):
     if (dtype == "i8" or repair) and total == 1:
         pytest.skip("in the full form")
     teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
-    flags = ["--data", world / "data", "--teacher", teacher, "--views", views, "--latents", dtype, "--clips", "on"]
+    flags = [
+        "--data",
+        world / "data",
+        "--teacher",
+        teacher,
+        "--views",
+        views,
+        "--latents",
+        dtype,
+        "--clips",
+        "on",
+    ]
     longest = seconds_of(command("cache_latents", *flags, "--out", "whole"), tmp_path)
     random, moments, caches = np.random.default_rng(len(dtype)), Counter(), 0
-    phase = lambda text: "while writing a shard" if list(tmp_path.glob("c*/*.part")) else "between shards" if list(tmp_path.glob(f"c{caches}/partial/shard-*")) else "before the first shard"
+
+    def phase(text):
+        return (
+            "while writing a shard"
+            if list(tmp_path.glob("c*/*.part"))
+            else (
+                "between shards"
+                if list(tmp_path.glob(f"c{caches}/partial/shard-*"))
+                else "before the first shard"
+            )
+        )
+
     while moments.total() < total:
         words = command("cache_latents", *flags, "--out", f"c{caches}", *["--repair"] * repair)
-        moments += killed_at_random(words, tmp_path, total - moments.total(), random, 0.3 * longest, longest, phase)
+        moments += killed_at_random(
+            words, tmp_path, total - moments.total(), random, 0.3 * longest, longest, phase
+        )
         for path in (tmp_path / "whole").iterdir():
-            assert (tmp_path / f"c{caches}" / path.name).read_bytes() == path.read_bytes(), path.name
-        assert {path.name for path in (tmp_path / f"c{caches}").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+            assert (tmp_path / f"c{caches}" / path.name).read_bytes() == path.read_bytes(), (
+                path.name
+            )
+        assert {path.name for path in (tmp_path / f"c{caches}").iterdir()} == {
+            path.name for path in (tmp_path / "whole").iterdir()
+        }
         assert len(cache.open_cache(tmp_path / f"c{caches}")) == 17 * views
         caches += 1
-    record(f"SIGKILL at a random moment in caching (--latents {dtype}{' --repair' * repair}), then the same command", moments.total(), f"{in_words(moments)}; {caches} caches, every file the same to the bit")
+    record(
+        f"SIGKILL at a random moment in caching (--latents {dtype}{' --repair' * repair}), then the"
+        " same command",
+        moments.total(),
+        f"{in_words(moments)}; {caches} caches, every file the same to the bit",
+    )

@@ -1,4 +1,7 @@
-"""Mutated and truncated videos and lists through the loader: each gives a clip of the right shape, or one line; nothing hangs or crashes."""
+"""Mutated and truncated videos and lists through the loader: each gives a clip of the right shape,
+or one line; nothing hangs or crashes.
+"""
+
 import json
 import subprocess
 import sys
@@ -11,21 +14,32 @@ from config import InputError
 from tests.faults.harness import LIMIT, ROOT, count, record
 from tests.test_data import write_video
 
-CODECS = [("libvpx-vp9", "webm"), ("libx264", "mp4"), ("mpeg4", "avi"), ("libvpx", "webm"), ("ffv1", "mkv"), ("libx265", "mp4")]
+CODECS = [
+    ("libvpx-vp9", "webm"),
+    ("libx264", "mp4"),
+    ("mpeg4", "avi"),
+    ("libvpx", "webm"),
+    ("ffv1", "mkv"),
+    ("libx265", "mp4"),
+]
 
 
 def mutated(content, random):
     """(what was done, the bytes after it)."""
-    kind = ["bytes", "header", "cut", "zeros", "swap", "twice", "tail", "hole", "random", "empty"][int(random.choice(10, p=[.25, .2, .2, .1, .06, .05, .05, .05, .03, .01]))]
+    kind = ["bytes", "header", "cut", "zeros", "swap", "twice", "tail", "hole", "random", "empty"][
+        int(random.choice(10, p=[0.25, 0.2, 0.2, 0.1, 0.06, 0.05, 0.05, 0.05, 0.03, 0.01]))
+    ]
     b, n = bytearray(content), len(content)
     at, length = int(random.integers(n)), int(random.integers(1, max(2, n // 4)))
     if kind in ("bytes", "header"):
-        for place in random.integers(0, n if kind == "bytes" else min(n, 600), int(random.integers(1, 40))):
+        for place in random.integers(
+            0, n if kind == "bytes" else min(n, 600), int(random.integers(1, 40))
+        ):
             b[place] = random.integers(256)
     elif kind == "cut":
         b = b[:at]
     elif kind == "zeros":
-        b[at:at + length] = bytes(len(b[at:at + length]))
+        b[at : at + length] = bytes(len(b[at : at + length]))
     elif kind == "swap":
         b = b[at:] + b[:at]
     elif kind == "twice":
@@ -33,7 +47,7 @@ def mutated(content, random):
     elif kind == "tail":
         b += random.bytes(length)
     elif kind == "hole":
-        del b[at:at + length]
+        del b[at : at + length]
     elif kind == "random":
         b[at:] = random.bytes(n - at)
     else:
@@ -47,21 +61,32 @@ import numpy as np, data
 rows, view = data.load_split(sys.argv[2], "train"), data.View(8, 64, 64)
 failed, seen = [], 0
 source = data.Videos(rows, view, 16)
-for batch in data.batches(source, data.in_order(range(len(rows)), 16), ("short",), threads=2, failed=lambda i, error: failed.append((rows[i].id, str(error)))):
+def skip(i, error): failed.append((rows[i].id, str(error)))
+for batch in data.batches(
+    source, data.in_order(range(len(rows)), 16), ("short",), threads=2, failed=skip
+):
     assert batch.patches.shape[1:] == (64, 1536) and len(batch.ids) == len(batch.patches)
     seen += len(batch.ids)
-print(json.dumps({"seen": seen, "failed": failed, "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+print(json.dumps({"seen": seen, "failed": failed, "gb": gb}))
 """
 
 
 def test_mutated_videos_through_the_loader(tmp_path):
-    """Every one is decoded or listed with its reason, by one loader in one process: none of them takes it down, or its memory up."""
+    """Every one is decoded or listed with its reason, by one loader in one process: none of them
+    takes it down, or its memory up.
+    """
     random, total = np.random.default_rng(0), count(60, 500)
     (tmp_path / "videos").mkdir()
     bases = []
     for codec, suffix in CODECS:
-        frames = [random.integers(0, 255, (72, 96, 3), dtype=np.uint8) // 4 + 40 + 4 * i for i in range(14)]
-        bases.append((suffix, open(write_video(tmp_path / f"base.{suffix}", frames, codec), "rb").read()))
+        frames = [
+            random.integers(0, 255, (72, 96, 3), dtype=np.uint8) // 4 + 40 + 4 * i
+            for i in range(14)
+        ]
+        bases.append(
+            (suffix, open(write_video(tmp_path / f"base.{suffix}", frames, codec), "rb").read())
+        )
     kinds = {}
     for i in range(total):
         suffix, content = bases[i % len(bases)]
@@ -69,18 +94,42 @@ def test_mutated_videos_through_the_loader(tmp_path):
         kinds[kind] = kinds.get(kind, 0) + 1
         (tmp_path / "videos" / f"{i}.{suffix}").write_bytes(content)
     (tmp_path / "train.json").write_text(json.dumps([{"id": str(i)} for i in range(total)]))
-    done = subprocess.run([sys.executable, "-c", LOADER, str(ROOT), str(tmp_path)], capture_output=True, text=True, timeout=LIMIT)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, str(ROOT), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["seen"] + len(found["failed"]) == total and 0 < found["seen"] < total
-    assert all("\n" not in reason and str(name) in reason for name, reason in found["failed"]) and found["gb"] < 2
-    record(f"mutated videos ({', '.join(f'{number} {kind}' for kind, number in sorted(kinds.items()))}; six codecs)", total,
-           f"{found['seen']} decoded, {len(found['failed'])} left out with their reason; peak memory {found['gb']:.2f} GB")
+    assert (
+        all("\n" not in reason and str(name) in reason for name, reason in found["failed"])
+        and found["gb"] < 2
+    )
+    record(
+        "mutated videos"
+        f" ({', '.join(f'{number} {kind}' for kind, number in sorted(kinds.items()))}; six codecs)",
+        total,
+        f"{found['seen']} decoded, {len(found['failed'])} left out with their reason; peak memory"
+        f" {found['gb']:.2f} GB",
+    )
 
 
 def lists():
-    rows = [{"id": str(i), "label": f"moving {i}", "template": "Moving [something] öé", "placeholders": ["x"]} for i in range(30)]
-    return {"train.json": json.dumps(rows, ensure_ascii=False).encode(), "train.csv": "\n".join(f"videos/{i}.webm,{i % 3}" for i in range(30)).encode()}
+    rows = [
+        {
+            "id": str(i),
+            "label": f"moving {i}",
+            "template": "Moving [something] öé",
+            "placeholders": ["x"],
+        }
+        for i in range(30)
+    ]
+    return {
+        "train.json": json.dumps(rows, ensure_ascii=False).encode(),
+        "train.csv": "\n".join(f"videos/{i}.webm,{i % 3}" for i in range(30)).encode(),
+    }
 
 
 @pytest.mark.parametrize("name", ["train.json", "train.csv"])
@@ -93,12 +142,18 @@ def test_mutated_lists_are_read_or_refused(tmp_path, name):
         kind, content = mutated(lists()[name], random)
         if random.random() < 0.3:  # one character for another, so that it often stays a list
             content = bytearray(lists()[name])
-            content[int(random.integers(len(content)))] = int(random.choice(list(b'"\\,:/.{}[]0x\xff\x00 ')))
+            content[int(random.integers(len(content)))] = int(
+                random.choice(list(b'"\\,:/.{}[]0x\xff\x00 '))
+            )
             content = bytes(content)
         (tmp_path / name).write_bytes(content)
         try:
             rows = data.load_split(tmp_path, "train")
-            assert rows and len({row.id for row in rows}) == len(rows) and all(row.path is None or row.path.startswith(str(tmp_path)) for row in rows)
+            assert (
+                rows
+                and len({row.id for row in rows}) == len(rows)
+                and all(row.path is None or row.path.startswith(str(tmp_path)) for row in rows)
+            )
             read += 1
         except InputError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000
