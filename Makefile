@@ -28,6 +28,7 @@ test: setup $(TEST_REQUIREMENTS)
 lint: setup $(TEST_REQUIREMENTS)
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/pyright
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
 faults: setup $(TEST_REQUIREMENTS)
@@ -57,16 +58,16 @@ build/emulation/run: $(wildcard tests/emulation/*) $(wildcard csrc/*) tests/sani
 
 cuda-check: $(CUDA_VENV)/stamp
 	rm -rf $(CUDA_BUILD) && mkdir -p $(CUDA_BUILD)/tests
-	cp -r setup.py ops.py config.py csrc $(CUDA_BUILD)
+	cp -r setup.py salt csrc $(CUDA_BUILD)
 	cp tests/__init__.py tests/conftest.py tests/test_ops.py tests/test_masks.py tests/test_rows.py tests/test_gpu.py $(CUDA_BUILD)/tests
 	cd $(CUDA_BUILD) && NVCC_APPEND_FLAGS="-Xptxas -v" ../../$(CUDA_VENV)/bin/python setup.py build_ext > build.log 2>&1 && ! grep '^setup.py:' build.log || (tail -40 build.log; false)
 	$(CUDA_VENV)/bin/python tests/ptxas_report.py $(CUDA_BUILD)/build.log
-	cd $(CUDA_BUILD) && ../../$(CUDA_VENV)/bin/python -c 'import ops; print(ops.extension_line()); assert "cuda" in ops.EXTENSION["devices"]'
+	cd $(CUDA_BUILD) && ../../$(CUDA_VENV)/bin/python -c 'from salt import ops; print(ops.extension_line()); assert "cuda" in ops.EXTENSION["devices"]'
 	cd $(CUDA_BUILD) && ../../$(CUDA_VENV)/bin/python -m pytest -q tests
 
 $(CUDA_VENV)/stamp:
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install -q "$(CUDA_TORCH)" "numpy>=2.1,<3" "ninja>=1.11" "setuptools>=70,<90" "pytest>=8,<10" "hypothesis>=6,<7"
+	$(CUDA_VENV)/bin/python -m pip install -q "$(CUDA_TORCH)" "numpy>=2.1,<3" "einops>=0.8,<0.9" "ninja>=1.11" "setuptools>=70,<90" "pytest>=8,<10" "hypothesis>=6,<7"
 	touch $@
 
 gpu-check:

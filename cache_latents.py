@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Literal
 
-import config
+from salt import config, errors
+from salt.errors import InputError
 
 # ----------------------------------------------------------------------------------------- settings
 data: str | None = None  # data folder (or CSV file): videos and their lists
@@ -90,16 +91,15 @@ import numpy as np  # after the settings, so that --help and a mistyped flag ans
 import torch
 from tqdm import tqdm
 
-import budget
-import cache
 import model
-import ops
-import ranks
-import upkeep
-from config import InputError
-from data import VideoError, load_split, odd_videos, prefetch, read_row
-from ranks import rank, world
-from views import View, grid_of
+from benchmarks import budget
+from salt import cache, cache_writer, ops, ranks, upkeep
+from salt.cache_writer import Writer, begun_plan, from_stored, list_digest, to_stored
+from salt.loader import prefetch
+from salt.ranks import rank, world
+from salt.splits import load_split
+from salt.video import VideoError, odd_videos, read_row
+from salt.views import View, grid_of
 
 
 def files_bar(files):
@@ -107,7 +107,8 @@ def files_bar(files):
 
 
 if verify:
-    if unused := sorted(config.given - {"verify", "data", "splits_dir", "threads"}):
+    unused = sorted(config.given - {"verify", "data", "splits_dir", "threads"})
+    if unused:
         raise InputError(
             f"--verify only looks; leave {', '.join(f'--{name}' for name in unused)} out"
         )
@@ -125,8 +126,8 @@ if verify:
         print(f"{verify}: {problem}")
     if bad:
         print(
-            f"{verify}: to rebuild: shards {', '.join(map(str, bad))} ({cache.SHARD_ROWS} rows of"
-            " the list each)"
+            f"{verify}: to rebuild: shards {', '.join(map(str, bad))}"
+            f" ({cache_writer.SHARD_ROWS} rows of the list each)"
         )
     found = (
         f"problems: {len(problems)}; {remedy}" if problems else "every checksum, count and id fits"
@@ -136,7 +137,8 @@ if verify:
 if merge:
     if out is None or len(merge) < 2:
         raise InputError("--merge takes two caches or more, and --out the one to make")
-    if unused := sorted(config.given - {"merge", "out"}):
+    unused = sorted(config.given - {"merge", "out"})
+    if unused:
         raise InputError(
             "--merge joins caches as they are; leave"
             f" {', '.join(f'--{name}' for name in unused)} out"
@@ -154,7 +156,7 @@ if out is None or teacher == "" or (data is None and clips_from is None):
         "give --out, --teacher (or --teacher none) and --data (or --clips_from); see --help"
     )
 # ranks wait for the slowest one's last shard
-device = model.pick_device(ranks.start(device, timedelta(days=7)))
+device = ranks.pick_device(ranks.start(device, timedelta(days=7)))
 log(ops.extension_line(device), flush=True)
 odd_videos.watch(longest_seconds, tqdm.write)
 
@@ -187,7 +189,9 @@ if encoder and (faster := budget.slow_bf16(device, dtype)):
 source = cache.open_cache(clips_from) if clips_from else None
 shape = encoder.config if encoder else None
 if source:
-    view, patch, tubelet = source.view, source.patch, source.tubelet
+    view = source.view
+    patch = source.patch
+    tubelet = source.tubelet
 else:
     size = resolution or (shape.size if shape else 224)
     view = View(frames or (shape.frames if shape else 16), size, size)
@@ -212,12 +216,11 @@ if shape:
                 f"the teacher {teacher} takes {name} {takes[name]}, but the clips have"
                 f" {have[name]}; change {'--clips_from' if source else f'--{name}'}"
             )
-    if line := encoder.other_view(view):
+    line = encoder.other_view(view)
+    if line:
         log(line)
-tokens, patch_dim = (
-    int(torch.tensor(grid_of(view, patch, tubelet)).prod()),
-    3 * tubelet * patch * patch,
-)
+tokens = int(torch.tensor(grid_of(view, patch, tubelet)).prod())
+patch_dim = 3 * tubelet * patch * patch
 
 if source:
     ids, views = [source.ids.fields(row) for row in range(len(source))], source.metadata["views"]
@@ -234,14 +237,16 @@ else:
 # shards are to be made
 kept_bytes = {"f16": 2 * shape.dim, "i8": shape.dim}[latents] if encoder else 0
 # a record
-latent_bytes, clip_bytes = (
-    tokens * kept_bytes + (4 * (shape.dim + tokens) if encoder and latents == "i8" else 0),
-    tokens * patch_dim,
+latent_bytes = tokens * kept_bytes + (
+    4 * (shape.dim + tokens) if encoder and latents == "i8" else 0
 )
+clip_bytes = tokens * patch_dim
 
 
 def rows_of(number):
-    return range(number * cache.SHARD_ROWS, min((number + 1) * cache.SHARD_ROWS, len(ids)))
+    return range(
+        number * cache_writer.SHARD_ROWS, min((number + 1) * cache_writer.SHARD_ROWS, len(ids))
+    )
 
 
 def clips_of(together):
@@ -261,7 +266,7 @@ def clips_of(together):
 
 def check_disk_space(rows, keep_clips, free):
     # of each shard, until the cache is whole
-    statistics = -(-rows // cache.SHARD_ROWS) * 8 * tokens * shape.dim if encoder else 0
+    statistics = -(-rows // cache_writer.SHARD_ROWS) * 8 * tokens * shape.dim if encoder else 0
     needed = rows * (latent_bytes + keep_clips * clip_bytes) + statistics
     log(
         f"disk: {needed / 1e9:.2f} GB needed ({rows * latent_bytes / 1e9:.2f} latents,"
@@ -279,7 +284,7 @@ def plan_with(keep_clips):
     return {
         "split": source.metadata["split"] if source else split,
         "list_count": len(ids),
-        "list_sha256": cache.list_digest(ids),
+        "list_sha256": list_digest(ids),
         "teacher": encoder and {"name": encoder.name, "dim": shape.dim, **encoder.identity},
         "view": view.to_dict(),
         "view_hash": view.hash(),
@@ -292,7 +297,9 @@ def plan_with(keep_clips):
         "patch_shape": [tokens, patch_dim],
         "clips": bool(keep_clips),
         "clips_from": (
-            os.path.relpath(os.path.realpath(clips_from), os.path.realpath(out)) if source else None
+            os.path.relpath(os.path.realpath(str(clips_from)), os.path.realpath(str(out)))
+            if source
+            else None
         ),
     }
 
@@ -313,7 +320,7 @@ def check_sources(made):
 
 def decide():
     """(whether clips are kept, numbers of the shards to make or None where the cache is whole)."""
-    begun, at = cache.begun_plan(out), os.path.abspath(out)
+    begun, at = begun_plan(out), os.path.abspath(str(out))
     while not os.path.exists(at):
         at = os.path.dirname(at)
     free = shutil.disk_usage(at).free
@@ -331,7 +338,7 @@ def decide():
         log(f"clips: {'kept' if keep_clips else 'left out, training will decode the videos'}")
     if not begun:
         check_disk_space(len(ids), keep_clips, free)
-    writer = cache.Writer(out, plan_with(keep_clips), files_bar)
+    writer = Writer(out, plan_with(keep_clips), files_bar)
     if repair or writer.partial.is_dir():
         writer.lock()
     if begun and not source:
@@ -355,7 +362,7 @@ def decide():
             for number in missing
             if not any((writer.folder / name).exists() for name in cache.shard_names(number))
         ]
-        replaced = min(world, len(missing) - len(new)) * min(cache.SHARD_ROWS, len(ids))
+        replaced = min(world, len(missing) - len(new)) * min(cache_writer.SHARD_ROWS, len(ids))
         check_disk_space(sum(len(rows_of(number)) for number in new) + replaced, keep_clips, free)
     locks.append(writer)
     return keep_clips, missing
@@ -375,8 +382,8 @@ if missing is None:
     ranks.leave()
 
 # ---- make the missing shards
-writer = locks[0] if rank == 0 else cache.Writer(out, plan_with(keep_clips))
-config.started = True
+writer = locks[0] if rank == 0 else Writer(out, plan_with(keep_clips))
+errors.started = True
 to_make = sum(len(rows_of(number)) for number in missing)
 if encoder:
     log(f"teacher {teacher}: {encoder.takes(view)}")
@@ -432,7 +439,10 @@ bar = tqdm(
 stream = itertools.chain.from_iterable(
     prefetch(clips_of, groups(), threads, max(threads, 2 * batch_size // views))
 )
-begin, waited, shard, finishing = time.perf_counter(), 0.0, None, None
+begin = time.perf_counter()
+waited = 0.0
+shard = None
+finishing = None
 with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
     try:
         for number in mine:
@@ -455,9 +465,9 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
                         for row, clip in zip(rows, batch)
                         if not isinstance(clip, VideoError)
                     ]
-                    stored = cache.to_stored(made, writer.plan["dtype"], names)
+                    stored = to_stored(made, writer.plan["dtype"], names)
                     if latents == "i8":
-                        error = torch.from_numpy(cache.from_stored(stored)).to(device) - made
+                        error = torch.from_numpy(from_stored(stored)).to(device) - made
                         lost = error.double().square().sum((1, 2)).tolist()
                 writing.append(keeper.submit(keep, shard, rows, batch, stored, lost))
                 if len(writing) > 2:

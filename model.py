@@ -9,9 +9,12 @@ none on k, a fixed 1-D sin-cos table, no cls token.
 
 import dataclasses
 import functools
+import importlib.util
 import math
-import warnings
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +23,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-import data
-import ops
-import views
-import weights
-from cache import sha256
-from config import InputError, nearest
-from ops import FAMILIES, sample_masks  # noqa: F401  part of this file's public names
+from salt import ops, views
+from salt.checkpoint import load_checkpoint
+from salt.errors import InputError, nearest
+from salt.files import sha256
+from salt.masks import FAMILIES, sample_masks  # noqa: F401  public here
+from salt.score import Space
+from salt.torch_files import load_pickle, whole
+from salt.videomae import read_transformers, read_videomae, write_transformers
 
 SIZES = {  # name: width, blocks, heads, patch, MLP width
     "tiny": (192, 12, 3, 16, 768),
@@ -121,10 +125,11 @@ class Linear(nn.Linear):
     one. Sums are in float32.
     """
 
-    working = None  # bfloat16 [D, K]; its gradient goes on to the float32 weight
+    # bfloat16 [D, K]; its gradient goes on to the float32 weight
+    working: torch.Tensor | None = None
     # with FSDP2: the dtype that each pass casts to, since a matrix is whole only while its block
     # runs
-    compute = None
+    compute: torch.dtype | None = None
 
     def __getstate__(self):
         # a copy of the module, or one on disk, makes its own
@@ -200,11 +205,9 @@ class Block(nn.Module):
     def __init__(self, dim, heads, mlp_dim, eps=1e-6, qkv_bias=True):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=eps), Attention(dim, heads, qkv_bias)
-        self.norm2, self.fc1, self.fc2 = (
-            nn.LayerNorm(dim, eps=eps),
-            Linear(dim, mlp_dim),
-            Linear(mlp_dim, dim),
-        )
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.fc1 = Linear(dim, mlp_dim)
+        self.fc2 = Linear(mlp_dim, dim)
 
     def forward(self, x, lengths):
         x = x + self.attn(self.norm1(x), lengths)
@@ -291,8 +294,9 @@ class Encoder(nn.Module):
         alone = clips.ndim == len(expected)
         if clips.dtype != torch.uint8 or tuple(clips.shape[not alone :]) != expected:
             raise InputError(self.refusal(clips))
-        clips = clips.to(self.position.device)
-        patches = clips if as_patches else data.patchify(clips, c.patch, c.tubelet)
+        device: Any = self.position.device
+        clips = torch.as_tensor(clips).to(device)
+        patches = clips if as_patches else ops.patchify(clips, c.patch, c.tubelet)
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             features = self(self.normalise(patches[None] if alone else patches))
         return features[0] if alone else features
@@ -324,14 +328,14 @@ class Encoder(nn.Module):
         if clips.dtype not in (torch.uint8, np.uint8):
             return (
                 f"{clips.dtype} {shape} was given; encode takes uint8 frames, as "
-                "data.read_clip makes them, and normalises them itself"
+                "video.read_clip makes them, and normalises them itself"
             )
         if len(shape) in (4, 5) and shape[-1] == 3:
             frames, height, width = shape[-4:-1]
             return (
                 f"{frames} frames of {width}x{height} were given; this encoder takes {takes}: "
-                "data.read_clip(path, encoder.view) cuts them, and "
-                "data.clip_of_frames(frames, encoder.view) out of frames in memory"
+                "video.read_clip(path, encoder.view) cuts them, and "
+                "video.clip_of_frames(frames, encoder.view) out of frames in memory"
             )
         return (
             f"an array {shape} was given; this encoder takes {takes} as "
@@ -364,106 +368,23 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_tokens, std=0.02)
 
     def forward(self, context, masks):
-        """context [B, sum Kc, dim_in] of masks {family: Masks} of the same clips -> {family:
-        predictions [B, Kt, dim_out]} at masks.target.
+        """context [B, sum Kc, dim_in] of `masks`, one a family, of the same clips -> {family:
+        predictions [B, Kt, dim_out]} at each mask's target.
         """
-        embedded = self.embed(context).split(
-            [drawn.context.shape[1] for drawn in masks.values()], dim=1
-        )
-        parts = []
-        for (family, drawn), x in zip(masks.items(), embedded):
-            # [B, Kc, dim]
-            parts.append(x + self.position[drawn.context])
-            # [B, Kt, dim]
-            parts.append(
-                self.mask_tokens[self.families.index(family)] + self.position[drawn.target]
-            )
-        sizes = [part.shape[1] for part in parts]
-        x = run_blocks(
-            self.blocks,
-            torch.cat(parts, dim=1),
-            [seen + asked for seen, asked in zip(sizes[::2], sizes[1::2])],
-            self.recompute,
-        )
+        counts = [drawn.context.shape[1] for drawn in masks]
+        tokens = []
+        for drawn, seen in zip(masks, self.embed(context).split(counts, dim=1), strict=True):
+            asked = self.mask_tokens[self.families.index(drawn.family)]
+            tokens.append(seen + self.position[drawn.context])  # [B, Kc, dim]
+            tokens.append(asked + self.position[drawn.target])  # [B, Kt, dim]
+        sizes = [part.shape[1] for part in tokens]
+        lengths = [seen + asked for seen, asked in zip(sizes[::2], sizes[1::2], strict=True)]
+        x = run_blocks(self.blocks, torch.cat(tokens, dim=1), lengths, self.recompute)
+        targets = x.split(sizes, dim=1)[1::2]
         return {
-            family: self.proj(self.norm(asked))
-            for family, asked in zip(masks, x.split(sizes, dim=1)[1::2])
+            drawn.family: self.proj(self.norm(target))
+            for drawn, target in zip(masks, targets, strict=True)
         }
-
-
-# --------------------------------------------------------------------------------- student and loss
-
-
-@dataclasses.dataclass
-class Space:
-    """The space in which targets are compared: what normalise_target needs, and the per-position
-    mean that R2 is measured from.
-
-    target     'latents', or 'pixels': each patch to mean 0 and variance 1 (He et al. 2021, arXiv
-               2111.06377)
-    normalise  'none', 'layer_norm' or 'standardise'
-    mean, rstd of the raw latents, float32 [N, D] (standardise); zero: the mean predictor [N, D] in
-    the space itself
-    """
-
-    target: str
-    normalise: str
-    mean: torch.Tensor | None
-    rstd: torch.Tensor | None
-    zero: torch.Tensor
-
-    def to(self, device):
-        return Space(
-            self.target,
-            self.normalise,
-            *(x if x is None else x.to(device) for x in (self.mean, self.rstd, self.zero)),
-        )
-
-    def raw_targets(self, patches, latents):
-        """(y [B, N, D], how): the targets as they are stored, and the arguments by which
-        ops.masked_mse takes them into this space.
-        """
-        if self.target == "pixels":
-            return patches, {"normalise": "layer_norm"}
-        return latents, {"normalise": self.normalise, "mean": self.mean, "rstd": self.rstd}
-
-    def all_targets(self, patches, latents):
-        """Targets of whole clips in this space, float32 [B, N, D]."""
-        y, how = self.raw_targets(patches, latents)
-        return ops.normalise_target(y, **how)
-
-    def as_space(self, normalise, variance=None):
-        """The Space of the same latents normalised otherwise, with its `zero`.
-
-        variance: per position, of the raw latents of the training set, float32 [N, D]
-        Returns None where this space does not decide the other.
-        """
-        if normalise == self.normalise:
-            return self
-        if (self.normalise, normalise) == ("standardise", "none"):
-            return Space(self.target, "none", None, None, self.mean)
-        if (self.normalise, normalise) == ("none", "standardise") and variance is not None:
-            rstd = 1 / (variance.to(self.zero) + 1e-6).sqrt()
-            return Space(self.target, normalise, self.zero, rstd, torch.zeros_like(self.zero))
-        return None  # means of layer-normed latents do not follow from those of raw ones
-
-    def agrees_with(self, other):
-        """Whether two spaces give a latent the same values; each may have its own `zero`."""
-        if self.normalise != other.normalise:
-            return False
-        if self.normalise != "standardise":
-            return True
-        return torch.equal(self.mean, other.mean) and torch.equal(self.rstd, other.rstd)
-
-    def convert(self, prediction, index, to):
-        """Predictions made in this space, none or standardise, as the space `to` has them.
-
-        prediction [B, K, D] at positions index int64 [B, K] -> float32 [B, K, D]
-        """
-        raw = prediction.float()
-        if self.normalise == "standardise":
-            raw = raw / self.rstd[index] + self.mean[index]
-        return ops.normalise_target(raw, to.normalise, index, to.mean, to.rstd)
 
 
 class Salt(nn.Module):
@@ -477,41 +398,45 @@ class Salt(nn.Module):
         self.student, self.predictor = student, predictor
 
     def forward(self, patches, masks):
-        """patches uint8 [B, N, P], masks {family: Masks} -> {family: predictions [B, Kt, D]}."""
-        contexts = [drawn.context for drawn in masks.values()]
-        index = torch.cat(contexts, dim=1)  # [B, sum Kc]
-        return self.predictor(
-            self.student(
-                self.student.normalise(patches, index),
-                index,
-                [context.shape[1] for context in contexts],
-            ),
-            masks,
-        )
+        """patches uint8 [B, N, P], Masks, one a family -> {family: predictions [B, Kt, D]}."""
+        index = torch.cat([drawn.context for drawn in masks], dim=1)  # [B, sum Kc]
+        lengths = [drawn.context.shape[1] for drawn in masks]
+        context = self.student(self.student.normalise(patches, index), index, lengths)
+        return self.predictor(context, masks)
 
 
-@torch.no_grad()
-def salt_loss(predictions, patches, latents, masks, space, kind="mse", weight=1.0):
-    """The SALT loss: the mean over families of the error at target positions; its gradient, and
-    what R2 needs.
+def salt_loss(
+    net, batch, space, kind="mse", weight=1.0, variance=0.0, covariance=0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The SALT loss of a loader.Batch: the mean over mask families of the error at their targets.
 
-    Returns (loss, squared, spread, gradients): squared and spread are the squared errors of the
-    predictions and of the per-position mean, summed over the same target tokens, both in the loss's
-    space, so that R2 = 1 - squared / spread. gradients is {family: weight * d loss / d prediction},
-    made in the same pass, for torch.autograd.backward(predictions, gradients).
+    net         Salt, or what wraps one for several ranks
+    space       score.Space of the targets
+    kind        'mse', 'l1', 'smooth_l1', or another of ops.ERRORS
+    weight      of this batch's loss, where it is a part of a larger one
+    variance, covariance  weights of VICReg's penalties on the predictions
+    Returns (weight * loss + penalties, to call backward() on; float32 [3] without gradient: loss,
+    squared, spread). squared and spread are the squared errors of the predictions and of the
+    per-position mean, summed over the same target elements in `space`: R2 = 1 - squared / spread.
     """
-    loss, squared, spread, gradients = 0, 0, 0, {}
-    y, how = space.raw_targets(patches, latents)
-    for family, prediction in predictions.items():
-        target = masks[family].target
-        error, gradients[family] = ops.masked_mse_with_grad(
-            prediction, y, target, kind, weight=weight / len(predictions), **how
-        )
-        plain = error if kind == "mse" else ops.masked_mse(prediction, y, target, **how)
-        squared = squared + plain * prediction.numel()
-        spread = spread + ops.masked_mse(space.zero[target], y, target, **how) * prediction.numel()
-        loss = loss + error / len(predictions)
-    return loss, squared, spread, gradients
+    predictions = net(batch.patches, batch.masks)
+    y, how = space.raw_targets(batch.patches, batch.latents)
+    share = weight / len(predictions)
+    losses, errors = [], []
+    for drawn in batch.masks:
+        prediction, index = predictions[drawn.family], drawn.target
+        weighted, error = ops.weighted_mse(prediction, y, index, kind, weight=share, **how)
+        with torch.no_grad():
+            plain = error if kind == "mse" else ops.masked_mse(prediction, y, index, **how)
+            of_mean = ops.masked_mse(space.zero[index], y, index, **how)
+        n = prediction.numel()
+        losses.append(weighted)
+        errors.append((error / len(predictions), plain * n, of_mean * n))
+    if variance or covariance:
+        penalties = [vicreg(prediction) for prediction in predictions.values()]
+        losses += [(variance * v + covariance * c) / len(penalties) for v, c in penalties]
+    loss: Any = sum(losses)
+    return loss, torch.stack([sum(values) for values in zip(*errors, strict=True)])
 
 
 def vicreg(prediction, eps=1e-4):
@@ -539,7 +464,8 @@ def update(optimizer, parameters, clip, loss=None):
     """
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()  # of FSDP2's shards
+        sharded: Any = norm
+        norm = sharded.full_tensor()  # of FSDP2's shards
     optimizer.grad_scale = (norm / clip).clamp(min=1) if clip else torch.ones_like(norm)
     optimizer.found_inf = (
         ~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())
@@ -595,122 +521,6 @@ def parameter_groups(module, weight_decay):
     ]
 
 
-# --------------------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def clip_errors(salt, space, batch, families, own=None):
-    """Held-out errors of one data.Batch in `space`, with those of its masks that are of `families`.
-
-    own: the space that salt predicts in, where that is another; none or standardise.
-    Returns {family: {'squared', 'spread', 'background', 'elements'}}, float64 [B] each: the squared
-    error, summed over a clip's target elements, of the predictions, of the per-position mean and of
-    the mean of the clip's own context targets; how many elements those were.
-    """
-    training = salt.training
-    salt.eval()
-    masks = {family: batch.masks[family] for family in families}
-    predictions = salt(batch.patches, masks)
-    salt.train(training)
-    if own:
-        for family, drawn in masks.items():
-            predictions[family] = own.convert(predictions[family], drawn.target, space)
-    (y, how), found = space.raw_targets(batch.patches, batch.latents), {}
-    for family, drawn in masks.items():
-        # [B, Kc, D]
-        context = ops.normalise_target(
-            ops.masked_gather(y, drawn.context), index=drawn.context, **how
-        )
-        background = context.mean(1, keepdim=True).expand(-1, drawn.target.shape[1], -1)
-        guesses = {
-            "squared": predictions[family],
-            "spread": space.zero[drawn.target],
-            "background": background,
-        }
-        # [B, Kt], means over D
-        errors = {
-            name: ops.masked_mse(guess, y, drawn.target, per_token=True, **how)[1]
-            for name, guess in guesses.items()
-        }
-        found[family] = {
-            name: (error.double().sum(1) * y.shape[2]).cpu().numpy()
-            for name, error in errors.items()
-        }
-        found[family]["elements"] = np.full(len(y), drawn.target.shape[1] * y.shape[2], np.float64)
-    return found
-
-
-def join_errors(parts):
-    """The errors of many batches as those of one."""
-    if not parts:
-        raise InputError("there is no held-out clip to evaluate on")
-    return {
-        family: {name: np.concatenate([part[family][name] for part in parts]) for name in rows}
-        for family, rows in parts[0].items()
-    }
-
-
-def mse(rows):
-    """Mean squared error, averaged over families as the loss is."""
-    return float(np.mean([row["squared"].sum() / row["elements"].sum() for row in rows]))
-
-
-def r2(rows, name="squared"):
-    """R2 of errors of some families: 1 - sum of `name` / sum of those of the per-position mean."""
-    return 1 - sum(row[name].sum() for row in rows) / sum(row["spread"].sum() for row in rows)
-
-
-def r2_interval(rows, videos):
-    """95 % interval of r2(rows) over videos: clips of one, which are alike, are drawn together.
-
-    videos: the video id of each clip, [B]. Returns what `interval` does.
-    """
-    _, unit = np.unique(videos, return_inverse=True)
-    squared = np.bincount(unit, sum(row["squared"] for row in rows))  # [V]
-    spread = np.bincount(unit, sum(row["spread"] for row in rows))
-
-    def ratio(squared, spread, axis):
-        return 1 - squared.sum(axis) / spread.sum(axis)
-
-    return interval(ratio, squared, spread)
-
-
-def interval(statistic, *columns):
-    """95 % bootstrap interval [low, high] of statistic(*columns, axis=...), over units.
-
-    columns: float64 [V] each, an entry a unit; a unit is a video, never a clip. BCa (Efron 1987),
-    not percentiles, which cover less where a few videos are much worse (tests/test_score.py). It
-    takes V^2 additions: 7 s and 0.1 GB at 25,000 videos on one core.
-    Returns None where there is none: of one unit, or of units that are all alike.
-    """
-    from scipy import stats
-
-    count = len(columns[0])
-    if count < 2:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of units that are alike: no interval
-        found = stats.bootstrap(
-            columns,
-            statistic,
-            paired=True,
-            vectorized=True,
-            n_resamples=2000,
-            method="BCa",
-            rng=0,
-            batch=max(1, 2**22 // count),
-        )
-    ends = [float(found.confidence_interval.low), float(found.confidence_interval.high)]
-    return ends if np.isfinite(ends).all() else None
-
-
-def show_interval(ends, form=".3f"):
-    """'[0.123, 0.456]', or '-' where there is none."""
-    return "-" if ends is None else f"[{ends[0]:{form}}, {ends[1]:{form}}]"
-
-
-# ---------------------------------------------------------------------------- teachers and students
-
 # compute of a teacher that train.py runs on the fly: cache_latents.py's default
 TEACHER_DTYPE = "bf16"
 
@@ -730,9 +540,9 @@ def load_teacher(path, device="cpu", dtype="fp32"):
     if path.is_dir():
         encoder, file = encoder_of_folder(path)
     elif path.is_file():
-        saved, file = weights.load_pickle(path), path
+        saved, file = load_pickle(path), path
         if "salt_vla" in saved:
-            encoder = student_of(weights.load_checkpoint(path), path)
+            encoder = student_of(load_checkpoint(path), path)
         else:  # 64 channels a head, but for huge and giant
 
             def heads_of(dim, depth):
@@ -741,7 +551,7 @@ def load_teacher(path, device="cpu", dtype="fp32"):
                     max(1, dim // 64),
                 )
 
-            found = from_file(path, weights.read_videomae, saved, path, heads_of)
+            found = from_file(path, read_videomae, saved, path, heads_of)
             encoder = build_encoder(path, *found)
     else:
         raise InputError(
@@ -790,8 +600,8 @@ def from_file(path, make, *arguments, **fields):
 def load_encoder(path, device="cpu", ema=False):
     """The student of best.pth or last.pth, or what export_transformers wrote; in eval mode, fp32.
 
-    ema: the moving average of the student's weights. data.read_clip(video, encoder.view) cuts clips
-    as they were cut in training.
+    ema: the moving average of the student's weights. video.read_clip(path, encoder.view) cuts
+    clips as they were cut in training.
     """
     if (Path(path) / "config.json").is_file():
         if ema:
@@ -801,7 +611,7 @@ def load_encoder(path, device="cpu", ema=False):
             )
         encoder, _ = encoder_of_folder(Path(path))
     else:
-        encoder = student_of(weights.load_checkpoint(path, ema), path)
+        encoder = student_of(load_checkpoint(path, ema), path)
     return encoder.to(device).eval()
 
 
@@ -816,7 +626,7 @@ def build_encoder(path, fields, state, view=None):
 
 def encoder_of_folder(path):
     """(Encoder, its weights file) of a folder in `transformers` format."""
-    fields, state, file, view, is_known = from_file(path, weights.read_transformers, path)
+    fields, state, file, view, is_known = from_file(path, read_transformers, path)
     encoder = build_encoder(path, fields, state, view)
     encoder.view_is_known = is_known
     return encoder, file
@@ -831,7 +641,7 @@ def export_transformers(encoder, folder):
     """Write an encoder as a VideoMAE folder, for load_encoder and for `transformers`.
 
     VideoMAEModel.from_pretrained(folder) is the encoder, and VideoMAEImageProcessor likewise what
-    it does to the pixels of frames as data.read_clip(video, encoder.view) gives them. Frames that
+    it does to the pixels of frames as video.read_clip(video, encoder.view) gives them. Frames that
     other code picks, crops and resizes give other features.
     """
     folder = Path(folder)
@@ -845,7 +655,7 @@ def export_transformers(encoder, folder):
             f"{folder} {f'holds a {held[0]}' if held else 'is a file'}; export the encoder into a"
             " new folder"
         )
-    weights.write_transformers(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
+    write_transformers(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
 
 
 def restored(path, state, depth, make):
@@ -858,7 +668,7 @@ def restored(path, state, depth, make):
         raise InputError(f"{path} holds {blocks} blocks, and its configuration says {depth}")
     with torch.device("meta"):
         module = from_file(path, make)
-    state = {name: tensor.float() for name, tensor in weights.whole(state, path).items()}
+    state = {name: tensor.float() for name, tensor in whole(state, path).items()}
     load_weights(module, state, path, assign=True)
     return module
 
@@ -882,36 +692,54 @@ def plain(config):
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
+def weights_of(salt):
+    """{"student", "predictor"}: the state_dict of each."""
+    return {"student": salt.student.state_dict(), "predictor": salt.predictor.state_dict()}
+
+
+def load_both(salt, weights, path):
+    """The reverse, in place; path: that of the file they are from."""
+    load_weights(salt.student, weights["student"], path)
+    load_weights(salt.predictor, weights["predictor"], path)
+
+
+def describe(salt, size, target):
+    """A line for the log: sizes of student and predictor, and what is predicted."""
+
+    def millions(module):
+        return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+    c = salt.student.config
+    return (
+        f"student {size} {c.dim}/{c.depth}/{c.heads}, {millions(salt.student):.1f} M parameters;"
+        f" predictor {millions(salt.predictor):.1f} M; target {target}"
+        f" [{salt.predictor.proj.out_features}]"
+    )
+
+
+def compile_blocks(salt, wanted, device, log):
+    """torch.compile over the blocks: where `wanted` is 'on', or 'auto' and `device` is a GPU."""
+    compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
+    if wanted == "off" or wanted == "auto" and device.type != "cuda":
+        return
+    can = importlib.util.find_spec("triton") and any(map(shutil.which, compilers))
+    if wanted == "auto" and not can:
+        log("the blocks are not compiled: torch.compile needs Triton and a C compiler")
+        return
+    for block in (*salt.student.blocks, *salt.predictor.blocks):
+        block.compile(dynamic=False)
+    log("torch.compile over the blocks: the first step takes longer")
+
+
 def build_salt(encoder_config, predictor_config):
     return Salt(Encoder(encoder_config), Predictor(**predictor_config))
 
 
 def load_salt(path, device="cpu", ema=False):
     """(Salt in eval mode, Space, content) of a checkpoint, or with ema of its moving average."""
-    saved = weights.load_checkpoint(path, ema)
+    saved = load_checkpoint(path, ema)
     shape = saved["predictor_config"]
     make = functools.partial(Predictor, **shape)
     predictor = restored(path, saved["predictor"], shape.get("depth", 12), make)
     salt = Salt(student_of(saved, path), predictor)
     return salt.to(device).eval(), from_file(path, Space, **saved["space"]).to(device), saved
-
-
-def pick_device(name):
-    """torch.device of 'auto', 'cpu', 'cuda' or 'cuda:1'.
-
-    Raises InputError where there is no such GPU.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device is {name!r}; it takes auto, cpu, cuda or cuda:1")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use"
-            " --device cpu, or check the driver and the torch build"
-        )
-    return device

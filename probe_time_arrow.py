@@ -18,8 +18,9 @@ import resource
 import warnings
 from typing import Literal
 
-import config
-import runs
+from salt import config, runs
+from salt.errors import InputError
+from salt.files import prepare_file, sha256, write_whole
 
 # ----------------------------------------------------------------------------------------- settings
 # best.pth or last.pth of train.py; or a run's name, folder or log: its best.pth
@@ -80,23 +81,18 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-import budget
-import heldout
 import model
-import ops
-from cache import fingerprint, prepare_file, sha256, write_whole
-from config import InputError
-from data import (
-    VideoError,
-    load_split,
-    odd_videos,
-    overlap,
-    patchify,
-    prefetch,
-    read_row,
-)
-from views import MirroredView, View, random_half
-from weights import load_checkpoint
+from benchmarks import budget
+from salt import heldout, ops, ranks
+from salt.cache import fingerprint
+from salt.checkpoint import load_checkpoint
+from salt.loader import prefetch
+from salt.masks import permute
+from salt.ops import patchify
+from salt.score import interval, show_interval
+from salt.splits import load_split, overlap
+from salt.video import VideoError, odd_videos, read_row
+from salt.views import MirroredView, View, random_half
 
 if os.environ.get("WORLD_SIZE", "1") != "1":
     raise InputError("probe_time_arrow.py runs in one process; start it without torchrun")
@@ -106,7 +102,8 @@ if checkpoint and after:
     raise InputError("--after probes the best checkpoint of its run; leave --checkpoint out")
 prepare_file(out)
 videos = {split: load_split(data, split, splits_dir, print) for split in (train_split, val_split)}
-if both := {row.id for row in videos[train_split]} & {row.id for row in videos[val_split]}:
+both = {row.id for row in videos[train_split]} & {row.id for row in videos[val_split]}
+if both:
     raise InputError(
         f"{len(both)} videos, {min(both)} among them, are in both --train_split {train_split} and"
         f" --val_split {val_split}; a probe is tested on videos it was not fitted on"
@@ -118,11 +115,12 @@ path = (
     if after
     else checkpoint_path
 )
-device = model.pick_device(device)
+device = ranks.pick_device(device)
 ops.return_freed_memory()
 odd_videos.watch(math.inf, tqdm.write)
 print(ops.extension_line(device), flush=True)
-if faster := budget.slow_bf16(device, dtype):
+faster = budget.slow_bf16(device, dtype)
+if faster:
     print(faster)
 saved = load_checkpoint(path, ema)
 print(
@@ -226,8 +224,10 @@ def collect(split, count):
     row 2 v + 1 backwards.
     """
     rows = videos[split]
-    rows = [rows[i] for i in ops.permute(np.arange(min(count, len(rows))), len(rows), seed, 0)]
-    parts, failures, clips = [], [], []
+    rows = [rows[i] for i in permute(np.arange(min(count, len(rows))), len(rows), seed, 0)]
+    parts = []
+    failures = []
+    clips = []
     for i, pair in enumerate(
         tqdm(
             prefetch(functools.partial(pair_of, split=split), rows, threads, 2 * batch_size),
@@ -287,7 +287,7 @@ def probe(name):
 
 def summary(correct, **other):
     """correct float [V]: the share of a video's answers that were right."""
-    return {"accuracy": float(correct.mean()), "ci95": model.interval(np.mean, correct), **other}
+    return {"accuracy": float(correct.mean()), "ci95": interval(np.mean, correct), **other}
 
 
 fitted = {
@@ -334,10 +334,10 @@ for name, row in (
     ("pixels 7x7", result.get("pixels")),
 ):
     if row:
-        print(f"{name:22} {row['accuracy']:9.3f} {model.show_interval(row['ci95'], '7.3f'):>18}")
+        print(f"{name:22} {row['accuracy']:9.3f} {show_interval(row['ci95'], '7.3f'):>18}")
 if controls:
     difference = fitted["student"][0] - np.mean(controls, axis=0)
-    ends = result["difference_ci95"] = model.interval(np.mean, difference)
+    ends = result["difference_ci95"] = interval(np.mean, difference)
     verdict = "does not differ from"
     if ends is None:
         verdict = "cannot, by one video or answers all alike, be compared with"
@@ -346,7 +346,7 @@ if controls:
     elif ends[1] < 0:
         verdict = "is worse than"
     print(
-        f"student minus untrained {difference.mean():+.3f} {model.show_interval(ends, '+.3f')}: "
+        f"student minus untrained {difference.mean():+.3f} {show_interval(ends, '+.3f')}: "
         f"the student {verdict} an untrained encoder of its shape"
     )
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -16,7 +16,7 @@ import sys
 import torch
 from setuptools import setup
 
-from config import source_digest
+from salt import source_digest
 
 # an environment's own ninja is found
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
@@ -30,7 +30,7 @@ def cuda_home():
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
-        return home if os.path.isfile(os.path.join(home, "bin", "nvcc")) else None
+        return home if os.path.isfile(os.path.join(str(home), "bin", "nvcc")) else None
     installed = [
         *glob.glob("/usr/local/cuda/bin/nvcc"),
         *sorted(glob.glob("/usr/local/cuda-*/bin/nvcc"), reverse=True),
@@ -63,7 +63,7 @@ def architecture_flags():
     if asked:
         return [], asked
     listed = subprocess.run(
-        [os.path.join(home, "bin", "nvcc"), "--list-gpu-arch"],
+        [os.path.join(str(home), "bin", "nvcc"), "--list-gpu-arch"],
         capture_output=True,
         text=True,
         check=True,
@@ -102,11 +102,9 @@ def build(cuda):
     # GCC's OpenMP calls resolve to the runtime that torch has loaded; linking another one would
     # give two thread pools.
     openmp = ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"] if sys.platform == "linux" else []
-    host, sources, flags = (
-        ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", *openmp],
-        sorted(glob.glob("csrc/*.cpp")),
-        {},
-    )
+    host = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", *openmp]
+    sources = sorted(glob.glob("csrc/*.cpp"))
+    flags = {}
     if cuda:
         gencode, architectures = architecture_flags()
         host += ["-DSALT_CUDA", f'-DSALT_ARCHITECTURES="{architectures}"']

@@ -1,5 +1,5 @@
 """What a training step must do, and how long that takes at a given matrix rate and bandwidth:
-python bench.py budget [--sizes large --batch_size 24]
+python benchmarks/bench.py budget [--sizes large --batch_size 24]
 
 By arithmetic alone (budget.py). The columns `forward` are a forward pass; those a step add the
 backward pass, which has twice the operations and twice the bytes. For two CPU cores with AMX:
@@ -10,8 +10,8 @@ the rate and its bytes over the bandwidth; docs/STEP.md discusses the result.
 import sys
 from pathlib import Path
 
-import bench
-import config
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from salt import config
 
 sizes = ["base", "large"]  # students
 batch_size = 24  # clips a step
@@ -22,19 +22,18 @@ predictor_depth = 12  # its blocks
 masks = ["short", "long"]  # families of a step
 
 config.apply(globals(), least={"batch_size": 1, "matrix_rate": 1e-6, "bandwidth": 1e-6})
-sys.path.insert(0, str(Path(bench.__file__).parent))
 
-import budget  # after the settings, so that --help is quick
 import model
-import ops
+from benchmarks import budget
+from salt.masks import mask_counts
 
 for size in sizes:
     encoder = model.config_of_size(size)
     predictor_config = {"dim": predictor_dim, "depth": predictor_depth, "dim_out": 768}
-    counts = [ops.mask_counts(family, encoder.grid) for family in masks]
-    student, predictor = (
-        model.Encoder(encoder),
-        model.Predictor(encoder.dim, 768, encoder.tokens, masks, predictor_dim, predictor_depth, 8),
+    counts = [mask_counts(family, encoder.grid) for family in masks]
+    student = model.Encoder(encoder)
+    predictor = model.Predictor(
+        encoder.dim, 768, encoder.tokens, masks, predictor_dim, predictor_depth, 8
     )
     weights = sum(
         parameter.numel() for network in (student, predictor) for parameter in network.parameters()

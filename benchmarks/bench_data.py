@@ -1,4 +1,4 @@
-"""Speed of the data path:  python bench.py data [--videos DIR] [--folder
+"""Speed of the data path:  python benchmarks/bench.py data [--videos DIR] [--folder
 DIR_ON_THE_DISK_TO_MEASURE] [--json]
 
 Decoding, on one thread: a clip under the default view, from the file to patches in a batch, against
@@ -20,13 +20,16 @@ import mmap
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from fractions import Fraction
 from pathlib import Path
 
-import bench
-import config
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import bench
+from salt import config
+from salt.errors import InputError
 
 # folder of videos to decode; none: made here, 427x240, 47 frames at 12 fps, VP9, textured and noisy
 videos: str | None = None
@@ -43,7 +46,7 @@ most_threads = max(1, (os.cpu_count() or 1))  # of the table of clips a second
 rounds = 6  # measurements of each competitor, of which the first is a warm-up
 decode_rounds = 5  # likewise, of decoding
 cold_rounds = 11  # likewise, of the disk, whose speed varies most
-json = False  # write OUT/data-cpu-DATE.json
+json: bool = False  # write OUT/data-cpu-DATE.json
 out = "benchmarks"  # folder for it
 
 _settings = config.apply(
@@ -61,20 +64,26 @@ _settings = config.apply(
     },
 )
 if records < batch_size:
-    raise config.InputError(f"--records {records} do not make a batch of {batch_size}")
+    raise InputError(f"--records {records} do not make a batch of {batch_size}")
 
 import av  # after the settings, so that --help is quick
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import cache
-import data
-import ops
-from views import View, frame_numbers
+from salt import cache, ops, views
+from salt.loader import CONTEXT, TARGET, Loader, Records, Videos
+from salt.masks import in_order, sample_masks, shuffled
+from salt.splits import VIDEO_SUFFIXES, Row, find_videos
+from salt.video import read_clip
+from salt.views import View, frame_numbers
 
-VIEW, PATCH, TUBELET = View(), 16, 2
-N, P, D = 1568, 1536, 768
+VIEW = View()
+PATCH = 16
+TUBELET = 2
+N = 1568
+P = 1536
+D = 768
 torch.set_num_threads(1)
 results = {}
 
@@ -87,7 +96,10 @@ def made_video(path, number):
         stream = container.add_stream(
             "libvpx-vp9", rate=12, options={"deadline": "realtime", "cpu-used": "8"}
         )
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 427, 240, "yuv420p", 600_000
+        stream.width = 427
+        stream.height = 240
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 600_000
         for i in range(47):
             x, y = int(60 + 50 * np.sin(i / 9 + number)), int(60 + 40 * np.cos(i / 7 + number))
             noisy = texture[y : y + 240, x : x + 427] + random.normal(0, 6, (240, 427, 1))
@@ -113,13 +125,13 @@ place = np.empty((N, P), np.uint8)
 
 
 def ours(path):
-    ops.patchify_into(data.read_clip(path, VIEW), place, PATCH, TUBELET)
+    ops.patchify_into(read_clip(path, VIEW), place, PATCH, TUBELET)
 
 
 def middle(frames):
     """uint8 [T, H, W, 3] -> patches of the middle 224x224."""
     y, x = (frames.shape[1] - 224) // 2, (frames.shape[2] - 224) // 2
-    return np.ascontiguousarray(data.patchify(frames[:, y : y + 224, x : x + 224]))
+    return np.ascontiguousarray(ops.patchify(frames[:, y : y + 224, x : x + 224]))
 
 
 def with_decord(path):
@@ -195,19 +207,18 @@ def bench_decoding(paths):
     }
 
     rows = [
-        data.Row(f"{i}", paths[i % len(paths)], None)
-        for i in range(max(len(paths), 4 * batch_size))
+        Row(f"{i}", paths[i % len(paths)], None) for i in range(max(len(paths), 4 * batch_size))
     ]
-    source = data.Videos(rows, VIEW, PATCH, TUBELET)
+    source = Videos(rows, VIEW, PATCH, TUBELET)
 
     def clips_per_second(count):
         def measure(turn):
             taken = bench.seconds(
                 lambda: sum(
                     len(batch.ids)
-                    for batch in data.batches(
+                    for batch in Loader(
                         source,
-                        data.in_order(range(len(rows)), batch_size),
+                        in_order(range(len(rows)), batch_size),
                         ["short", "long"],
                         threads=count,
                     )
@@ -236,13 +247,13 @@ def bench_decoding(paths):
 
 def training(opened, steps, count):
     """Batches as train.py asks for them."""
-    return data.batches(
-        data.Records(opened),
-        data.shuffled(len(opened), batch_size, 0, steps),
+    return Loader(
+        Records(opened),
+        shuffled(len(opened), batch_size, 0, steps),
         ["short", "long"],
         0,
-        patches=("context",),
-        latents=("target",),
+        patches=CONTEXT,
+        latents=TARGET,
         threads=count,
     )
 
@@ -252,7 +263,7 @@ def needed(batch):
 
     def union(part):
         wanted = torch.zeros(len(batch.ids), N, dtype=torch.bool)
-        for drawn in batch.masks.values():
+        for drawn in batch.masks:
             wanted.scatter_(1, getattr(drawn, part), True)
         return wanted.sum(1)
 
@@ -272,10 +283,8 @@ class Running:
     """An endless stream of training batches. Each measurement first takes those that lie ready."""
 
     def __init__(self, opened, count):
-        self.stream, self.steps = (
-            training(opened, itertools.count(), count),
-            len(opened) // batch_size,
-        )
+        self.stream = training(opened, itertools.count(), count)
+        self.steps = len(opened) // batch_size
 
     def epoch_seconds(self, turn):
         for _ in range(4):
@@ -295,7 +304,7 @@ def bench_warm(opened):
     memory = np.ones((len(opened), N * (P + stored)), np.uint8)  # as large as the cache
     buffers = np.ones((batch_size, N * (P + stored)), np.uint8)
     order = np.concatenate(
-        [records for _, records in data.shuffled(len(opened), batch_size, 0, range(steps))]
+        [records for _, records in shuffled(len(opened), batch_size, 0, range(steps))]
     )
 
     def memcpy(turn):
@@ -319,9 +328,9 @@ def bench_warm(opened):
         """The plain way: memory maps, fancy indexing, np.stack."""
 
         def run():
-            for _, records in data.shuffled(len(opened), batch_size, 0, range(steps)):
-                ids = torch.tensor([data.sample_id(opened.ids[int(record)]) for record in records])
-                masks = [ops.sample_masks(ids, 0, 0, family) for family in ("short", "long")]
+            for _, records in shuffled(len(opened), batch_size, 0, range(steps)):
+                ids = torch.tensor([views.sample_id(opened.ids[int(record)]) for record in records])
+                masks = [sample_masks(ids, 0, 0, family) for family in ("short", "long")]
                 for kind, part in (("patches", "context"), ("latents", "target")):
                     shards = np.searchsorted(firsts, records, side="right") - 1
                     for drawn in masks:
@@ -460,18 +469,16 @@ print(
 Path(folder).mkdir(parents=True, exist_ok=True)
 with tempfile.TemporaryDirectory(dir=folder, prefix="data-") as temporary:
     if videos:
-        paths = sorted(path for path in data.find_videos(videos).values())
+        paths = sorted(path for path in find_videos(videos).values())
         if not paths:
-            raise config.InputError(
-                f"--videos {videos} holds no video ({' '.join(data.VIDEO_SUFFIXES)})"
-            )
+            raise InputError(f"--videos {videos} holds no video ({' '.join(VIDEO_SUFFIXES)})")
     else:
         paths = [f"{temporary}/{number}.webm" for number in range(made)]
         for number, path in enumerate(paths):
             made_video(path, number)
     decoded = bench_decoding(paths)
     if shutil.disk_usage(temporary).free < records * N * (P + 2 * D):
-        raise config.InputError(
+        raise InputError(
             f"{folder} has no room for a cache of {records} records of 4.8 MB; give another"
             " --folder or fewer --records"
         )

@@ -1,4 +1,4 @@
-"""Speed of the ops:  python bench.py ops [--device cuda] [--json]
+"""Speed of the ops:  python benchmarks/bench.py ops [--device cuda] [--json]
 
 Each op of the extension against eager PyTorch, torch.compile and what memory allows, in one
 process, taking turns: medians over the rounds, with the quartiles. Bytes of an op: each input row
@@ -9,10 +9,14 @@ that all but the smallest cases come from memory and not from L2.
 
 import functools
 import os
+import sys
+from pathlib import Path
 from typing import Literal
 
-import bench
-import config
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import bench
+from salt import config
+from salt.errors import InputError
 
 device: Literal["cpu", "cuda"] = "cpu"  # where the ops run
 threads = 0  # CPU threads; 0: torch's default
@@ -23,17 +27,17 @@ dtypes = ["fp32", "bf16"]  # of predictions and features; latents are float16, a
 # widths at which torch.compile takes part, 0 for none; compiling takes longer than measuring
 compiled = [768, 1024, 1280]
 mask_batch = 24  # clips of one call in the measurement of masks
-json = False  # write OUT/PART-DEVICE-DATE.json
+json: bool = False  # write OUT/PART-DEVICE-DATE.json
 out = "benchmarks"  # folder for it
 seed = 0  # of masks
 
 _settings = config.apply(globals(), least={"threads": 0, "rounds": 3, "mask_batch": 1})
 if min(batches) < 1 or min(widths) < 3:
-    raise config.InputError(
+    raise InputError(
         f"--batches are at least 1 and --widths at least 3, not {batches} and {widths}"
     )
 if set(dtypes) - {"fp32", "bf16"}:
-    raise config.InputError(f"--dtypes takes fp32 and bf16, not {', '.join(dtypes)}")
+    raise InputError(f"--dtypes takes fp32 and bf16, not {', '.join(dtypes)}")
 
 if not os.access("/dev/shm", os.W_OK):
     # its worker processes want semaphores
@@ -43,15 +47,16 @@ import numpy as np  # after the settings, so that --help is quick
 import torch
 import torch.nn.functional as F
 
-import ops
+from salt import ops
+from salt.masks import FAMILIES, mask_counts, sample_masks
 
 if device == "cuda" and not torch.cuda.is_available():
-    raise config.InputError(
+    raise InputError(
         "--device cuda: torch sees no GPU; run python -c 'import torch; torch.cuda.init()' for the"
         " reason, or use --device cpu"
     )
 if not ops.has_kernel(torch.empty(0, device=device)):
-    raise config.InputError(
+    raise InputError(
         f"there is nothing of our own to measure on {device}: {ops.extension_line(device)}"
     )
 if threads:
@@ -69,11 +74,9 @@ def milliseconds(call, turn):
     """
     if device == "cpu":
         return 1e3 * bench.seconds(lambda: call(turn))
-    before, after, repeats = (
-        torch.cuda.Event(enable_timing=True),
-        torch.cuda.Event(enable_timing=True),
-        2 * SETS,
-    )
+    before = torch.cuda.Event(enable_timing=True)
+    after = torch.cuda.Event(enable_timing=True)
+    repeats = 2 * SETS
     torch.cuda._sleep(20_000_000)  # cycles, about ten milliseconds
     before.record()
     for i in range(repeats):
@@ -134,7 +137,7 @@ def ones(shape, dtype):
 def cases():
     """(B, K context, K target, family, D, dtype name) of every case; masks as in training."""
     return [
-        (b, *ops.mask_counts(family, GRID), family, d, name)
+        (b, *mask_counts(family, GRID), family, d, name)
         for b in batches
         for family in ("short", "long")
         for d in widths
@@ -156,7 +159,7 @@ def eager_patches(patches, index, mean, std, dtype):
 
 def masks_of(b, family):
     ids = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**63, b)).to(device)
-    return ops.sample_masks(ids, 0, seed, family, GRID)
+    return sample_masks(ids, 0, seed, family, GRID)
 
 
 def bench_gather():
@@ -243,22 +246,12 @@ def bench_loss():
             size * (2 * dtype.itemsize + 2),
             2 * size * dtype.itemsize,
         )
-        calls["ours"] = lambda turn: ops.masked_mse_with_grad(
-            predictions[turn % SETS], targets[turn % SETS], index
-        )
-        yield report(
-            "..._with_grad",
-            "fwd+bwd",
-            (b, k, d),
-            name,
-            calls | copy,
-            size * (2 * dtype.itemsize + 2),
-            2 * size * dtype.itemsize,
-        )
 
 
 def bench_patches():
-    d, mean, std = 1536, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    d = 1536
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
     a_channel = [
         torch.tensor(values, device=device).repeat_interleave(d // 3) for values in (mean, std)
     ]
@@ -302,7 +295,7 @@ def textbook_masks(b, family, generator):
     """The collator as papers describe it: a block size a batch, blocks a clip at random places,
     torch.randint, nonzero, cut to the shortest.
     """
-    blocks, area = ops.FAMILIES[family].blocks[0], ops.FAMILIES[family].area
+    blocks, area = FAMILIES[family].blocks[0], FAMILIES[family].area
     t, h, w = GRID
     ratio = 0.75 + 0.75 * torch.rand(1, generator=generator).item()
     height, width = (
@@ -334,21 +327,19 @@ def textbook_masks(b, family, generator):
 
 def bench_masks():
     """Microseconds a clip and family, of calls in a row: on one CPU thread, or on the GPU."""
-    before, generator, calls_in_a_row = (
-        torch.get_num_threads(),
-        torch.Generator().manual_seed(seed),
-        50 if device == "cpu" else 5,
-    )
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(seed)
+    calls_in_a_row = 50 if device == "cpu" else 5
     torch.set_num_threads(1)
     ids = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**63, mask_batch)).to(device)
-    for family in ops.FAMILIES:
+    for family in FAMILIES:
 
         def drawn(turn):
             for i in range(calls_in_a_row):
-                ops.sample_masks(ids, turn + i, seed, family, GRID)
+                sample_masks(ids, turn + i, seed, family, GRID)
 
         calls = {"ours": drawn}
-        if ops.FAMILIES[family].area and device == "cpu":
+        if FAMILIES[family].area and device == "cpu":
             calls["textbook"] = lambda turn: textbook_masks(mask_batch, family, generator)
         clips = {"ours": mask_batch * calls_in_a_row, "textbook": mask_batch}
         times = {

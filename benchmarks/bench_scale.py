@@ -1,4 +1,6 @@
-"""Caches of any size, simulated:  python bench.py scale [--records 168913,10000000] [--json]
+"""Caches of any size, simulated.
+
+    python benchmarks/bench.py scale [--records 168913,10000000] [--json]
 
 An index as cache_latents.py makes it, metadata.json, ids.txt and every shard, but with shards that
 are sparse files: their headers and sizes are right, and they take no disk. A process of its own
@@ -18,8 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import bench
-import config
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import bench
+from salt import config
+from salt.errors import InputError
+from salt.files import sha256
 
 records = [168_913, 10_000_000]  # cache sizes
 folder = "out/bench"  # where the index is written, and removed again
@@ -32,20 +37,20 @@ matrix_rate = 790.0  # dense bf16 TFLOP/s of one GPU; an H200 multiplying large 
 utilisation = 0.5
 # MB a clip that both mask families look at, of latents in float16 and clips (bench.py data)
 needed_mb = 2.60
-json = False  # write OUT/scale-cpu-DATE.json
+json: bool = False  # write OUT/scale-cpu-DATE.json
 out = "benchmarks"  # folder for it
 inside: str | None = None  # (the process that is measured: the cache to open)
 
 _settings = config.apply(globals(), least={"rounds": 3})
-sys.path.insert(0, str(Path(bench.__file__).parent))
 
 import numpy as np  # after the settings, so that --help is quick
 import torch  # noqa: F401  its import is not what is measured
 
-import cache
-import data
-import ops
-from views import View
+from salt import cache, cache_writer
+from salt.cache_writer import npy_header
+from salt.loader import Records
+from salt.masks import mask_counts, permute, shuffled
+from salt.views import View
 
 if inside:
 
@@ -58,16 +63,16 @@ if inside:
 
     before, start = memory("VmRSS"), time.perf_counter()
     opened = cache.open_cache(inside)
-    source = data.Records(opened)
+    source = Records(opened)
     opening = time.perf_counter() - start
-    sampler = data.shuffled(len(source), 24, 0, range(10**9))
+    sampler = shuffled(len(source), 24, 0, range(10**9))
     _, first = next(sampler)
     names = [source.name(int(record)) for record in first]
     places = [opened.places(kind, first)[0] for kind in ("latents", "patches")]
     ready = time.perf_counter() - start
     start = time.perf_counter()
     for i in range(0, len(source), 24 << 10):
-        ops.permute(np.arange(i, min(i + (24 << 10), len(source))), len(source), 0, 1)
+        permute(np.arange(i, min(i + (24 << 10), len(source))), len(source), 0, 1)
     print(
         json_format.dumps(
             {
@@ -83,7 +88,10 @@ if inside:
     )
     sys.exit(0)
 
-VIEW, N, P, D = View(), 1568, 1536, 768
+VIEW = View()
+N = 1568
+P = 1536
+D = 768
 
 
 def make_index(where, count):
@@ -91,10 +99,10 @@ def make_index(where, count):
     where.mkdir()
     shards = []
     formats = {"latents": ((N, D), np.dtype(np.float16)), "patches": ((N, P), np.dtype(np.uint8))}
-    for number in range(-(-count // cache.SHARD_ROWS)):
-        rows, entry = min(cache.SHARD_ROWS, count - number * cache.SHARD_ROWS), {}
+    for number in range(-(-count // cache_writer.SHARD_ROWS)):
+        rows, entry = min(cache_writer.SHARD_ROWS, count - number * cache_writer.SHARD_ROWS), {}
         for kind, (shape, dtype) in formats.items():
-            header = cache.npy_header((rows, *shape), dtype)
+            header = npy_header((rows, *shape), dtype)
             with open(where / cache.shard_name(kind, number), "wb") as file:
                 file.write(header)
                 file.truncate(len(header) + rows * cache.record_bytes(shape, dtype))
@@ -140,10 +148,10 @@ def make_index(where, count):
         "clips_from": None,
         "count": count,
         "failures": 0,
-        "ids_sha256": cache.sha256(where / "ids.txt"),
+        "ids_sha256": sha256(where / "ids.txt"),
         "failures_sha256": "",
-        "stats_sha256": cache.sha256(where / "stats.npz"),
-        "fingerprints_sha256": cache.sha256(where / "fingerprints.npy"),
+        "stats_sha256": sha256(where / "stats.npz"),
+        "fingerprints_sha256": sha256(where / "fingerprints.npy"),
         "shards": shards,
     }
     metadata["checksum"] = cache.metadata_digest(metadata)
@@ -168,9 +176,7 @@ def print_table():
         + 2 * context * (P + 512) * 1024
         + forward_flops(context + target, 512, 12)
         + 2 * target * 512 * D
-        for context, target in (
-            ops.mask_counts(family, (8, 14, 14)) for family in ("short", "long")
-        )
+        for context, target in (mask_counts(family, (8, 14, 14)) for family in ("short", "long"))
     )
     speed = {
         name: utilisation * matrix_rate * 1e12 / flops
@@ -216,7 +222,7 @@ for count in records:
         try:
             make_index(where, count)
         except OSError as error:  # holes take no blocks, but names and large sizes may be refused
-            raise config.InputError(
+            raise InputError(
                 f"an index of {count} records cannot be made in {folder} ({error.strerror}); give"
                 " another --folder"
             ) from None
@@ -241,7 +247,7 @@ for count in records:
         size = sum(file.stat().st_blocks * 512 for file in where.iterdir())
         metadata = (where / "metadata.json").stat().st_size
         print(
-            f"{count:>10,} records, {-(-count // cache.SHARD_ROWS):,} shards of each kind"
+            f"{count:>10,} records, {-(-count // cache_writer.SHARD_ROWS):,} shards of each kind"
             f" ({size / 1e6:.0f} MB of disk here, metadata.json {metadata / 1e6:.1f} MB): opened in"
             f" {middle['open_s']:.2f} s, with sampler and first batch"
             f" {middle['open_and_sampler_s']:.2f} s; memory grew by at most"

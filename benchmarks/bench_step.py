@@ -1,5 +1,6 @@
-"""The training step against the textbook's:  python bench.py step [--device cuda --batch_sizes 24]
-[--json]
+"""The training step against the textbook's.
+
+    python benchmarks/bench.py step [--device cuda --batch_sizes 24] [--json]
 
 The textbook step: a Conv3d embeds every patch and the context is gathered after; encoder and
 predictor run once a mask family; targets are gathered and compared by mse_loss; clip_grad_norm_ and
@@ -23,13 +24,16 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import bench
-import config
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import bench
+from salt import config
+from salt.errors import InputError
 
 sizes = ["base", "large"]  # students
 batch_sizes = [2]  # clips a step
 device: Literal["cpu", "cuda"] = "cpu"  # cpu or cuda
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute of both; attention is always measured in bf16
+predictor_depth = 12  # predictor blocks
 rounds = 6  # turns of each, the first of which is a warm-up
 # who takes turns; with compiled on a GPU CUDA graphs and --deterministic, too, alone
 variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "loader"]] = [
@@ -41,21 +45,20 @@ variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "lo
     "loader",
 ]
 # also the ways to give two families one pass of attention, forward and backward
-attention = True
-profile = True  # time of each phase of our step
-memory = True  # peak memory, a process each
+attention: bool = True
+profile: bool = True  # time of each phase of our step
+memory: bool = True  # peak memory, a process each
 # steps (200, say) of a small model by the textbook in float32 and under autocast and by ours, drawn
 # to docs/step-losses.png; nothing else is measured
 curves = 0
 clips = 48  # of the cache that the loader reads
 folder = "out/bench"  # for that cache, removed again
-json = False  # write OUT/step-DEVICE-DATE.json
+json: bool = False  # write OUT/step-DEVICE-DATE.json
 out = "benchmarks"  # folder for it
 # (internal: the process whose memory is measured, SIZE,VARIANT,BATCH_SIZE)
 inside: str | None = None
 
-settings = config.apply(globals(), least={"rounds": 3, "clips": 1})
-sys.path.insert(0, str(Path(bench.__file__).parent))
+settings = config.apply(globals(), least={"rounds": 3, "clips": 1, "predictor_depth": 1})
 
 if not (inside and ",textbook," in inside):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py
@@ -63,18 +66,22 @@ import torch  # after the settings, so that --help is quick
 import torch.nn as nn
 import torch.nn.functional as F
 
-import budget
-import cache
-import data
 import model
-import ops
+from benchmarks import budget
+from salt import cache, ops
+from salt.loader import CONTEXT, TARGET, Batch, Loader, Records
+from salt.masks import mask_counts, sample_masks, shuffled
+from salt.score import Space
 
-FAMILIES, GRID, N, D = ("short", "long"), (8, 14, 14), 1568, 768
-COUNTS = [ops.mask_counts(family, GRID) for family in FAMILIES]
-PREDICTOR = {"dim": 512, "depth": 12, "heads": 8}
+FAMILIES = ("short", "long")
+GRID = (8, 14, 14)
+N = 1568
+D = 768
+COUNTS = [mask_counts(family, GRID) for family in FAMILIES]
+PREDICTOR = {"dim": 512, "depth": predictor_depth, "heads": 8}
 on_gpu = device == "cuda"
 if on_gpu and not torch.cuda.is_available():
-    raise config.InputError("--device cuda: torch sees no GPU here")
+    raise InputError("--device cuda: torch sees no GPU here")
 torch.set_float32_matmul_precision("high")
 if not on_gpu and not (inside and ",textbook," in inside):
     ops.keep_freed_memory()  # taking turns, the textbook has it, too: it is the process's
@@ -89,7 +96,9 @@ AHEAD = 2  # batches that the loader keeps ready
 class TextbookAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         b, n, d = x.shape
@@ -101,10 +110,8 @@ class TextbookBlock(nn.Module):
     def __init__(self, dim, heads, mlp_dim):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), TextbookAttention(dim, heads)
-        self.norm2, self.mlp = (
-            nn.LayerNorm(dim, eps=1e-6),
-            nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim)),
-        )
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim))
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -135,10 +142,8 @@ class TextbookPredictor(nn.Module):
     def __init__(self, dim_in):
         super().__init__()
         dim = PREDICTOR["dim"]
-        self.embed, self.mask_tokens = (
-            nn.Linear(dim_in, dim),
-            nn.Parameter(torch.zeros(len(FAMILIES), dim)),
-        )
+        self.embed = nn.Linear(dim_in, dim)
+        self.mask_tokens = nn.Parameter(torch.zeros(len(FAMILIES), dim))
         self.register_buffer("position", model.position_table(N, dim))
         self.blocks = nn.ModuleList(
             TextbookBlock(dim, PREDICTOR["heads"], 4 * dim) for _ in range(PREDICTOR["depth"])
@@ -158,10 +163,8 @@ class Textbook:
 
     def __init__(self, salt, encoder_config):
         self.config = encoder_config
-        self.encoder, self.predictor = (
-            TextbookEncoder(encoder_config).to(device),
-            TextbookPredictor(encoder_config.dim).to(device),
-        )
+        self.encoder = TextbookEncoder(encoder_config).to(device)
+        self.predictor = TextbookPredictor(encoder_config.dim).to(device)
         for theirs, ours in ((self.encoder, salt.student), (self.predictor, salt.predictor)):
             state = {}
             for name, value in ours.state_dict().items():
@@ -211,7 +214,7 @@ class Textbook:
         start, total = time.perf_counter(), 0
         video = (video.float() / 255 - self.mean) / self.std
         with torch.autocast(device, torch.bfloat16, enabled=half and dtype == "bf16"):
-            for number, masks in enumerate(batch.masks.values()):
+            for number, masks in enumerate(batch.masks):
                 prediction = self.predictor(self.encoder(video, masks.context), masks, number)
                 target = batch.latents.gather(1, masks.target[..., None].expand(-1, -1, D)).float()
                 total = total + F.mse_loss(prediction.float(), target) / len(FAMILIES)
@@ -232,18 +235,19 @@ class Ours:
         self.optimizer = torch.optim.AdamW(
             model.parameter_groups(salt, 0.04), lr=1e-4, betas=(0.9, 0.95), fused=True
         )
-        self.space = model.Space("latents", "none", None, None, torch.zeros(N, D, device=device))
+        self.space = Space("latents", "none", None, None, torch.zeros(N, D, device=device))
 
-    def forward_backward(self, batch, masks, weight, mark):
-        predictions = self.salt(batch.patches, masks)
-        mark("forward")
-        error, _, _, gradients = model.salt_loss(
-            predictions, batch.patches, batch.latents, masks, self.space, weight=weight
-        )
+    def forward_backward(self, batch, weight, mark):
+        def net(patches, masks):
+            predictions = self.salt(patches, masks)
+            mark("forward")
+            return predictions
+
+        weighted, errors = model.salt_loss(net, batch, self.space, weight=weight)
         mark("loss")
-        torch.autograd.backward(list(predictions.values()), list(gradients.values()))
+        weighted.backward()
         mark("backward")
-        return error
+        return errors[0]
 
     def step(self, batch, apart=False, phases=None):
         def mark(name):
@@ -259,11 +263,11 @@ class Ours:
         mark("cast")
         if apart:
             error = sum(
-                self.forward_backward(batch, {family: masks}, 1 / len(FAMILIES), mark)
-                for family, masks in batch.masks.items()
+                self.forward_backward(batch._replace(masks=[drawn]), 1 / len(FAMILIES), mark)
+                for drawn in batch.masks
             ) / len(FAMILIES)
         else:
-            error = self.forward_backward(batch, batch.masks, 1, mark)
+            error = self.forward_backward(batch, 1, mark)
         model.update(self.optimizer, self.parameters, 0.02)
         mark("norm and AdamW")
         wait()
@@ -277,9 +281,7 @@ def some_batch(batch_size, seed=0):
         0, 256, (batch_size, N, 1536), dtype=torch.uint8, generator=generator
     ).to(device)
     latents = torch.randn(batch_size, N, D, generator=generator).half().to(device)
-    return data.Batch(
-        ids, patches, latents, {family: ops.sample_masks(ids, 0, 0, family) for family in FAMILIES}
-    )
+    return Batch(ids, patches, latents, [sample_masks(ids, 0, 0, family) for family in FAMILIES])
 
 
 def set_up(size):
@@ -306,11 +308,9 @@ def compiled(salt, mode=None):
 # one variant alone: its peak memory, and its time with CUDA graphs, which want the process for
 # themselves
 if inside:
-    size, variant, batch_size = (
-        inside.split(",")[0],
-        inside.split(",")[1],
-        int(inside.split(",")[2]),
-    )
+    size = inside.split(",")[0]
+    variant = inside.split(",")[1]
+    batch_size = int(inside.split(",")[2])
     encoder_config, salt = set_up(size)
     if variant == "textbook":
         step = Textbook(salt, encoder_config)
@@ -356,6 +356,8 @@ def alone(size, variant, batch_size):
         device,
         "--dtype",
         dtype,
+        "--predictor_depth",
+        str(predictor_depth),
         "--rounds",
         "8" if on_gpu else "4",
     ]
@@ -458,10 +460,8 @@ def bench_attention(batch_size, shapes):
 def bench_step(size, batch_size, rate, stream):
     encoder_config, salt = set_up(size)
     flops = batch_size * budget.step_flops(encoder_config, {**PREDICTOR, "dim_out": D}, COUNTS)
-    textbook, ours = (
-        Textbook(salt, encoder_config) if "textbook" in variants else None,
-        Ours(compiled(salt)),
-    )
+    textbook = Textbook(salt, encoder_config) if "textbook" in variants else None
+    ours = Ours(compiled(salt))
     batch, eager = some_batch(batch_size), lambda: torch.compiler.set_stance("force_eager")
     losses = []
     for seed in range(3) if textbook else ():
@@ -559,12 +559,10 @@ def draw_curves():
         "textbook under autocast": Textbook(salt, shape),
         "ours, bfloat16": Ours(salt),
     }
-    random, projection, places, losses = (
-        torch.Generator().manual_seed(0),
-        torch.randn(96, D) / 8,
-        model.position_table(N, 96),
-        [],
-    )
+    random = torch.Generator().manual_seed(0)
+    projection = torch.randn(96, D) / 8
+    places = model.position_table(N, 96)
+    losses = []
     for step in tqdm(range(curves), unit="step", dynamic_ncols=True):
         ids = torch.randint(0, 2**62, (2,), generator=random)
         # clouds that move
@@ -572,15 +570,15 @@ def draw_curves():
             torch.rand(2, 3, 4, 7, 7, generator=random), size=(16, 224, 224), mode="trilinear"
         )
         patches = torch.from_numpy(
-            data.patchify((255 * coarse).byte().permute(0, 2, 3, 4, 1).numpy(), 16, 2)
+            ops.patchify((255 * coarse).byte().permute(0, 2, 3, 4, 1).numpy(), 16, 2)
         )
         # linear in the patch's own pixels and place
         latents = (patches.float().view(2, N, 96, 16).mean(-1) / 64 - 2 + places) @ projection
-        batch = data.Batch(
+        batch = Batch(
             ids.to(device),
             patches.to(device),
             latents.half().to(device),
-            {family: ops.sample_masks(ids.to(device), 0, 0, family) for family in FAMILIES},
+            [sample_masks(ids.to(device), 0, 0, family) for family in FAMILIES],
         )
         for run in runs.values():
             for group in run.optimizer.param_groups:
@@ -671,14 +669,14 @@ for batch_size in batch_sizes:
             stream = None
             if "loader" in variants:
                 bench.random_cache(Path(temporary) / "cache", max(clips, batch_size))
-                records = data.Records(cache.open_cache(Path(temporary) / "cache"))
-                stream = data.batches(
+                records = Records(cache.open_cache(Path(temporary) / "cache"))
+                stream = Loader(
                     records,
-                    data.shuffled(len(records), batch_size, 0, range(10**6)),
+                    shuffled(len(records), batch_size, 0, range(10**6)),
                     FAMILIES,
                     0,
-                    patches=("context",),
-                    latents=("target",),
+                    patches=CONTEXT,
+                    latents=TARGET,
                     ahead=AHEAD,
                     device=device,
                 )

@@ -96,10 +96,13 @@ Tensor checked_index(const Tensor& index, const Tensor& like, int64_t B, int64_t
   return rows;
 }
 
-// numbers: grid (3), counts (2), blocks (2), redraws, low (3), high (3), stream; in one list, since
-// each argument takes torch a microsecond.
+// grid [3], counts [2] of context and target, blocks [2] fewest and most, redraws, sizes [S, 2],
+// low [3], high [3] and stream are those of a MaskSpec.
 std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch, int64_t seed,
-                                        at::IntArrayRef numbers, const Tensor& sizes) {
+                                        at::IntArrayRef grid, at::IntArrayRef counts,
+                                        at::IntArrayRef blocks, int64_t redraws,
+                                        const Tensor& sizes, at::IntArrayRef low,
+                                        at::IntArrayRef high, int64_t stream) {
   TORCH_CHECK(sample_ids.scalar_type() == at::kLong && sample_ids.dim() == 1,
               "sample_ids must be int64 [B]");
   TORCH_CHECK(sizes.scalar_type() == at::kInt && sizes.dim() == 2 && sizes.size(1) == 2,
@@ -107,11 +110,9 @@ std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch,
   check_device(sizes, sample_ids, "sizes");
   TORCH_CHECK(epoch >= 0 && epoch <= 0xFFFFFFFFll && seed >= 0,
               "epoch must be in [0, 2^32) and seed in [0, 2^63)");
-  TORCH_CHECK(numbers.size() == 15, "a mask is described by 15 numbers, not ", numbers.size());
-  const at::IntArrayRef grid = numbers.slice(0, 3), counts = numbers.slice(3, 2),
-                        blocks = numbers.slice(5, 2), low = numbers.slice(8, 3),
-                        high = numbers.slice(11, 3);
-  const int64_t redraws = numbers[7], stream = numbers[14];
+  TORCH_CHECK(grid.size() == 3 && counts.size() == 2 && blocks.size() == 2 && low.size() == 3 &&
+                  high.size() == 3,
+              "a mask takes 3 sides of the grid, 2 counts, 2 numbers of blocks, 3 low and 3 high");
   int64_t n = 1;
   for (const int64_t side : grid) {
     TORCH_CHECK(side > 0 && side < (1 << 26) && n * side < (1 << 26),
@@ -538,8 +539,8 @@ TORCH_LIBRARY(salt_ops, m) {
       "Tensor");
   m.def("transpose_and_sum(Tensor x) -> (Tensor, Tensor)");
   m.def(
-      "sample_masks(Tensor sample_ids, int epoch, int seed, int[] numbers, Tensor sizes) -> "
-      "(Tensor, Tensor)");
+      "sample_masks(Tensor sample_ids, int epoch, int seed, int[] grid, int[] counts, int[] "
+      "blocks, int redraws, Tensor sizes, int[] low, int[] high, int stream) -> (Tensor, Tensor)");
   m.def("masked_gather(Tensor x, Tensor index) -> Tensor");
   m.def("masked_scatter(Tensor x, Tensor index, int n) -> Tensor");
   m.def(

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config
+from salt import config
 
 # ----------------------------------------------------------------------------------------- settings
 out = "out/demo/videos"  # folder for train.json, validation.json, labels.json and videos/
@@ -32,7 +32,10 @@ threads = max(1, (os.cpu_count() or 1))  # videos made at a time
 # -------------------------------------------------------------------------------------------------
 config.apply(globals(), least={"train": 1, "validation": 1, "threads": 1, "seed": 0})
 
-WIDTH, HEIGHT, FPS, SUBSTEPS = 320, 240, 12, 10
+WIDTH = 320
+HEIGHT = 240
+FPS = 12
+SUBSTEPS = 10
 GRAVITY = 500.0  # pixels / s^2
 FLOOR = 205.0  # y of the floor, pixels from the top
 COLOURS = {
@@ -107,21 +110,20 @@ def simulate(random, template, seconds=12.0):
     """
     b = make_bodies(random, template)
     count, dt = len(b["ball"]), 1 / FPS / SUBSTEPS
-    p, v, half, radius, mass = (
-        b["position"].copy(),
-        b["velocity"].copy(),
-        b["half"],
-        b["radius"],
-        b["mass"],
-    )
+    p = b["position"].copy()
+    v = b["velocity"].copy()
+    half = b["half"]
+    radius = b["radius"]
+    mass = b["mass"]
     side = {1: 1, 2: -1}.get(template, int(random.choice([-1, 1])))  # the way the pusher moves
     pushes = np.sort(random.uniform(0.3, seconds, 6 if template in (1, 2) else 5))
-    pusher_half, pusher_radius, rest = (
-        np.array([7.0, 14.0]),
-        5.0,
-        (-40.0 if side > 0 else WIDTH + 40.0),
-    )
-    frames, angles, moving, angle = [], [], [], b["angle"].copy()
+    pusher_half = np.array([7.0, 14.0])
+    pusher_radius = 5.0
+    rest = -40.0 if side > 0 else WIDTH + 40.0
+    frames = []
+    angles = []
+    moving = []
+    angle = b["angle"].copy()
     for step in range(int(seconds * FPS) * SUBSTEPS):
         now = step * dt
         since = now - pushes[pushes <= now][-1] if (pushes <= now).any() else 9.0
@@ -131,10 +133,8 @@ def simulate(random, template, seconds=12.0):
             if since < reach / speed
             else max(0.0, reach - (since - reach / speed) * 1.5 * speed)
         )
-        pusher, pusher_v = (
-            np.array([rest + side * travel, FLOOR - 26.0]),
-            np.array([side * speed if since < reach / speed else 0.0, 0.0]),
-        )
+        pusher = np.array([rest + side * travel, FLOOR - 26.0])
+        pusher_v = np.array([side * speed if since < reach / speed else 0.0, 0.0])
         v[:, 1] += GRAVITY * dt
         p += v * dt
         for i in range(count):
@@ -152,10 +152,8 @@ def simulate(random, template, seconds=12.0):
             for j in range(i + 1, count + 1):
                 last = j == count
                 q, w = (pusher, pusher_v) if last else (p[j], v[j])
-                reach_xy, reach_r = (
-                    half[i] + (pusher_half if last else half[j]),
-                    radius[i] + (pusher_radius if last else radius[j]),
-                )
+                reach_xy = half[i] + (pusher_half if last else half[j])
+                reach_r = radius[i] + (pusher_radius if last else radius[j])
                 apart = q - p[i]
                 outside = apart - np.clip(apart, -reach_xy, reach_xy)
                 distance = np.hypot(*outside)
@@ -204,10 +202,8 @@ def smooth_noise(random, cells, amount):
     y, x = np.linspace(0, cells - 1.001, HEIGHT), np.linspace(0, cells - 1.001, WIDTH)
     yi, xi = y.astype(int), x.astype(int)
     fy, fx = (y - yi)[:, None], (x - xi)[None]
-    top, low = (
-        grid[yi][:, xi] * (1 - fx) + grid[yi][:, xi + 1] * fx,
-        grid[yi + 1][:, xi] * (1 - fx) + grid[yi + 1][:, xi + 1] * fx,
-    )
+    top = grid[yi][:, xi] * (1 - fx) + grid[yi][:, xi + 1] * fx
+    low = grid[yi + 1][:, xi] * (1 - fx) + grid[yi + 1][:, xi + 1] * fx
     return top * (1 - fy) + low * fy
 
 
@@ -260,7 +256,9 @@ def render(random, bodies, positions, angles, pusher):
                 if last
                 else (bodies["half"][i], bodies["radius"][i])
             )
-            half, radius, (cx, cy) = half * zoom, radius * zoom, to_view(positions[f, i])
+            half = half * zoom
+            radius = radius * zoom
+            (cx, cy) = to_view(positions[f, i])
             reach = half + radius + 2
             x0, x1 = np.clip((cx - reach[0], cx + reach[0] + 1), 0, WIDTH).astype(int)
             y0, y1 = np.clip((cy - reach[1], cy + reach[1] + 1), 0, HEIGHT).astype(int)
@@ -291,10 +289,8 @@ def render(random, bodies, positions, angles, pusher):
 def make_video(seed, number, path):
     """Write one video and return its row of the list."""
     random = np.random.default_rng((seed, number))
-    template, length = (
-        int(random.integers(len(TEMPLATES))),
-        int(random.integers(2 * FPS, 5 * FPS + 1)),
-    )
+    template = int(random.integers(len(TEMPLATES)))
+    length = int(random.integers(2 * FPS, 5 * FPS + 1))
     starts = []
     while len(starts) == 0:  # a simulation that comes to rest too soon is drawn again
         bodies, positions, angles, moving, pusher = simulate(random, template)
@@ -328,12 +324,10 @@ def make_video(seed, number, path):
                 rate=FPS,
                 options={"cpu-used": "8", "deadline": "realtime", "crf": "32", "b": "0"},
             )
-            stream.width, stream.height, stream.pix_fmt, stream.codec_context.thread_count = (
-                WIDTH,
-                HEIGHT,
-                "yuv420p",
-                1,
-            )
+            stream.width = WIDTH
+            stream.height = HEIGHT
+            stream.pix_fmt = "yuv420p"
+            stream.codec_context.thread_count = 1
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode(None))

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config
+from salt import config
+from salt.errors import InputError
+from salt.files import write_whole
 
 # ----------------------------------------------------------------------------------------- settings
 out = "out/demo"  # folder of a run of demo/run.py
@@ -27,13 +29,16 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
-import data
 import model
-from cache import open_cache, write_whole
+from salt import ops
+from salt.cache import open_cache
+from salt.loader import Loader, Records
+from salt.masks import in_order
+from salt.score import show_interval
 
 folder = Path(out) / "work"
 if not (folder / "run.json").is_file():
-    raise config.InputError(f"{folder} holds no finished run of demo/run.py; run that first")
+    raise InputError(f"{folder} holds no finished run of demo/run.py; run that first")
 
 
 # ---- results
@@ -54,10 +59,8 @@ def read_metrics(run):
 
 logs = {name: read_metrics(run_of(name)) for name in ("teacher", "student")}
 held_out = {name: [row for row in rows if "val_r2" in row] for name, rows in logs.items()}
-evaluation, probed = (
-    read_json(folder / "eval.json")["results"][0],
-    read_json(folder / "probe_student.json"),
-)
+evaluation = read_json(folder / "eval.json")["results"][0]
+probed = read_json(folder / "probe_student.json")
 
 
 def pick(row):
@@ -87,13 +90,9 @@ write_whole(Path(out) / "results.json", json.dumps(results, indent=1).encode())
 salt, space, saved = model.load_salt(run_of("student") / "last.pth")
 cache = open_cache(folder / "latents_val")
 if record >= len(cache):
-    raise config.InputError(f"--record is {record}, and there are {len(cache)} held-out clips")
+    raise InputError(f"--record is {record}, and there are {len(cache)} held-out clips")
 grid, names = salt.student.config.grid, saved["settings"]["masks"]
-batch = next(
-    data.batches(
-        data.Records(cache), data.in_order([record], 1), names, saved["settings"]["eval_seed"]
-    )
-)
+batch = next(Loader(Records(cache), in_order([record], 1), names, saved["settings"]["eval_seed"]))
 masks = batch.masks
 with torch.no_grad():
     predictions = salt(batch.patches, masks)
@@ -131,7 +130,7 @@ probe_axes.errorbar(
 probe_axes.axhline(0.5, color="k", ls=":")
 probe_axes.set(title="time-arrow probe: accuracy, 95 % by video", ylim=(0.3, 1))
 
-clip = data.unpatchify(cache.patches(record), grid, cache.patch, cache.tubelet)
+clip = ops.unpatchify(cache.patches(record), grid, cache.patch, cache.tubelet)
 shown = list(range(0, cache.view.frames, cache.tubelet * max(1, grid[0] // 4)))[:4]
 axes = left.subplots(1 + len(masks), len(shown), squeeze=False)
 left.suptitle(
@@ -146,7 +145,7 @@ def enlarge(values):
 for column, frame in enumerate(shown):
     axes[0, column].imshow(clip[frame])
     axes[0, column].set_title(f"frame {frame}", fontsize=8)
-    for row, (family, drawn) in enumerate(masks.items(), 1):
+    for row, drawn in enumerate(masks, 1):
         state = np.zeros(int(np.prod(grid)))
         state[drawn.context[0].numpy()], state[drawn.target[0].numpy()] = 1, 2
         state = enlarge(state.reshape(grid)[frame // cache.tubelet])[..., None]
@@ -156,7 +155,7 @@ for column, frame in enumerate(shown):
                 state == 1, clip[frame], np.where(state == 2, grey + (20, 40, 140), grey + 60)
             ).astype(np.uint8)
         )
-        axes[row, 0].set_ylabel(family)
+        axes[row, 0].set_ylabel(drawn.family)
 
 axes2 = right.subplots(1 + len(masks), len(shown), squeeze=False)
 right.suptitle(
@@ -178,13 +177,13 @@ def colour(values):
 
 for column, frame in enumerate(shown):
     axes2[0, column].imshow(colour(truth).reshape(*grid, 3)[frame // cache.tubelet])
-    for row, (family, drawn) in enumerate(masks.items(), 1):
+    for row, drawn in enumerate(masks, 1):
         image = np.ones((truth.shape[0], 3))
         image[drawn.target[0].numpy()] = colour(
-            predictions[family][0].float() - space.zero[drawn.target[0]]
+            predictions[drawn.family][0].float() - space.zero[drawn.target[0]]
         )
         axes2[row, column].imshow(image.reshape(*grid, 3)[frame // cache.tubelet])
-        axes2[row, 0].set_ylabel(family)
+        axes2[row, 0].set_ylabel(drawn.family)
 axes[0, 0].set_ylabel("clip"), axes2[0, 0].set_ylabel("teacher")
 for axis in [*axes.flat, *axes2.flat]:
     axis.set(xticks=[], yticks=[])
@@ -193,11 +192,11 @@ figure.savefig(Path(out) / "report.png", dpi=80)
 
 # ---- the table
 def line(name, row):
-    return f"{name:34} {row['accuracy']:8.3f}   {model.show_interval(row['ci95'])}"
+    return f"{name:34} {row['accuracy']:8.3f}   {show_interval(row['ci95'])}"
 
 
 print(f"\n=== results after {results['seconds']['all']:.0f} s")
-r2_ends = model.show_interval(evaluation["r2_ci95"])
+r2_ends = show_interval(evaluation["r2_ci95"])
 print(f"{'held-out R2 of the student':34} {evaluation['r2']:8.3f}   {r2_ends}")
 for family, row in evaluation["families"].items():
     print(f"{'  ' + family + ' masks':34} {row['r2']:8.3f}")
@@ -207,7 +206,7 @@ print(f"{'held-out R2 of the teacher (pixels)':34} {results['teacher_r2'][-1]:8.
 for name, row in probe.items():
     print(line(f"time arrow, {name}", row))
 difference = probed["difference_ci95"]
-shown_ends = model.show_interval(difference, "+.3f")
+shown_ends = show_interval(difference, "+.3f")
 if difference and difference[0] > 0:
     print(f"The student beats the untrained encoder at the time arrow by {shown_ends}.")
 else:

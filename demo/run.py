@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config
+from salt import config
+from salt.errors import InputError
 
 # ----------------------------------------------------------------------------------------- settings
 # folder of everything the demo makes; its videos are kept between runs
 out = "out/demo"
-short = False  # fewer videos and steps, for a quick check
+short: bool = False  # fewer videos and steps, for a quick check
 train_videos: int | None = None  # training videos [400, short 96]
 val_videos: int | None = None  # held-out videos [100, short 32]
 steps: int | None = None  # training steps of the teacher and of the student [500, short 80]
@@ -35,14 +36,12 @@ seed = 0  # of videos, weights, masks and order
 config.apply(
     globals(), least={"train_videos": 1, "val_videos": 1, "steps": 1, "batch_size": 1, "seed": 0}
 )
-train_videos, val_videos = (
-    train_videos or (96 if short else 400),
-    val_videos or (32 if short else 100),
-)
+train_videos = train_videos or (96 if short else 400)
+val_videos = val_videos or (32 if short else 100)
 steps, batch_size = steps or (80 if short else 500), batch_size or 16
 import torch
 
-import budget
+from benchmarks import budget
 
 if not dtype:
     dtype = (
@@ -54,7 +53,7 @@ root, began = Path(__file__).resolve().parent.parent, time.time()
 taken = {}
 folder, marker = Path(out) / "work", Path(out) / "work" / "made_by_the_demo"
 if folder.exists() and not marker.exists():
-    raise config.InputError(f"{folder} is there and was not made by the demo; choose another --out")
+    raise InputError(f"{folder} is there and was not made by the demo; choose another --out")
 shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
 folder.mkdir(parents=True)
 marker.touch()

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-import ops
-import upkeep
-from cache import Writer, from_stored, list_digest, open_cache, to_stored
-from config import InputError
-from views import View
+from salt import cache, cache_writer, ops, upkeep
+from salt.cache import open_cache
+from salt.cache_writer import Writer, from_stored, list_digest, to_stored
+from salt.errors import InputError
+from salt.files import sha256
+from salt.rows import RowError
+from salt.views import View
 
 VIEW = View(frames=4, size=32, short_side=32)
 PLAN = {
@@ -357,7 +358,7 @@ def test_verify_compares_ids_with_the_list(copy):
     """Two ids exchanged, and the checksum made to fit: only the list's own digest tells."""
     lines = (copy / "ids.txt").read_text().splitlines(keepends=True)
     (copy / "ids.txt").write_text("".join([lines[1], lines[0], *lines[2:]]))
-    damage(copy, "metadata", lambda m: m.update(ids_sha256=cache.sha256(copy / "ids.txt")))
+    damage(copy, "metadata", lambda m: m.update(ids_sha256=sha256(copy / "ids.txt")))
     assert "do not make up the list" in upkeep.verify(copy)[0][0]
 
 
@@ -490,7 +491,7 @@ def test_broken_statistics_are_one_line(made, copy, tmp_path):
     (copy / "stats.npz").write_bytes(content)
     with pytest.raises(InputError, match="stats.npz does not have its checksum"):
         open_cache(copy)
-    damage(copy, "metadata", lambda m: m.update(stats_sha256=cache.sha256(copy / "stats.npz")))
+    damage(copy, "metadata", lambda m: m.update(stats_sha256=sha256(copy / "stats.npz")))
     with pytest.raises(InputError, match="stats.npz cannot be read"):
         open_cache(copy)
     with pytest.raises(InputError, match="stats.npz cannot be read"):
@@ -736,8 +737,7 @@ def test_killed_at_any_change_to_the_disk(tmp_path, monkeypatch):
     """Making, repairing and merging: whatever was done when the process died, the same call goes on
     to the same bits, and leaves nothing beside them.
     """
-    monkeypatch.setattr(cache, "SHARD_ROWS", 8)
-    monkeypatch.setattr(upkeep, "SHARD_ROWS", 8)
+    monkeypatch.setattr(cache_writer, "SHARD_ROWS", 8)
     ids = LIST[:20]
     plan = {**PLAN, "list_count": 20, "list_sha256": list_digest(ids)}
 
@@ -819,8 +819,8 @@ def test_a_merge_that_copies_is_checked(made, tmp_path, monkeypatch, same_disk):
         other,
         "metadata",
         lambda m: m.update(
-            ids_sha256=cache.sha256(other / "ids.txt"),
-            failures_sha256=cache.sha256(other / "failures.jsonl"),
+            ids_sha256=sha256(other / "ids.txt"),
+            failures_sha256=sha256(other / "failures.jsonl"),
         ),
     )
     upkeep.merge([made, other], tmp_path / "all")
@@ -868,7 +868,7 @@ def test_int8_latents_come_back_within_half_a_step(tmp_path, made, monkeypatch):
         }
         assert np.array_equal(got, from_stored(stored))
     asked = []
-    monkeypatch.setattr(ops, "advise", lambda files, starts, count: asked.append(count))
+    monkeypatch.setattr("salt.cache.advise", lambda files, starts, count: asked.append(count))
     opened.advise([3, 4])
     assert asked == [8 * 6, 8 * 1536, 6 * 4, 8 * 4]  # the scales too
     assert upkeep.verify(opened.folder) == ([], [])
@@ -978,7 +978,6 @@ def test_an_id_list_cut_short_while_open_is_an_error(copy):
 def test_only_the_rows_asked_for_are_read(made, reference, monkeypatch):
     if reference:
         monkeypatch.setattr(ops, "EXTENSION", {**ops.EXTENSION, "devices": []})
-        monkeypatch.setattr(ops, "File", ops.FileReference)
     opened, records = open_cache(made), [1000, 3, 700, 3]
     wanted = torch.from_numpy(np.random.default_rng(0).random((4, 8)) < 0.5)
     out = torch.full((4, 8, 6), 9.0, dtype=torch.float16)
@@ -994,10 +993,10 @@ def test_an_io_error_names_shard_and_row(made, monkeypatch):
     """A failing disk: stands for the errno that the extension reports from pread."""
 
     def fails(*arguments):
-        raise ops.RowError(1, 3, 5)
+        raise RowError(1, 3, 5)
 
     opened = open_cache(made)
-    monkeypatch.setattr(ops, "read_rows", fails)
+    monkeypatch.setattr("salt.cache.read_rows", fails)
     with pytest.raises(
         InputError, match="latents-00001.npy, row 90: Input/output error; check the disk"
     ):

@@ -1,6 +1,7 @@
 """Settings from file, environment and command line."""
 
 import ast
+import itertools
 import os
 import runpy
 import subprocess
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import config
-from config import InputError
+from salt import config
+from salt.errors import InputError
+from tests.stages import path_of
 
 SCRIPT = '''"""A script."""
 from typing import Literal
-import config
+from salt import config
 epochs = 10                     # passes over the data
 lr = 2e-4                       # peak learning rate
 weight_decay_end = 0.4          # at the end
@@ -171,7 +173,7 @@ def run(path, *argv):
         [sys.executable, path, *argv],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(config.__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(config.__file__).parent.parent)},
     )
 
 
@@ -219,7 +221,7 @@ def test_a_script_from_the_shell(tmp_path):
     ],
 )
 def test_help_of_every_stage_has_a_comment_a_setting(stage):
-    path = Path(config.__file__).parent / f"{stage}.py"
+    path = path_of(stage)
     comments = {name: comment for name, (_, comment) in config.read_settings(path).items()}
     assert comments and all(comments.values()), [
         name for name, comment in comments.items() if not comment
@@ -231,12 +233,13 @@ def test_help_of_every_stage_has_a_comment_a_setting(stage):
 def test_a_whole_number_edited_in_place_leaves_a_setting_what_it_is(tmp_path):
     script = tmp_path / "stage.py"
     script.write_text(
-        "import config\nrate: float = 1\nsettings = config.apply(globals(), argv=[],"
+        "from salt import config\nrate: float = 1\nsettings = config.apply(globals(), argv=[],"
         " environ={'RATE': '0.5'})\n"
     )
     assert runpy.run_path(str(script))["settings"] == {"rate": 0.5}
     script.write_text(
-        "import config\nrate: float = 1\nsettings = config.apply(globals(), argv=[], environ={})\n"
+        "from salt import config\nrate: float = 1\n"
+        "settings = config.apply(globals(), argv=[], environ={})\n"
     )
     assert repr(runpy.run_path(str(script))["settings"]) == "{'rate': 1.0}"
 
@@ -262,8 +265,8 @@ def test_a_whole_number_edited_in_place_leaves_a_setting_what_it_is(tmp_path):
 def test_what_is_edited_in_place_is_checked(tmp_path, edit, message):
     script = tmp_path / "stage.py"
     script.write_text(
-        f"from typing import Literal\nimport config\n{edit}\nconfig.apply(globals(), argv=[],"
-        " environ={})\n"
+        f"from typing import Literal\nfrom salt import config\n{edit}\n"
+        "config.apply(globals(), argv=[], environ={})\n"
     )
     with pytest.raises(InputError) as caught:
         runpy.run_path(str(script))
@@ -272,7 +275,9 @@ def test_what_is_edited_in_place_is_checked(tmp_path, edit, message):
 
 def test_what_is_true_or_false_says_so():
     """Else `training_videos = "no"`, edited in place, would be a word, and true."""
-    for path in Path(config.__file__).parent.glob("*.py"):
+    root = Path(config.__file__).parent.parent
+    places = ("*.py", "tools/*.py", "demo/*.py", "benchmarks/*.py")
+    for path in itertools.chain(*map(root.glob, places)):
         if "\nsettings = config.apply(globals()" in path.read_text():
             for node in ast.parse(path.read_text().partition("\nsettings = config.apply(")[0]).body:
                 value = getattr(node, "value", None)

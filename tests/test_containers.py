@@ -7,8 +7,9 @@ import av
 import numpy as np
 import pytest
 
-import data
-from data import View
+from salt import views
+from salt.video import OddVideos, VideoError, read_clip, read_clips
+from salt.views import View
 from tests.test_data import numbered_frames, numbers_in, write_video
 
 VIEWS = [
@@ -34,8 +35,8 @@ def decoded(path):
 
 def expect_frames(path, numbers):
     """Every view takes its frames of `numbers`, by the formula."""
-    for view, clip in zip(VIEWS, data.read_clips(str(path), VIEWS), strict=True):
-        assert numbers_in(clip) == [numbers[i] for i in data.frame_numbers(len(numbers), view)]
+    for view, clip in zip(VIEWS, read_clips(str(path), VIEWS), strict=True):
+        assert numbers_in(clip) == [numbers[i] for i in views.frame_numbers(len(numbers), view)]
 
 
 def rewrite_packets(source, sink, change):
@@ -45,7 +46,9 @@ def rewrite_packets(source, sink, change):
         for number, packet in enumerate(reader.demux(reader.streams.video[0])):
             if packet.size:
                 copy = av.Packet(change(number, bytes(packet)))
-                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.pts = packet.pts
+                copy.dts = packet.dts
+                copy.time_base = packet.time_base
                 copy.is_keyframe = packet.is_keyframe
                 copy.stream = stream
                 writer.mux(copy)
@@ -82,7 +85,7 @@ def test_edit_lists_are_kept_to(tmp_path, first, count):
     numbers = decoded(path)
     assert numbers == list(range(first, first + count))
     expect_frames(path, numbers)
-    stretch = data.read_clip(str(path), View(frames=3, size=32, short_side=32), None, 0.08, 0.2)
+    stretch = read_clip(str(path), View(frames=3, size=32, short_side=32), None, 0.08, 0.2)
     assert numbers_in(stretch) == numbers[2:5]
 
 
@@ -92,11 +95,9 @@ def with_cover(path, cover_first):
         cover = None
         for kind in ("cover", "video") if cover_first else ("video", "cover"):
             stream = container.add_stream("mjpeg" if kind == "cover" else "mpeg4", rate=25)
-            stream.width, stream.height, stream.pix_fmt = (
-                64,
-                48,
-                "yuvj420p" if kind == "cover" else "yuv420p",
-            )
+            stream.width = 64
+            stream.height = 48
+            stream.pix_fmt = "yuvj420p" if kind == "cover" else "yuv420p"
             stream.options = {"qscale": "2"}
             stream.codec_context.bit_rate = 8_000_000
             if kind == "cover":
@@ -134,11 +135,11 @@ def test_the_default_track_is_the_video(tmp_path):
     with av.open(str(path), "w") as container:
         still, video = (container.add_stream("ffv1", rate=10) for _ in range(2))
         for stream in (still, video):
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
-        still.disposition, video.disposition = (
-            av.stream.Disposition(0),
-            av.stream.Disposition.default,
-        )
+            stream.width = 64
+            stream.height = 48
+            stream.pix_fmt = "bgr0"
+        still.disposition = av.stream.Disposition(0)
+        video.disposition = av.stream.Disposition.default
         for stream, frames in ((still, numbered_frames(1)), (video, numbered_frames(30))):
             for i, frame in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
@@ -159,17 +160,19 @@ def test_a_video_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, code
     options = {"movflags": "faststart"} if suffix == "mp4" else {}
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    said, watch = [], data.OddVideos()
+    said, watch = [], OddVideos()
     watch.watch(60.0, said.append)
-    monkeypatch.setattr(data, "odd_videos", watch)
+    monkeypatch.setattr("salt.video.odd_videos", watch)
     for _ in range(2):
-        data.read_clip(str(path), VIEWS[0])
+        read_clip(str(path), VIEWS[0])
     assert len(said) == len(watch.broken) == noted
     if noted:
         assert f"{path} ends after " in said[0] and " of 4 s" in said[0]
@@ -187,7 +190,9 @@ def test_a_video_with_sound_that_was_cut_short_is_named(
     frames = np.random.default_rng(0).integers(0, 255, (80, 48, 64, 3), np.uint8)
     with av.open(str(path), "w") as container:
         video, audio = container.add_stream(codec, rate=10), container.add_stream(sound, rate=48000)
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        video.width = 64
+        video.height = 48
+        video.pix_fmt = "yuv420p"
         for i, frame in enumerate(frames):
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             samples = av.AudioFrame.from_ndarray(np.zeros((1, 4800), np.float32), "fltp", "mono")
@@ -195,20 +200,20 @@ def test_a_video_with_sound_that_was_cut_short_is_named(
             container.mux(audio.encode(samples))
         container.mux(video.encode(None))
         container.mux(audio.encode(None))
-    said, watch = [], data.OddVideos()
+    said, watch = [], OddVideos()
     watch.watch(60.0, said.append)
-    monkeypatch.setattr(data, "odd_videos", watch)
-    data.read_clip(str(path), VIEWS[0])
+    monkeypatch.setattr("salt.video.odd_videos", watch)
+    read_clip(str(path), VIEWS[0])
     assert said == []
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    data.read_clip(str(path), VIEWS[0])
+    read_clip(str(path), VIEWS[0])
     assert len(said) == 1 and re.search(r" of 8(\.\d+)? s: was it cut short, or damaged\?", said[0])
 
 
 def watched(monkeypatch):
-    said, watch = [], data.OddVideos()
+    said, watch = [], OddVideos()
     watch.watch(60.0, said.append)
-    monkeypatch.setattr(data, "odd_videos", watch)
+    monkeypatch.setattr("salt.video.odd_videos", watch)
     return said
 
 
@@ -225,10 +230,8 @@ def watched(monkeypatch):
 )
 def test_whole_videos_are_not_called_damaged(tmp_path, monkeypatch, name, times, codec):
     """Frames left out, a late beginning, a pause that is stated."""
-    said, frames = (
-        watched(monkeypatch),
-        np.random.default_rng(0).integers(0, 255, (110, 48, 64, 3), np.uint8),
-    )
+    said = watched(monkeypatch)
+    frames = np.random.default_rng(0).integers(0, 255, (110, 48, 64, 3), np.uint8)
     with av.open(str(tmp_path / name), "w") as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height = 64, 48
@@ -240,7 +243,7 @@ def test_whole_videos_are_not_called_damaged(tmp_path, monkeypatch, name, times,
             frame.pts = time
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    assert data.read_clip(str(tmp_path / name), VIEWS[0]).shape[0] and said == []
+    assert read_clip(str(tmp_path / name), VIEWS[0]).shape[0] and said == []
 
 
 def test_a_second_video_track_is_said(tmp_path, monkeypatch):
@@ -248,14 +251,16 @@ def test_a_second_video_track_is_said(tmp_path, monkeypatch):
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         streams = [container.add_stream("libx264", rate=10) for _ in range(2)]
         for stream in streams:
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            stream.width = 64
+            stream.height = 48
+            stream.pix_fmt = "yuv420p"
         for frame in frames:
             for stream in streams:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         for stream in streams:
             container.mux(stream.encode(None))
     for _ in range(2):
-        data.read_clip(str(tmp_path / "v.mp4"), VIEWS[0])
+        read_clip(str(tmp_path / "v.mp4"), VIEWS[0])
     assert len(said) == 1 and "v.mp4 has 2 video tracks, and one is used" in said[0]
 
 
@@ -272,21 +277,23 @@ def test_a_video_with_a_hole_is_named(tmp_path, monkeypatch, suffix, options, wh
     frames = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), np.uint8)
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("libx264", rate=10, options={"g": "12"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
-    said, watch = [], data.OddVideos()
+    said, watch = [], OddVideos()
     watch.watch(60.0, said.append)
-    monkeypatch.setattr(data, "odd_videos", watch)
-    data.read_clip(str(path), VIEWS[0], start=begin, end=end)
+    monkeypatch.setattr("salt.video.odd_videos", watch)
+    read_clip(str(path), VIEWS[0], start=begin, end=end)
     assert said == []
     content, size = bytearray(path.read_bytes()), path.stat().st_size
     low, high = (int(share * size) for share in where)
     content[low:high] = bytes(high - low)
     path.write_bytes(content)
     try:
-        data.read_clip(str(path), VIEWS[0], start=begin, end=end)
-    except data.VideoError:  # its index is gone
+        read_clip(str(path), VIEWS[0], start=begin, end=end)
+    except VideoError:  # its index is gone
         return
     assert len(said) == 1 and "was it cut short, or damaged?" in said[0]

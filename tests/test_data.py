@@ -14,12 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cache
-import data
-import ops
-import views
-from config import InputError
-from data import View
+from salt import ops, video
+from salt.cache import Cache, open_cache
+from salt.cache_writer import Writer
+from salt.errors import InputError
+from salt.loader import CONTEXT, NONE, TARGET, Loader, Records
+from salt.masks import STREAMS, Random, check_batch, in_order, sample_masks, shuffled
+from salt.splits import load_split
+from salt.views import MirroredView, View, frame_numbers, grid_of, random_half, sample_id
 
 
 def write_video(
@@ -74,7 +76,7 @@ SMALL = View(frames=8, size=32, short_side=32)
 @pytest.mark.parametrize("count", [40, 13, 3, 1])
 def test_uniform_takes_the_frames_of_the_formula(tmp_path, codec, suffix, count):
     path = write_video(tmp_path / f"v.{suffix}", numbered_frames(count), codec, bit_rate=8_000_000)
-    clip = data.read_clip(path, SMALL)
+    clip = video.read_clip(path, SMALL)
     assert clip.shape == (8, 32, 32, 3) and clip.dtype == np.uint8
     assert numbers_in(clip) == [int((i + 0.5) * count / 8) for i in range(8)]
 
@@ -82,14 +84,14 @@ def test_uniform_takes_the_frames_of_the_formula(tmp_path, codec, suffix, count)
 def test_a_variable_frame_rate_counts_frames_not_seconds(tmp_path):
     times = np.cumsum([1, 1, 5, 1, 9, 1, 1, 30, 1, 2] * 2).tolist()
     path = write_video(tmp_path / "v.webm", numbered_frames(20), times=times)
-    assert numbers_in(data.read_clip(path, SMALL)) == [int((i + 0.5) * 20 / 8) for i in range(8)]
+    assert numbers_in(video.read_clip(path, SMALL)) == [int((i + 0.5) * 20 / 8) for i in range(8)]
 
 
 def test_webm_states_no_frame_count(tmp_path):
     path = write_video(tmp_path / "v.webm", numbered_frames(10))
     with av.open(path) as container:
         assert container.streams.video[0].frames == 0
-    assert numbers_in(data.read_clip(path, View(frames=10, size=32, short_side=32))) == list(
+    assert numbers_in(video.read_clip(path, View(frames=10, size=32, short_side=32))) == list(
         range(10)
     )
 
@@ -97,12 +99,12 @@ def test_webm_states_no_frame_count(tmp_path):
 def test_stride_and_window(tmp_path):
     path = write_video(tmp_path / "v.mkv", numbered_frames(41), "ffv1", pix_fmt="yuv444p")
     assert numbers_in(
-        data.read_clip(path, View(frames=8, size=32, short_side=32, sampling="stride", stride=4))
+        video.read_clip(path, View(frames=8, size=32, short_side=32, sampling="stride", stride=4))
     ) == list(range(6, 38, 4))
     assert numbers_in(
-        data.read_clip(path, View(frames=8, size=32, short_side=32, sampling="stride", stride=9))
+        video.read_clip(path, View(frames=8, size=32, short_side=32, sampling="stride", stride=9))
     ) == [0, 0, 6, 15, 24, 33, 40, 40]
-    half = data.read_clip(path, View(frames=8, size=32, short_side=32, window=(0.5, 1)))
+    half = video.read_clip(path, View(frames=8, size=32, short_side=32, window=(0.5, 1)))
     assert numbers_in(half) == [20 + int((i + 0.5) * 21 / 8) for i in range(8)]
 
 
@@ -115,13 +117,13 @@ def test_jittered_views_repeat_and_differ(tmp_path):
         pix_fmt="bgr0",
     )
     views = [View(frames=8, size=32, short_side=40, view=v) for v in (0, 1, 1, 2)]
-    clips = [data.read_clip(path, view, "some id") for view in views]
+    clips = [video.read_clip(path, view, "some id") for view in views]
     assert np.array_equal(clips[1], clips[2])
     assert not np.array_equal(clips[0], clips[1]) and not np.array_equal(clips[1], clips[3])
-    assert not np.array_equal(clips[1], data.read_clip(path, views[1], "another id"))
+    assert not np.array_equal(clips[1], video.read_clip(path, views[1], "another id"))
     for seed in range(50):  # jittered frames stay in their segments
-        random = data.ops.Random(seed, 0, 1, data.ops.STREAMS["view"])
-        picked = data.frame_numbers(30, views[1], random)
+        random = Random(seed, 0, 1, STREAMS["view"])
+        picked = frame_numbers(30, views[1], random)
         assert all(int(i * 30 / 8) <= p <= (i + 1) * 30 / 8 for i, p in enumerate(picked))
 
 
@@ -142,7 +144,7 @@ def test_rotation_is_honoured(tmp_path, turn):
         ">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30
     )
     path.write_bytes(content)
-    clip = data.read_clip(str(path), View(frames=2, size=64, short_side=64))
+    clip = video.read_clip(str(path), View(frames=2, size=64, short_side=64))
     expected = np.rot90(frame, -turn // 90)
     assert np.abs(clip[0].astype(int) - expected).mean() < 12
     assert np.abs(clip[0].astype(int) - np.rot90(frame, -turn // 90 + 1)).mean() > 30
@@ -174,7 +176,7 @@ def test_a_turned_video_is_cropped_where_the_upright_one_is(tmp_path, turn):
         )
         path.write_bytes(content)
         clips.append(
-            data.read_clip(
+            video.read_clip(
                 str(path), View(frames=2, size=48, short_side=64, view=3), "some id"
             ).astype(int)
         )
@@ -220,7 +222,7 @@ def test_colour_matrix_range_and_depth(tmp_path, matrix, full, bits, size):
         color_range=2 if full else 1,
         colorspace=1 if matrix == "709" else 6,
     )
-    clip = data.read_clip(path, View(frames=4, size=32, short_side=32))
+    clip = video.read_clip(path, View(frames=4, size=32, short_side=32))
     kr, kb = YUV[matrix]
     unit = codes / 2 ** (bits - 8)
     luma = unit[:, 0] / 255 if full else (unit[:, 0] - 16) / 219
@@ -237,13 +239,13 @@ def test_resize_and_crop_match_an_independent_resize(tmp_path):
         [x * 255 / 199, y * 255 / 119, 128 + 100 * np.sin(x / 20) * np.cos(y / 17)], -1
     ).astype(np.uint8)
     path = write_video(tmp_path / "v.mkv", [frame] * 2, "ffv1", pix_fmt="bgr0")
-    clip = data.read_clip(path, View(frames=2, size=48, short_side=60))
+    clip = video.read_clip(path, View(frames=2, size=48, short_side=60))
     image = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
     resized = (
         F.interpolate(image, (60, 100), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     )
     assert np.abs(clip[0] - resized[6:54, 26:74]).mean() < 1.5
-    squashed = data.read_clip(path, View(frames=2, size=48, short_side=48, crop="squash"))
+    squashed = video.read_clip(path, View(frames=2, size=48, short_side=48, crop="squash"))
     expected = (
         F.interpolate(image, (48, 48), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     )
@@ -265,11 +267,13 @@ def test_broken_videos_are_one_clear_error(tmp_path, monkeypatch):
         container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
     for name in ("empty", "noise", "head", "sound", "missing"):
-        with pytest.raises(data.VideoError, match=f"{name}.webm"):
-            data.read_clip(str(tmp_path / f"{name}.webm"), SMALL)
-    monkeypatch.setattr(data, "MAX_PIXELS", 1000)  # frames this large for real would not fit a test
-    with pytest.raises(data.VideoError, match="64x48, more than 1000 pixels"):
-        data.read_clip(good, SMALL)
+        with pytest.raises(video.VideoError, match=f"{name}.webm"):
+            video.read_clip(str(tmp_path / f"{name}.webm"), SMALL)
+    monkeypatch.setattr(
+        "salt.video.MAX_PIXELS", 1000
+    )  # frames this large for real would not fit a test
+    with pytest.raises(video.VideoError, match="64x48, more than 1000 pixels"):
+        video.read_clip(good, SMALL)
 
 
 def test_a_truncated_video_gives_the_frames_it_has(tmp_path):
@@ -281,7 +285,7 @@ def test_a_truncated_video_gives_the_frames_it_has(tmp_path):
     content = open(write_video(tmp_path / "v.webm", noisy), "rb").read()
     cut = tmp_path / "cut.webm"
     cut.write_bytes(content[: len(content) // 2])
-    numbers = numbers_in(data.read_clip(str(cut), SMALL))
+    numbers = numbers_in(video.read_clip(str(cut), SMALL))
     assert numbers == sorted(numbers) and 10 < numbers[-1] < 30
 
 
@@ -295,7 +299,7 @@ def test_several_clips_come_from_one_decode(tmp_path, monkeypatch):
     views = [View(frames=4, size=32, short_side=40, view=number, seed=5) for number in range(3)] + [
         View(frames=8, size=16, short_side=16, window=(0, 0.3))
     ]
-    one_by_one = [data.read_clip(path, view) for view in views]
+    one_by_one = [video.read_clip(path, view) for view in views]
     opened = []
     original = av.open
     monkeypatch.setattr(
@@ -303,7 +307,7 @@ def test_several_clips_come_from_one_decode(tmp_path, monkeypatch):
         "open",
         lambda *arguments, **how: opened.append(arguments) or original(*arguments, **how),
     )
-    together = data.read_clips(path, views)
+    together = video.read_clips(path, views)
     assert len(opened) == 1 and all(
         np.array_equal(a, b) for a, b in zip(together, one_by_one, strict=True)
     )
@@ -316,8 +320,10 @@ def test_several_clips_come_from_one_decode(tmp_path, monkeypatch):
 )
 def test_decoding_stops_after_the_last_kept_frame(tmp_path, monkeypatch, codec, suffix, held):
     path = write_video(tmp_path / f"v.{suffix}", numbered_frames(40), codec, bit_rate=8_000_000)
-    monkeypatch.setattr(data, "HELD_BYTES", held)  # 0: as a video too large to hold its packets
-    decoded, original = [], data.cut
+    monkeypatch.setattr(
+        "salt.video.HELD_BYTES", held
+    )  # 0: as a video too large to hold its packets
+    decoded, original = [], video.cut
 
     def counting(packets, *others):
         def passing():
@@ -327,9 +333,9 @@ def test_decoding_stops_after_the_last_kept_frame(tmp_path, monkeypatch, codec, 
 
         return original(passing(), *others)
 
-    monkeypatch.setattr(data, "cut", counting)
+    monkeypatch.setattr("salt.video.cut", counting)
     assert numbers_in(
-        data.read_clip(path, View(frames=8, size=32, short_side=32, window=(0, 0.5)))
+        video.read_clip(path, View(frames=8, size=32, short_side=32, window=(0, 0.5)))
     ) == [int((i + 0.5) * 20 / 8) for i in range(8)]
     assert 19 <= len(decoded) <= 19 + 1 + 4  # frame 18 is the last; some codecs hold a few back
 
@@ -350,19 +356,21 @@ def test_a_packet_that_gives_no_frame_is_not_counted(tmp_path, broken):
             if packet.size:
                 if i in broken:
                     empty = av.Packet(b"\x00" * 5)
-                    empty.pts, empty.dts, empty.time_base = packet.pts, packet.dts, packet.time_base
+                    empty.pts = packet.pts
+                    empty.dts = packet.dts
+                    empty.time_base = packet.time_base
                     packet = empty
                 packet.stream = stream
                 sink.mux(packet)
     there = [i for i in range(24) if i not in broken]
 
     def took(view, have):
-        return [have[i] for i in data.frame_numbers(len(have), view).tolist()]
+        return [have[i] for i in frame_numbers(len(have), view).tolist()]
 
     whole = list(range(24))
     # what comes after the last frame that is kept does not matter
     expected = took(SMALL, whole if broken == [23] else there)
-    assert numbers_in(data.read_clip(str(tmp_path / "w.mkv"), SMALL)) == expected
+    assert numbers_in(video.read_clip(str(tmp_path / "w.mkv"), SMALL)) == expected
     # Cut beside others, each view's clip is what it is alone.
     views = [
         SMALL,
@@ -370,12 +378,12 @@ def test_a_packet_that_gives_no_frame_is_not_counted(tmp_path, broken):
         View(frames=24, size=32, short_side=32),
         View(frames=8, size=32, short_side=32, view=2),
     ]
-    alone = [data.read_clip(str(tmp_path / "w.mkv"), view) for view in views]
+    alone = [video.read_clip(str(tmp_path / "w.mkv"), view) for view in views]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0]):
         assert all(
             np.array_equal(clip, alone[i])
             for clip, i in zip(
-                data.read_clips(str(tmp_path / "w.mkv"), [views[i] for i in order]),
+                video.read_clips(str(tmp_path / "w.mkv"), [views[i] for i in order]),
                 order,
                 strict=True,
             )
@@ -404,7 +412,7 @@ def test_the_crop_is_the_middle_square(tmp_path, pix_fmt, size):
         "ffv1",
         pix_fmt=pix_fmt,
     )
-    clip = data.read_clip(path, View(frames=2, size=16, short_side=16)).astype(float)
+    clip = video.read_clip(path, View(frames=2, size=16, short_side=16)).astype(float)
     side = min(size)
     first = (max(size) - side) / 2
     # centres of the first and last pixel
@@ -427,7 +435,7 @@ def test_grey_levels_do_not_depend_on_the_width(tmp_path):
     )
     for size in (31, 32, 40, 45):
         assert (
-            abs(data.read_clip(path, View(frames=2, size=size, short_side=size)).mean() - 180) < 1
+            abs(video.read_clip(path, View(frames=2, size=size, short_side=size)).mean() - 180) < 1
         )
 
 
@@ -436,7 +444,7 @@ def test_grey_levels_do_not_depend_on_the_width(tmp_path):
 
 def test_patches_are_ordered_as_a_conv3d_flattens():
     clip = np.random.default_rng(0).integers(0, 256, (4, 64, 48, 3), dtype=np.uint8)
-    patches = data.patchify(clip)
+    patches = ops.patchify(clip)
     assert patches.shape == (2 * 4 * 3, 3 * 2 * 16 * 16)
     conv = torch.nn.Conv3d(3, 5, (2, 16, 16), (2, 16, 16))
     expected = (
@@ -444,16 +452,16 @@ def test_patches_are_ordered_as_a_conv3d_flattens():
     )
     got = F.linear(torch.from_numpy(patches).float(), conv.weight.flatten(1), conv.bias)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-2)
-    assert np.array_equal(data.unpatchify(patches, (2, 4, 3)), clip)
+    assert np.array_equal(ops.unpatchify(patches, (2, 4, 3)), clip)
     batch = torch.from_numpy(np.stack([clip, clip]))
-    assert torch.equal(data.unpatchify(data.patchify(batch), (2, 4, 3)), batch)
+    assert torch.equal(ops.unpatchify(ops.patchify(batch), (2, 4, 3)), batch)
 
 
 def test_default_view_gives_1568_tokens():
-    assert data.grid_of(View(), 16) == (8, 14, 14)
-    assert data.patchify(np.zeros((16, 224, 224, 3), np.uint8)).shape == (1568, 1536)
+    assert grid_of(View(), 16) == (8, 14, 14)
+    assert ops.patchify(np.zeros((16, 224, 224, 3), np.uint8)).shape == (1568, 1536)
     with pytest.raises(InputError, match="do not divide"):
-        data.grid_of(View(), 15)
+        grid_of(View(), 15)
 
 
 def test_views_hash_and_compare():
@@ -473,9 +481,9 @@ def test_views_hash_and_compare():
 
 
 def test_random_halves_are_halves_anywhere():
-    windows = [data.random_half(str(i), 0) for i in range(500)]
+    windows = [random_half(str(i), 0) for i in range(500)]
     assert all(abs(end - start - 0.5) < 1e-12 and 0 <= start <= 0.5 for start, end in windows)
-    assert 0.2 < np.mean([start for start, _ in windows]) < 0.3 and windows[3] == data.random_half(
+    assert 0.2 < np.mean([start for start, _ in windows]) < 0.3 and windows[3] == random_half(
         "3", 0
     )
 
@@ -506,7 +514,7 @@ def test_ssv2_layouts(tmp_path, list_name, sub):
         )
     )
     said = []
-    rows = data.load_split(str(tmp_path), "train", log=said.append)
+    rows = load_split(str(tmp_path), "train", log=said.append)
     assert [row.id for row in rows] == ["1", "2", "3"] and rows[0].label == "Pushing something"
     assert (
         rows[0].path.endswith("1.webm") and rows[1].path.endswith("2.mp4") and rows[2].path is None
@@ -518,30 +526,30 @@ def test_lists_are_looked_for_in_splits_dir(tmp_path):
     make_folder(tmp_path / "videos", ["1.webm"])
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "validation.json").write_text('[{"id": "1"}]')
-    rows = data.load_split(str(tmp_path / "videos"), "validation", str(tmp_path / "lists"))
+    rows = load_split(str(tmp_path / "videos"), "validation", str(tmp_path / "lists"))
     assert rows[0].path and rows[0].label is None
 
 
 def test_a_folder_without_lists_splits_by_hash(tmp_path):
     make_folder(tmp_path, [f"clip{i}.mp4" for i in range(300)])
-    train, held_out = (data.load_split(str(tmp_path), split) for split in ("train", "validation"))
+    train, held_out = (load_split(str(tmp_path), split) for split in ("train", "validation"))
     assert len(train) + len(held_out) == 300 and 15 < len(held_out) < 50
     assert not {row.id for row in train} & {row.id for row in held_out}
     make_folder(tmp_path, ["a\tb.webm"], "odd")
     with pytest.raises(InputError, match="found no video in .*1 with control characters"):
-        data.load_split(str(tmp_path / "odd"), "train")
+        load_split(str(tmp_path / "odd"), "train")
     make_folder(tmp_path, ["a.webm"], "validation")
-    assert [row.id for row in data.load_split(str(tmp_path), "validation")] == ["validation/a"]
+    assert [row.id for row in load_split(str(tmp_path), "validation")] == ["validation/a"]
 
 
 def test_csv_lists(tmp_path):
     make_folder(tmp_path, ["a.mp4", "b.webm"], "in")
     (tmp_path / "train.csv").write_text("\ufeffpath,label\nin/a.mp4,grasp\nin/b.webm\n")
-    rows = data.load_split(str(tmp_path), "train")
+    rows = load_split(str(tmp_path), "train")
     assert [(row.id, row.label) for row in rows] == [("in/a", "grasp"), ("in/b", None)] and rows[
         1
     ].path
-    both = [data.load_split(str(tmp_path / "train.csv"), split) for split in ("train",)]
+    both = [load_split(str(tmp_path / "train.csv"), split) for split in ("train",)]
     assert {row.id for row in both[0]} <= {"in/a", "in/b"}
 
 
@@ -565,25 +573,25 @@ def test_malformed_lists_are_one_clear_error(tmp_path, content, message):
     make_folder(tmp_path, ["1.webm"])
     (tmp_path / "train.json").write_text(content)
     with pytest.raises(InputError, match=message) as caught:
-        data.load_split(str(tmp_path), "train")
+        load_split(str(tmp_path), "train")
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_missing_lists_and_folders(tmp_path):
     with pytest.raises(InputError, match="no data folder"):
-        data.load_split(str(tmp_path / "nowhere"), "train")
+        load_split(str(tmp_path / "nowhere"), "train")
     make_folder(tmp_path, ["1.webm"])
     (tmp_path / "train.json").write_text('[{"id": "1"}]')
     with pytest.raises(InputError, match="no list for the split 'test'"):
-        data.load_split(str(tmp_path), "test")
+        load_split(str(tmp_path), "test")
     with pytest.raises(InputError, match="is a list; --data names the folder"):
-        data.load_split(str(tmp_path / "train.json"), "train")
+        load_split(str(tmp_path / "train.json"), "train")
     make_folder(tmp_path / "few", ["a.mp4"])
     with pytest.raises(InputError, match="too few"):
-        [data.load_split(str(tmp_path / "few"), split) for split in ("train", "validation")]
+        [load_split(str(tmp_path / "few"), split) for split in ("train", "validation")]
     (tmp_path / "bad.csv").write_text("../outside.mp4\n")
     with pytest.raises(InputError, match="line 1: .*leaves"):
-        data.load_split(str(tmp_path / "bad.csv"), "train")
+        load_split(str(tmp_path / "bad.csv"), "train")
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -592,7 +600,11 @@ def test_missing_lists_and_folders(tmp_path):
 class Fake:
     """A source whose clip i is filled with i."""
 
-    cache, latent_shape, patch_shape, grid, decodes = None, None, (2, 3), (1, 1, 2), True
+    cache = None
+    latent_shape = None
+    patch_shape = (2, 3)
+    grid = (1, 1, 2)
+    decodes = True
 
     def __init__(self, n, bad=()):
         self.n, self.bad = n, bad
@@ -605,16 +617,16 @@ class Fake:
 
     def decode(self, i, out):
         if i in self.bad:
-            raise data.VideoError(f"video {i} is broken")
+            raise video.VideoError(f"video {i} is broken")
         out[:] = i
 
 
 def contents(source, order, batch_size, **how):
     """The clip numbers of each batch."""
     got = []
-    for batch in data.batches(source, data.in_order(order, batch_size), **how):
+    for batch in Loader(source, in_order(order, batch_size), **how):
         assert (
-            batch.ids.tolist() == [data.sample_id(str(int(i))) for i in batch.patches[:, 0, 0]]
+            batch.ids.tolist() == [sample_id(str(int(i))) for i in batch.patches[:, 0, 0]]
             and (batch.patches == batch.patches[:, :1, :1]).all()
         )
         got.append(batch.patches[:, 0, 0].tolist())
@@ -623,7 +635,7 @@ def contents(source, order, batch_size, **how):
 
 @pytest.mark.parametrize("threads, ahead", [(1, 1), (4, 2), (2, 5)])
 def test_batches_keep_their_order_and_places(threads, ahead):
-    order = [int(i) for _, records in data.shuffled(22, 4, 3, range(5)) for i in records]
+    order = [int(i) for _, records in shuffled(22, 4, 3, range(5)) for i in records]
     assert contents(Fake(22), order, 4, threads=threads, ahead=ahead) == [
         order[i : i + 4] for i in range(0, 20, 4)
     ]
@@ -633,14 +645,14 @@ def test_batches_keep_their_order_and_places(threads, ahead):
 def test_shuffled_takes_each_record_once_an_epoch_and_starts_anywhere():
     epochs = {}
     # 7 steps an epoch, one record left over
-    for epoch, records in data.shuffled(50, 7, 3, range(21)):
+    for epoch, records in shuffled(50, 7, 3, range(21)):
         epochs.setdefault(epoch, []).append(records)
     for steps in epochs.values():
         assert len(steps) == 7 and len(set(np.concatenate(steps).tolist())) == 49
     assert list(epochs) == [0, 1, 2] and not np.array_equal(epochs[0][0], epochs[1][0])
-    ((epoch, records),) = data.shuffled(50, 7, 3, [16])
+    ((epoch, records),) = shuffled(50, 7, 3, [16])
     assert epoch == 2 and np.array_equal(records, epochs[2][2])
-    assert not np.array_equal(next(data.shuffled(50, 7, 4, [0]))[1], epochs[0][0])
+    assert not np.array_equal(next(shuffled(50, 7, 4, [0]))[1], epochs[0][0])
 
 
 def test_a_broken_video_costs_only_its_own_place():
@@ -663,10 +675,10 @@ def test_a_broken_video_costs_only_its_own_place():
         InputError, match="16 videos in a row could not be decoded; the first: video 3"
     ):
         contents(Fake(30, range(3, 30)), [1, 3], 2, failed=listen, substitutes=True)
-    with pytest.raises(data.VideoError, match="video 1"):
+    with pytest.raises(video.VideoError, match="video 1"):
         contents(Fake(4, {1}), range(4), 2)
     with pytest.raises(InputError, match="fewer than a batch"):
-        data.check_batch(3, 4)
+        check_batch(3, 4)
 
 
 def test_preparing_is_bounded_and_ends_with_the_caller():
@@ -681,7 +693,7 @@ def test_preparing_is_bounded_and_ends_with_the_caller():
             super().decode(i, out)
 
     before = threading.active_count()
-    stream = data.batches(Counting(100), data.in_order(range(100), 2), threads=2, ahead=3)
+    stream = Loader(Counting(100), in_order(range(100), 2), threads=2, ahead=3)
     for step in range(5):
         next(stream)
         assert len(begun) <= 2 * (step + 1 + 3)
@@ -693,12 +705,10 @@ def test_preparing_is_bounded_and_ends_with_the_caller():
 def made(tmp_path_factory):
     """A cache of 40 clips on the 2x4x4 grid, and all that is in it."""
     view, rng = View(frames=4, size=64, short_side=64), np.random.default_rng(0)
-    latents, patches = (
-        rng.normal(size=(40, 32, 6)).astype(np.float16),
-        rng.integers(0, 256, (40, 32, 1536), dtype=np.uint8),
-    )
+    latents = rng.normal(size=(40, 32, 6)).astype(np.float16)
+    patches = rng.integers(0, 256, (40, 32, 1536), dtype=np.uint8)
     folder = tmp_path_factory.mktemp("cache") / "c"
-    writer = cache.Writer(
+    writer = Writer(
         folder,
         {
             "split": "train",
@@ -728,7 +738,7 @@ def made(tmp_path_factory):
         for row in range(40):
             shard.add(f"v{row}", 0, patches[row], {"latents": latents[row]})
     writer.finish()
-    return cache.open_cache(folder), latents, patches
+    return open_cache(folder), latents, patches
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -739,23 +749,23 @@ def test_batches_of_a_cache_hold_the_rows_that_the_masks_ask_for(
     opened, latents, patches = made
     if reference:
         monkeypatch.setattr(ops, "EXTENSION", {**ops.EXTENSION, "devices": []})
-        monkeypatch.setattr(ops, "File", ops.FileReference)
-        opened = cache.open_cache(opened.folder)
-    steps = list(data.shuffled(40, 5, 7, range(6, 11)))  # across the end of an epoch
-    stream = data.batches(
-        data.Records(opened),
+        opened = open_cache(opened.folder)
+    steps = list(shuffled(40, 5, 7, range(6, 11)))  # across the end of an epoch
+    stream = Loader(
+        Records(opened),
         steps,
         ["short", "long"],
         7,
-        patches=("context",),
-        latents=("target",),
+        patches=CONTEXT,
+        latents=TARGET,
         threads=threads,
     )
     for (epoch, records), batch in zip(steps, stream, strict=True):
-        ids = torch.tensor([data.sample_id(f"v{record}") for record in records])
-        assert torch.equal(batch.ids, ids) and list(batch.masks) == ["short", "long"]
-        for family, drawn in batch.masks.items():
-            expected = ops.sample_masks(ids, epoch, 7, family, (2, 4, 4))
+        ids = torch.tensor([sample_id(f"v{record}") for record in records])
+        assert torch.equal(batch.ids, ids)
+        assert [drawn.family for drawn in batch.masks] == ["short", "long"]
+        for drawn in batch.masks:
+            expected = sample_masks(ids, epoch, 7, drawn.family, (2, 4, 4))
             assert torch.equal(drawn.context, expected.context) and torch.equal(
                 drawn.target, expected.target
             )
@@ -772,29 +782,25 @@ def test_batches_of_a_cache_hold_the_rows_that_the_masks_ask_for(
 def test_other_rows_are_not_read(made, monkeypatch):
     opened, latents, patches = made
     asked = []
-    original = cache.Cache.read_rows
+    original = Cache.read_rows
 
     def listening(self, kind, records, out, wanted=None, threads=1):
         out.view(torch.uint8).fill_(77)
         original(self, kind, records, out, wanted, threads)
         asked.append((kind, None if wanted is None else int(wanted.sum())))
 
-    monkeypatch.setattr(cache.Cache, "read_rows", listening)
-    sampler = list(data.in_order(range(4), 4))
-    batch = next(
-        data.batches(
-            data.Records(opened), sampler, ["short", "long"], patches=("context",), latents=()
-        )
-    )
+    monkeypatch.setattr(Cache, "read_rows", listening)
+    sampler = list(in_order(range(4), 4))
+    batch = next(Loader(Records(opened), sampler, ["short", "long"], patches=CONTEXT, latents=NONE))
     context = torch.zeros(4, 32, dtype=torch.bool)
-    for drawn in batch.masks.values():
+    for drawn in batch.masks:
         context.scatter_(1, drawn.context, True)
     # rows that both families want, once
     assert batch.latents is None and asked == [("patches", int(context.sum()))]
     assert (batch.patches[~context] == 77).all() and np.array_equal(
         batch.patches[context], torch.from_numpy(patches[:4])[context]
     )
-    whole = next(data.batches(data.Records(opened), sampler, ["short"]))
+    whole = next(Loader(Records(opened), sampler, ["short"]))
     assert (
         np.array_equal(whole.patches, patches[:4])
         and np.array_equal(whole.latents, latents[:4])
@@ -805,14 +811,14 @@ def test_other_rows_are_not_read(made, monkeypatch):
 def test_whole_records_are_asked_for_ahead(made, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        ops, "advise", lambda files, starts, count: asked.append((len(files), count))
+        "salt.cache.advise", lambda files, starts, count: asked.append((len(files), count))
     )
-    stream = data.batches(
-        data.Records(made[0]),
-        data.in_order(range(40), 4),
+    stream = Loader(
+        Records(made[0]),
+        in_order(range(40), 4),
         ["short"],
-        patches=("context",),
-        latents=("target",),
+        patches=CONTEXT,
+        latents=TARGET,
         ahead=2,
     )
     next(stream)
@@ -823,13 +829,13 @@ def test_whole_records_are_asked_for_ahead(made, monkeypatch):
 
 def test_a_record_that_cannot_be_read_ends_the_run_with_shard_and_row(made, tmp_path):
     folder = shutil.copytree(made[0].folder, tmp_path / "c")
-    opened = cache.open_cache(folder)
-    stream = data.batches(
-        data.Records(opened),
-        data.in_order(range(40), 4),
+    opened = open_cache(folder)
+    stream = Loader(
+        Records(opened),
+        in_order(range(40), 4),
         ["short"],
-        patches=("context",),
-        latents=("target",),
+        patches=CONTEXT,
+        latents=TARGET,
     )
     next(stream)
     with open(folder / "patches-00000.npy", "r+b") as file:
@@ -841,15 +847,15 @@ def test_a_record_that_cannot_be_read_ends_the_run_with_shard_and_row(made, tmp_
 def test_a_failing_disk_is_not_the_videos_fault(tmp_path, monkeypatch):
     path = tmp_path / "v.webm"
     path.write_bytes(b"noise")
-    with pytest.raises(data.VideoError):
-        data.read_clip(str(path), SMALL)
+    with pytest.raises(video.VideoError):
+        video.read_clip(str(path), SMALL)
 
     def failing(*arguments, **others):
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr("builtins.open", failing)
     with pytest.raises(OSError, match="Input/output error") as caught:
-        data.read_clip(str(path), SMALL)
+        video.read_clip(str(path), SMALL)
     assert not isinstance(caught.value, InputError)
 
 
@@ -869,17 +875,17 @@ def test_a_video_played_backwards_is_cut_as_its_mirror_image(tmp_path, how, coun
     Reversing a clip is not enough: frame numbers are rounded down.
     """
     view = View(size=32, short_side=32, **how)
-    mirrored = views.MirroredView(**view.to_dict())
+    mirrored = MirroredView(**view.to_dict())
     frames = numbered_frames(count)
     forwards, backwards = (
         write_video(tmp_path / f"{name}.mkv", part, "ffv1", 10, "bgr0")
         for name, part in (("f", frames), ("b", frames[::-1]))
     )
-    clip, mirror = data.read_clips(forwards, [view, mirrored])
+    clip, mirror = video.read_clips(forwards, [view, mirrored])
     if "window" not in how:
-        assert np.array_equal(mirror[::-1], data.read_clip(backwards, view)) and not np.array_equal(
-            mirror, clip
-        )
+        assert np.array_equal(
+            mirror[::-1], video.read_clip(backwards, view)
+        ) and not np.array_equal(mirror, clip)
     steps, mirrored_steps = np.diff(numbers_in(clip)), np.diff(numbers_in(mirror))
     assert np.array_equal(mirrored_steps, steps[::-1]) and min(numbers_in(mirror)) >= int(
         view.window[0] * count

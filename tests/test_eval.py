@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-import data
-import weights
+from salt import cache
+from salt.checkpoint import load_checkpoint, save_checkpoint
+from salt.loader import Loader, Records, Videos
+from salt.masks import keyed_sample
+from salt.splits import Row
 from tests.stages import SMALL, error_of, run
 
 
 def test_a_sample_is_drawn_from_the_whole_list():
     """A list sorted by class: the first fiftieth holds one class, a keyed sample all fifty."""
     classes = np.repeat(np.arange(50), 400)
-    picked = data.keyed_sample(20000, 400, 7)
+    picked = keyed_sample(20000, 400, 7)
     assert (
         picked.dtype == np.int64
         and len(set(picked.tolist())) == 400
@@ -24,12 +26,9 @@ def test_a_sample_is_drawn_from_the_whole_list():
     counts = np.bincount(classes[picked], minlength=50)
     assert counts.min() > 0
     assert ((counts - 8) ** 2 / 8).sum() < 85.4  # chi-squared of 49 degrees of freedom at 0.1 %
-    assert np.array_equal(picked, data.keyed_sample(20000, 400, 7))
-    assert not np.array_equal(picked, data.keyed_sample(20000, 400, 8))
-    assert (
-        np.array_equal(data.keyed_sample(5, 9, 0), np.arange(5))
-        and len(data.keyed_sample(0, 9, 0)) == 0
-    )
+    assert np.array_equal(picked, keyed_sample(20000, 400, 7))
+    assert not np.array_equal(picked, keyed_sample(20000, 400, 8))
+    assert np.array_equal(keyed_sample(5, 9, 0), np.arange(5)) and len(keyed_sample(0, 9, 0)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,9 @@ def evaluate(world, folder, checkpoints, *flags):
 
 
 def test_a_table_has_one_space_of_targets(world, trained, tmp_path):
-    raw, scaled, layered = trained["none"], trained["standardise"], trained["layer_norm"]
+    raw = trained["none"]
+    scaled = trained["standardise"]
+    layered = trained["layer_norm"]
     held_out = ["--cache", world / "held_out"]
     line = error_of(tmp_path, "eval_distill", "--checkpoint", raw, scaled, *held_out)
     assert "--target_norm standardise" in line and "--space none" in line
@@ -98,11 +99,9 @@ def test_a_table_has_one_space_of_targets(world, trained, tmp_path):
 
 def test_the_variance_of_a_raw_checkpoint_is_its_training_sets(world, trained, tmp_path):
     """With variances of 1 standardising only moves the mean: errors stay the raw ones."""
-    saved = weights.load_checkpoint(trained["none"])
+    saved = load_checkpoint(trained["none"])
     ones = torch.ones_like(saved["stats"]["variance"])
-    weights.save_checkpoint(
-        tmp_path / "unit.pth", {**saved, "stats": {**saved["stats"], "variance": ones}}
-    )
+    save_checkpoint(tmp_path / "unit.pth", {**saved, "stats": {**saved["stats"], "variance": ones}})
     raw, _ = evaluate(world, tmp_path, [trained["none"]])
     unit, _ = evaluate(world, tmp_path, [tmp_path / "unit.pth"], "--space", "standardise")
     scaled, _ = evaluate(world, tmp_path, [trained["none"]], "--space", "standardise")
@@ -113,9 +112,9 @@ def test_the_variance_of_a_raw_checkpoint_is_its_training_sets(world, trained, t
 
 def test_one_reference_for_the_table(world, trained, tmp_path):
     """Two checkpoints whose own means differ: R2 is of the first's, and a line says so."""
-    saved = weights.load_checkpoint(trained["none"])
+    saved = load_checkpoint(trained["none"])
     moved = {**saved["space"], "zero": saved["space"]["zero"] + 1}
-    weights.save_checkpoint(tmp_path / "moved.pth", {**saved, "space": moved})
+    save_checkpoint(tmp_path / "moved.pth", {**saved, "space": moved})
     results, said = evaluate(world, tmp_path, [trained["none"], tmp_path / "moved.pth"])
     assert (
         results[0]["r2"] == results[1]["r2"]
@@ -127,7 +126,9 @@ def test_one_reference_for_the_table(world, trained, tmp_path):
 
 
 def test_a_table_has_one_set_of_masks(world, trained, tmp_path):
-    both, short, ratio = trained["none"], trained["short"], trained["ratio"]
+    both = trained["none"]
+    short = trained["short"]
+    ratio = trained["ratio"]
     held_out = ["--cache", world / "held_out"]
     assert "--masks short" in error_of(
         tmp_path, "eval_distill", "--checkpoint", both, short, *held_out
@@ -187,15 +188,15 @@ def test_views_of_a_video_are_one_unit_of_the_interval(world, trained, tmp_path)
 
 
 def test_batches_say_which_records_they_hold(world):
-    source = data.Records(cache.open_cache(world / "held_out"))
+    source = Records(cache.open_cache(world / "held_out"))
     for records in (np.array([5, 1, 2]), np.array([7])):
-        batch = next(data.batches(source, [(0, records)], threads=1))
+        batch = next(Loader(source, [(0, records)], threads=1))
         assert batch.records.dtype == np.int64 and np.array_equal(batch.records, records)
-    rows = [data.Row(name, str(world / "data" / "videos" / f"{name}.webm"), None) for name in "73"]
-    videos = data.Videos(rows, source.view, source.patch, source.tubelet)
+    rows = [Row(name, str(world / "data" / "videos" / f"{name}.webm"), None) for name in "73"]
+    videos = Videos(rows, source.view, source.patch, source.tubelet)
     lost = []
     batch = next(
-        data.batches(
+        Loader(
             videos,
             [(0, np.array([0, 1]))],
             threads=1,
@@ -204,7 +205,7 @@ def test_batches_say_which_records_they_hold(world):
     )
     assert batch.records.tolist() == [1] and lost == [0]
     batch = next(
-        data.batches(
+        Loader(
             videos,
             [(0, np.array([0]))],
             threads=1,

@@ -8,13 +8,14 @@ import shutil
 import numpy as np
 import pytest
 
-import weights
-from cache import metadata_digest, open_cache
-from config import InputError
-from data import Records, load_split
+from salt.cache import metadata_digest, open_cache
+from salt.checkpoint import load_checkpoint
+from salt.errors import InputError
+from salt.loader import Records
+from salt.splits import load_split
+from salt.views import View
 from tests.stages import SMALL, VIEW, error_of, moving_square, run, run_folder
 from tests.test_data import write_video
-from views import View
 
 IDS = range(6)
 
@@ -300,10 +301,8 @@ def test_copies_of_training_videos_are_left_out(world, tmp_path):
     """Three of five held-out videos are training videos under other names; decoded on the fly, and
     cached.
     """
-    teacher, best = (
-        next(world.glob("checkpoints/teacher_*/best.pth")),
-        run_folder(world, "student") / "best.pth",
-    )
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    best = run_folder(world, "student") / "best.pth"
     (tmp_path / "data" / "videos").mkdir(parents=True)
     for name, i in (("a", 0), ("b", 1), ("c", 2), ("d", 20), ("e", 21)):
         shutil.copy(
@@ -494,7 +493,7 @@ def test_a_teacher_brings_the_cut_of_its_clips(world, tmp_path):
         "--run_name",
         "fly",
     )
-    saved = weights.load_checkpoint(next(tmp_path.glob("checkpoints/fly_*/best.pth")))
+    saved = load_checkpoint(next(tmp_path.glob("checkpoints/fly_*/best.pth")))
     assert View.from_dict(saved["view"]) == open_cache(tmp_path / "clips").view
     said = run(
         tmp_path,

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import ops
+from salt import masks as salt_masks
+from salt import ops
+from salt.errors import InputError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +46,7 @@ def distance(found, expected):
     return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-@pytest.mark.parametrize("family", ops.FAMILIES)
+@pytest.mark.parametrize("family", salt_masks.FAMILIES)
 @pytest.mark.parametrize(
     "grid, counts, draws",
     [
@@ -61,7 +63,8 @@ def distance(found, expected):
 def test_masks_are_the_cpus_bit_for_bit(family, grid, counts, draws):
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, 2**63, draws))
     expected, found = (
-        ops.sample_masks(x, 2**32 - 1, 2**63 - 1, family, grid, counts) for x in (ids, ids.cuda())
+        salt_masks.sample_masks(x, 2**32 - 1, 2**63 - 1, family, grid, counts)
+        for x in (ids, ids.cuda())
     )
     assert (
         found.context.is_cuda
@@ -184,10 +187,8 @@ def test_gradients_in_float64(kind, normalise):
     torch.manual_seed(1)
     prediction = torch.randn(2, 4, 6, dtype=torch.float64, device="cuda", requires_grad=True)
     target, index = torch.randn(2, 7, 6, dtype=torch.float64, device="cuda"), rows(2, 7, 4).cuda()
-    mean, rstd = (
-        torch.randn(7, 6, dtype=torch.float64, device="cuda"),
-        torch.rand(7, 6, dtype=torch.float64, device="cuda") + 0.5,
-    )
+    mean = torch.randn(7, 6, dtype=torch.float64, device="cuda")
+    rstd = torch.rand(7, 6, dtype=torch.float64, device="cuda") + 0.5
     assert torch.autograd.gradcheck(
         lambda p: ops.masked_mse(p, target, index, kind, normalise, mean, rstd), prediction
     )
@@ -196,7 +197,7 @@ def test_gradients_in_float64(kind, normalise):
 
 
 def step(prediction, latents, patches, ids):
-    masks = ops.sample_masks(ids, 3, 1, "short")
+    masks = salt_masks.sample_masks(ids, 3, 1, "short")
     loss = ops.masked_mse(prediction, latents, masks.target, "mse", "layer_norm")
     (gradient,) = torch.autograd.grad(loss / 2, prediction)
     return (
@@ -247,12 +248,11 @@ def test_the_ops_are_captured_in_a_cuda_graph():
     prediction, latents, patches, ids = inputs()
 
     def run():
-        return (
-            ops.masked_mse_with_grad(
-                prediction, latents, ops.sample_masks(ids, 3, 1, "short").target
-            ),
-            ops.patch_normalise(patches, (0.5,) * 3, (0.25,) * 3),
-        )
+        index = salt_masks.sample_masks(ids, 3, 1, "short").target
+        leaf = prediction.detach().requires_grad_()
+        weighted, loss = ops.weighted_mse(leaf, latents, index)
+        gradient = torch.autograd.grad(weighted, leaf)[0]
+        return (loss, gradient), ops.patch_normalise(patches, (0.5,) * 3, (0.25,) * 3)
 
     (loss, gradient), normal = run()
     torch.cuda.synchronize()
@@ -277,13 +277,13 @@ def test_the_saved_gradient_is_not_changed_by_backward():
 
 def test_opcheck():
     x, index = torch.randn(2, 6, 4, device="cuda", requires_grad=True), rows(2, 6, 3).cuda()
-    spec = ops.mask_spec("short", (4, 6, 6), None, "cuda:0")
+    spec = salt_masks.mask_spec("short", (4, 6, 6), None, "cuda:0")
     checks = [
         (torch.ops.salt_ops.masked_gather, (x, index), {}),
         (torch.ops.salt_ops.masked_scatter, (x[:, :3].detach().requires_grad_(), index, 6), {}),
         (
             torch.ops.salt_ops.sample_masks,
-            (torch.arange(3, device="cuda"), 0, 0, ops.mask_numbers(spec), spec["sizes"]),
+            (torch.arange(3, device="cuda"), 0, 0, *spec.values()),
             {},
         ),
         (
@@ -322,13 +322,14 @@ def test_a_compiled_step_is_one_graph():
 
     def step(prediction, latents, ids):
         return (
-            ops.masked_mse(prediction * 2, latents, ops.sample_masks(ids, 3, 1, "short").target) / 2
+            ops.masked_mse(
+                prediction * 2, latents, salt_masks.sample_masks(ids, 3, 1, "short").target
+            )
+            / 2
         )
 
-    plain, loss = (
-        step(given[0], given[1], given[3]),
-        torch.compile(step, fullgraph=True)(given[0], given[1], given[3]),
-    )
+    plain = step(given[0], given[1], given[3])
+    loss = torch.compile(step, fullgraph=True)(given[0], given[1], given[3])
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(
         torch.autograd.grad(loss, given[0])[0], torch.autograd.grad(plain, given[0])[0]
@@ -342,7 +343,7 @@ def test_tensors_on_two_devices_are_an_error():
         lambda: ops.masked_mse(x, x.cpu()),
         lambda: ops.masked_gather(x.cpu(), index.cuda()),
     ):
-        with pytest.raises(ops.InputError):
+        with pytest.raises(InputError):
             bad()
 
 
@@ -353,20 +354,22 @@ def test_a_wrong_index_is_a_device_assert():
         "torch.ops.salt_ops.masked_scatter(x[:, :3], i, 6)",
         "ops.masked_mse(x[:, :3], x, i)",
         "ops.patch_normalise(x.byte(), (0,), (1,), i)",
-        "ops.sample_masks(-torch.ones(1, dtype=torch.int64, device='cuda'), 0, 0, 'short')",
+        "masks.sample_masks(-torch.ones(1, dtype=torch.int64, device='cuda'), 0, 0, 'short')",
     ]
     runs = {}
     for call in calls:
         for bad in (6, -1):
             code = (
-                "import torch, ops; x = torch.randn(2, 6, 4, device='cuda'); i = torch.tensor([[0,"
-                f" 1, {bad}], [0, 1, 2]], device='cuda')\ntry:\n    {call};"
-                " torch.cuda.synchronize()\nexcept RuntimeError as error:\n    print('device-side"
-                " assert' in str(error), flush=True)"
+                "import torch\nfrom salt import masks, ops\n"
+                "x = torch.randn(2, 6, 4, device='cuda')\n"
+                f"i = torch.tensor([[0, 1, {bad}], [0, 1, 2]], device='cuda')\n"
+                f"try:\n    {call}\n    torch.cuda.synchronize()\n"
+                "except RuntimeError as error:\n"
+                "    print('device-side assert' in str(error), flush=True)"
             )
             runs[call, bad] = subprocess.Popen(
                 [sys.executable, "-c", code],
-                cwd=os.path.dirname(ops.__file__),
+                cwd=os.path.dirname(os.path.dirname(ops.__file__)),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -382,15 +385,13 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, slow):
     the other.
     """
     pytest.importorskip("einops")
-    import cache
-    import data
+    from salt import cache, cache_writer, loader, views
+    from salt import masks as salt_masks
 
-    view, rng = data.View(frames=4, size=64, short_side=64), np.random.default_rng(0)
-    latents, patches = (
-        rng.normal(size=(64, 32, 256)).astype(np.float16),
-        rng.integers(0, 256, (64, 32, 1536), dtype=np.uint8),
-    )
-    writer = cache.Writer(
+    view, rng = views.View(frames=4, size=64, short_side=64), np.random.default_rng(0)
+    latents = rng.normal(size=(64, 32, 256)).astype(np.float16)
+    patches = rng.integers(0, 256, (64, 32, 1536), dtype=np.uint8)
+    writer = cache_writer.Writer(
         tmp_path / "c",
         {
             "split": "train",
@@ -421,24 +422,24 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, slow):
             shard.add(f"v{row}", 0, patches[row], {"latents": latents[row]})
     writer.finish()
     opened = cache.open_cache(tmp_path / "c")
-    steps = list(data.shuffled(64, 16, 0, range(24)))
+    steps = list(salt_masks.shuffled(64, 16, 0, range(24)))
     how = {
         "families": ["short", "long"],
         "seed": 3,
-        "patches": ("context",),
-        "latents": ("target",),
+        "patches": loader.CONTEXT,
+        "latents": loader.TARGET,
     }
     original, kept = cache.Cache.read_rows, []
 
     def read_rows(self, *arguments, **others):  # the last thing before a batch goes over
         original(self, *arguments, **others)
         if slow == "copies":
-            with torch.cuda.stream(data.copy_stream(torch.device("cuda"))):
+            with torch.cuda.stream(loader.copy_stream(torch.device("cuda"))):
                 torch.cuda._sleep(20_000_000)
 
     monkeypatch.setattr(cache.Cache, "read_rows", read_rows)
     for (_, records), batch in zip(
-        steps, data.batches(data.Records(opened), steps, **how, device="cuda"), strict=True
+        steps, loader.Loader(loader.Records(opened), steps, **how, device="cuda"), strict=True
     ):
         assert batch.patches.is_cuda and batch.latents.is_cuda and batch.ids.is_cuda
         if slow == "caller":
@@ -449,7 +450,7 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, slow):
                 batch.latents.gather(1, drawn.target[..., None].expand(-1, -1, 256)),
                 drawn,
             )
-            for drawn in batch.masks.values()
+            for drawn in batch.masks
         ]
         kept.append((records, found))
     for records, found in kept:
@@ -472,10 +473,8 @@ def test_attention_is_flash_attention(lengths, heads, d):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     torch.manual_seed(0)
-    qkv, gradient = (
-        torch.randn(2, sum(lengths), 3, heads, d).bfloat16(),
-        torch.randn(2, sum(lengths), heads, d).bfloat16(),
-    )
+    qkv = torch.randn(2, sum(lengths), 3, heads, d).bfloat16()
+    gradient = torch.randn(2, sum(lengths), heads, d).bfloat16()
     here = qkv.cuda().requires_grad_()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it cannot run
         only_flash = ops.attention(here, lengths)
@@ -517,35 +516,31 @@ def small_salt():
 def loop(salt, steps, dtype, before=lambda step: None):
     """train.py's loop: the losses, still on the device."""
     import model
+    from salt import loader, score
 
     device = next(salt.parameters()).device
     optimizer = torch.optim.AdamW(
         model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), fused=True
     )
-    space, losses = (
-        model.Space("latents", "none", None, None, torch.zeros(144, 32, device=device)),
-        [],
-    )
+    space = score.Space("latents", "none", None, None, torch.zeros(144, 32, device=device))
+    losses = []
     generator = torch.Generator().manual_seed(0)
-    patches, latents = (
-        torch.randint(0, 256, (4, 144, 1536), dtype=torch.uint8, generator=generator).to(device),
-        torch.randn(4, 144, 32, generator=generator).half().to(device),
+    patches = torch.randint(0, 256, (4, 144, 1536), dtype=torch.uint8, generator=generator).to(
+        device
     )
-    masks = [
-        {
-            family: ops.sample_masks(torch.arange(4).to(device) + 9 * step, 0, 0, family, (4, 6, 6))
-            for family in ("short", "long")
-        }
-        for step in range(steps)
-    ]
+    latents = torch.randn(4, 144, 32, generator=generator).half().to(device)
+    batches = []
+    for step in range(steps):
+        ids = torch.arange(4).to(device) + 9 * step
+        masks = [salt_masks.sample_masks(ids, 0, 0, each, (4, 6, 6)) for each in ("short", "long")]
+        batches.append(loader.Batch(ids, patches, latents, masks))
     for step in range(steps):
         before(step)
         model.cast_matrices(salt, dtype)
-        predictions = salt(patches, masks[step])
-        error, _, _, gradients = model.salt_loss(predictions, patches, latents, masks[step], space)
-        torch.autograd.backward(list(predictions.values()), list(gradients.values()))
+        loss, errors = model.salt_loss(salt, batches[step], space)
+        loss.backward()
         model.update(optimizer, list(salt.parameters()), 0.02)
-        losses.append(error)
+        losses.append(errors[0])
     return losses
 
 
@@ -566,8 +561,8 @@ def test_a_step_never_waits_for_the_gpu():
 
 def test_what_a_log_line_looks_at_never_waits_for_the_gpu():
     pytest.importorskip("einops")
-    import health
     import model
+    from salt import health
 
     salt = small_salt().cuda()
     optimizer = torch.optim.AdamW(model.parameter_groups(salt, 0.04), lr=1e-3, fused=True)
@@ -577,10 +572,8 @@ def test_what_a_log_line_looks_at_never_waits_for_the_gpu():
     features = torch.randn(4, 40, 128, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        moments, squares = (
-            health.moments(features) + health.moments(features),
-            health.update_ratio(optimizer),
-        )
+        moments = health.moments(features) + health.moments(features)
+        squares = health.update_ratio(optimizer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected = health.collapse(2 * health.moments(features.cpu()))
@@ -631,11 +624,9 @@ def test_compiled_blocks_on_the_gpu_are_compiled_once_and_agree():
 
     torch._dynamo.reset()
     counters.clear()
-    expected, salt, compiled = (
-        torch.stack(loop(small_salt().cuda(), 6, "bf16")),
-        small_salt().cuda(),
-        [],
-    )
+    expected = torch.stack(loop(small_salt().cuda(), 6, "bf16"))
+    salt = small_salt().cuda()
+    compiled = []
     for block in (*salt.student.blocks, *salt.predictor.blocks):
         block.compile(dynamic=False)
     found = torch.stack(

@@ -1,19 +1,22 @@
 """What a run logs about itself, and what it does about numbers that are not finite."""
 
+import functools
 import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import cache
-import health
 import model
-import ops
-import weights
+from salt import cache, health
+from salt.checkpoint import load_checkpoint
+from salt.loader import Batch
+from salt.masks import sample_masks
+from salt.score import Space
 from tests.stages import SMALL, error_of, run
 
 
@@ -101,24 +104,24 @@ def salt_and_batch():
             "heads": 2,
         },
     )
-    masks = {
-        family: ops.sample_masks(torch.arange(3), 0, 0, family, (2, 3, 3))
-        for family in ("short", "long")
-    }
-    batch = model.data.Batch(
+    masks = [sample_masks(torch.arange(3), 0, 0, family, (2, 3, 3)) for family in ("short", "long")]
+    batch = Batch(
         torch.arange(3),
         torch.randint(0, 256, (3, 18, config.patch_dim), dtype=torch.uint8),
         torch.randn(3, 18, 24).half(),
         masks,
+        np.arange(3),
     )
-    return salt, model.Space("latents", "none", None, None, torch.zeros(18, 24)), batch
+    return salt, Space("latents", "none", None, None, torch.zeros(18, 24)), batch
 
 
 def test_a_diagnosis_names_what_is_not_finite(salt_and_batch):
     salt, space, batch = salt_and_batch
 
     def look():
-        return health.diagnose(salt, space, ["a", "b", "c"], batch, "mse")
+        clips = SimpleNamespace(name=lambda record: ("abc"[record], 0))
+        loss_of = functools.partial(model.salt_loss, salt, space=space)
+        return health.diagnose(salt, space, clips, batch, loss_of)
 
     assert look() == {
         "weights": [],
@@ -127,7 +130,7 @@ def test_a_diagnosis_names_what_is_not_finite(salt_and_batch):
         "gradients": [],
     } and "that step is finite" in health.in_words(look())
     assert all(parameter.grad is None for parameter in salt.parameters())
-    batch.latents[1, batch.masks["long"].target[1, 0]] = math.inf
+    batch.latents[1, batch.masks[1].target[1, 0]] = math.inf
     found = look()
     assert (
         found["targets"] == found["clips"] == ["b"]
@@ -191,7 +194,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(world, tmp_path):
     ]
     said = run(tmp_path, "train", *flags)
     folder = next(tmp_path.glob("checkpoints/r_*"))
-    saved = weights.load_checkpoint(folder / "last.pth")
+    saved = load_checkpoint(folder / "last.pth")
     lost = saved["losses"].isnan()
     assert (
         len(lost) == 12
@@ -267,7 +270,7 @@ def test_many_of_them_in_a_row_end_the_run_with_a_diagnosis(world, tmp_path):
         and log[-3].endswith("was not finite: 10")
         and any(row.startswith("error: the loss or its gradient") for row in log)
     )
-    saved = weights.load_checkpoint(next(tmp_path.glob("checkpoints/lr_*/last.pth")))
+    saved = load_checkpoint(next(tmp_path.glob("checkpoints/lr_*/last.pth")))
     assert all(value.isfinite().all() for value in saved["student"].values())
 
 

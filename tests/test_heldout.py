@@ -4,23 +4,24 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-import data
-import heldout
-from config import InputError
+from salt import cache, heldout
+from salt.cache_writer import Writer, list_digest
+from salt.errors import InputError
+from salt.loader import Records, Videos
+from salt.splits import Row
 from tests.test_cache import PLAN, VIEW, half, patches_of
 
 
 def make(folder, rows, prefix="v", pixels=patches_of):
     """A cache of a few rows: ids are the prefix and the row, views two a video."""
     ids = [(f"{prefix}{row // 2}", row % 2) for row in rows]
-    plan = {**PLAN, "list_count": len(ids), "list_sha256": cache.list_digest(ids), "views": 2}
-    writer = cache.Writer(folder, plan)
+    plan = {**PLAN, "list_count": len(ids), "list_sha256": list_digest(ids), "views": 2}
+    writer = Writer(folder, plan)
     with writer.shard(0) as shard:
         for row, entry in zip(rows, ids):
             shard.add(*entry, pixels(row), half(np.full((8, 6), row)))
     writer.finish()
-    return data.Records(cache.open_cache(folder))
+    return Records(cache.open_cache(folder))
 
 
 def test_hashes_depend_on_the_id_alone_and_not_on_how_it_is_read():
@@ -85,8 +86,8 @@ def test_the_same_pixels_under_another_id_are_left_out(tmp_path):
 
 
 def test_lists_of_videos_are_known_by_their_ids(tmp_path):
-    rows = [data.Row(f"v{i}", None, None) for i in range(8)]
-    seen = heldout.trained_on(data.Videos(rows, VIEW, 16))
+    rows = [Row(f"v{i}", None, None) for i in range(8)]
+    seen = heldout.trained_on(Videos(rows, VIEW, 16))
     assert seen["clips"] is None and seen["ids"].dtype == torch.int64
     _, kind, lines = heldout.records_to_measure(
         make(tmp_path / "c", range(100, 110)), seen, "c", False

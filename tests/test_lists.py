@@ -7,8 +7,8 @@ import shutil
 import av.format
 import pytest
 
-import data
-from config import InputError
+from salt.errors import InputError
+from salt.splits import VIDEO_SUFFIXES, load_split, search
 
 
 def make(folder, *names):
@@ -23,7 +23,7 @@ def load_both(folder):
     rows = [
         row
         for split in ("train", "validation")
-        for row in data.load_split(str(folder), split, log=said.append)
+        for row in load_split(str(folder), split, log=said.append)
     ]
     return {row.id: row for row in rows}, said
 
@@ -45,7 +45,7 @@ def test_subfolders_of_splits_are_searched_too(tmp_path):
     make(tmp_path, "train/pick/a.mp4", "train/b.m4v", "validation/pick/c.mov", "extra/d.mp4")
     said = []
     rows = {
-        split: data.load_split(str(tmp_path), split, log=said.append)
+        split: load_split(str(tmp_path), split, log=said.append)
         for split in ("train", "validation")
     }
     assert [row.id for row in rows["train"]] == ["train/b", "train/pick/a"] and [
@@ -53,7 +53,7 @@ def test_subfolders_of_splits_are_searched_too(tmp_path):
     ] == ["validation/pick/c"]
     assert "1 file not used: 1 outside train/, validation/ (extra/d)" in said
     with pytest.raises(InputError, match="has train/ and validation/, but no subfolder test/"):
-        data.load_split(str(tmp_path), "test")
+        load_split(str(tmp_path), "test")
 
 
 def test_what_is_not_used_is_said(tmp_path):
@@ -91,7 +91,7 @@ def test_a_folder_of_no_videos_says_what_was_looked_at(tmp_path):
         InputError,
         match=r"found no video in .*train and its subfolders; looked for \.mp4 .*1 file not used: ",
     ):
-        data.load_split(str(tmp_path), "train")
+        load_split(str(tmp_path), "train")
 
 
 def test_suffixes_are_those_of_formats_that_ffmpeg_reads():
@@ -101,9 +101,9 @@ def test_suffixes_are_those_of_formats_that_ffmpeg_reads():
             known |= av.format.ContainerFormat(name).extensions
         except ValueError:  # devices
             continue
-    assert {suffix[1:] for suffix in data.VIDEO_SUFFIXES} <= known
+    assert {suffix[1:] for suffix in VIDEO_SUFFIXES} <= known
     assert not {".jpg", ".png", ".webp", ".mp3", ".wav", ".srt", ".json", ".csv", ".txt"} & set(
-        data.VIDEO_SUFFIXES
+        VIDEO_SUFFIXES
     )
 
 
@@ -111,7 +111,7 @@ def test_lists_find_every_suffix_and_say_which_of_two_is_used(tmp_path):
     make(tmp_path, "1.mov", "videos/2.m4v", "videos/2.webm")
     (tmp_path / "train.json").write_text(json.dumps([{"id": "1"}, {"id": "2"}]))
     said = []
-    rows = data.load_split(str(tmp_path), "train", log=said.append)
+    rows = load_split(str(tmp_path), "train", log=said.append)
     assert rows[0].path.endswith("1.mov") and rows[1].path.endswith("2.m4v")
     assert any("1 of equal ids" in line and "2.webm: " in line for line in said)
 
@@ -122,7 +122,7 @@ def test_lists_find_every_suffix_and_say_which_of_two_is_used(tmp_path):
 def rows_of(folder, text):
     (folder / "train.csv").write_text(text)
     said = []
-    rows = data.load_split(str(folder), "train", log=said.append)
+    rows = load_split(str(folder), "train", log=said.append)
     return [tuple(row) for row in rows], said
 
 
@@ -222,7 +222,7 @@ def test_a_lerobot_data_set_is_called_one(tmp_path, inside):
     with pytest.raises(
         InputError, match=r"all/set is a LeRobot data set .* CSV with the columns path,start,end"
     ) as caught:
-        data.load_split(str(folder / inside) if inside != ".." else str(folder.parent), "train")
+        load_split(str(folder / inside) if inside != ".." else str(folder.parent), "train")
     assert "\n" not in str(caught.value)
 
 
@@ -230,7 +230,7 @@ def test_a_list_beside_a_lerobot_data_set_is_used(tmp_path):
     make(tmp_path, "meta/info.json", "videos/cam/chunk-000/file-000.mp4")
     (tmp_path / "train.csv").write_text("path,start,end\nvideos/cam/chunk-000/file-000.mp4,0,2\n")
     for given in (tmp_path, tmp_path / "train.csv"):
-        assert data.load_split(str(given), "train")[0].start == 0
+        assert load_split(str(given), "train")[0].start == 0
 
 
 def test_files_that_are_no_list_are_called_what_they_are(tmp_path):
@@ -245,14 +245,14 @@ def test_files_that_are_no_list_are_called_what_they_are(tmp_path):
         ("pages.csv", "is not a readable CSV list"),
     ):
         with pytest.raises(InputError, match=message):
-            data.load_split(str(tmp_path / name), "train")
+            load_split(str(tmp_path / name), "train")
 
 
 def test_one_file_under_two_names_is_one_video(tmp_path):
     make(tmp_path, "a.mp4", "b.mp4")
     (tmp_path / "link.mp4").symlink_to(tmp_path / "a.mp4")
     os.link(tmp_path / "b.mp4", tmp_path / "twin.mp4")
-    found, unused = data.search(str(tmp_path))
+    found, unused = search(str(tmp_path))
     assert set(found) == {"a", "b"}
     assert unused == {
         "under two names": ["link: the file is that of a", "twin: the file is that of b"]
@@ -264,20 +264,18 @@ def test_one_file_under_two_names_is_one_video(tmp_path):
 )
 def test_folders_of_splits_have_many_names(tmp_path, train, validation):
     make(tmp_path, f"{train}/a.mp4", f"{validation}/b.mp4")
-    rows = [data.load_split(str(tmp_path), split) for split in ("train", "validation")]
+    rows = [load_split(str(tmp_path), split) for split in ("train", "validation")]
     assert [[row.id for row in part] for part in rows] == [[f"{train}/a"], [f"{validation}/b"]]
     (tmp_path / "validation").mkdir(exist_ok=True)
     if validation not in ("validation", "Validation"):
         with pytest.raises(InputError, match="which is the split 'validation'"):
-            data.load_split(str(tmp_path), "train")
+            load_split(str(tmp_path), "train")
 
 
 def test_a_test_folder_alone_is_not_trained_on(tmp_path):
     make(tmp_path, *(f"{i}.mp4" for i in range(40)), "test/t.mp4")
     said = []
-    rows = [
-        data.load_split(str(tmp_path), split, log=said.append) for split in ("train", "validation")
-    ]
+    rows = [load_split(str(tmp_path), split, log=said.append) for split in ("train", "validation")]
     assert not any("test" in row.id for part in rows for row in part)
     assert "1 file not used: 1 in test/ (test/t)" in said
 
@@ -287,15 +285,15 @@ def test_an_opened_quote_does_not_swallow_lines(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text('path,label\n0.mp4,"pick\n1.mp4,b\n2.mp4,"\n3.mp4,d\n')
     said = []
-    rows = data.load_split(str(tmp_path), "train", log=said.append)
+    rows = load_split(str(tmp_path), "train", log=said.append)
     assert [row.id for row in rows] == ["3"]
     assert any("an opened quote takes in the lines after it" in line for line in said)
     path.write_text('path,label\n0.mp4,"pick\n1.mp4,b\n')
     with pytest.raises(InputError, match="is not a readable CSV list"):
-        data.load_split(str(tmp_path), "train")
+        load_split(str(tmp_path), "train")
     path.write_text("path,video\n0.mp4,1.mp4\n")
     with pytest.raises(InputError, match="names a column twice"):
-        data.load_split(str(tmp_path), "train")
+        load_split(str(tmp_path), "train")
 
 
 def test_stretches_that_share_frames_are_not_held_out(tmp_path):
@@ -303,13 +301,13 @@ def test_stretches_that_share_frames_are_not_held_out(tmp_path):
     (tmp_path / "train.csv").write_text("path,start,end\na.mp4,0,2\nb.mp4,1,\n")
     held_out = tmp_path / "validation.csv"
     held_out.write_text("path,start,end\na.mp4,2,3\nb.mp4,0,1\n")
-    assert len(data.load_split(str(tmp_path), "validation")) == 2
+    assert len(load_split(str(tmp_path), "validation")) == 2
     for row in ("a.mp4,1.5,3", "a.mp4,,", "b.mp4,5,6"):
         held_out.write_text(f"path,start,end\n{row}\n")
         with pytest.raises(
             InputError, match="in the split 'validation' as .* and in the split 'train' as"
         ):
-            data.load_split(str(tmp_path), "validation")
+            load_split(str(tmp_path), "validation")
 
 
 @pytest.mark.parametrize("alias", ["link.mp4", "twin.mp4", "way/a.mp4", "copy.mp4"])
@@ -322,9 +320,9 @@ def test_shared_frames_are_seen_under_every_name_of_a_file(tmp_path, alias):
     (tmp_path / "train.csv").write_text("path,start,end\nv/a.mp4,0,3\n")
     (tmp_path / "validation.csv").write_text(f"path,start,end\n{alias},0.5,3.5\n")
     with pytest.raises(InputError, match="in the split 'train' as 'v/a@0-3', from 0.5 s on"):
-        data.load_split(str(tmp_path), "validation")
+        load_split(str(tmp_path), "validation")
     (tmp_path / "validation.csv").write_text(f"path,start,end\n{alias},3,3.5\n")
-    assert len(data.load_split(str(tmp_path), "validation")) == 1
+    assert len(load_split(str(tmp_path), "validation")) == 1
 
 
 def test_shared_frames_are_seen_between_lists_of_both_kinds(tmp_path):
@@ -332,27 +330,27 @@ def test_shared_frames_are_seen_between_lists_of_both_kinds(tmp_path):
     (tmp_path / "train.json").write_text('[{"id": "a"}]')
     (tmp_path / "validation.csv").write_text("path,start,end\na.mp4,1,2\n")
     with pytest.raises(InputError, match="in the split 'train' as 'a', from 1 s on"):
-        data.load_split(str(tmp_path), "validation")
+        load_split(str(tmp_path), "validation")
     (tmp_path / "train.json").unlink()
     (tmp_path / "train.csv").write_text("path,start,end\na.mp4,1,2\n")
     (tmp_path / "validation.json").write_text('[{"id": "b"}, {"id": "a"}]')
     (tmp_path / "validation.csv").unlink()
     with pytest.raises(InputError, match="in the split 'train' as 'a@1-2', from 1 s on"):
-        data.load_split(str(tmp_path), "validation")
+        load_split(str(tmp_path), "validation")
 
 
 def test_what_a_list_by_itself_cannot_tell_is_said(tmp_path):
     make(tmp_path, "a.mp4")
     (tmp_path / "some.csv").write_text("path,start,end\na.mp4,1,2\n")
     said = []
-    data.load_split(str(tmp_path / "some.csv"), "train", log=said.append)
+    load_split(str(tmp_path / "some.csv"), "train", log=said.append)
     assert any("share frames with those of another list is not looked at" in line for line in said)
     for split in ("train", "validation"):
         (tmp_path / split).mkdir()
         (tmp_path / split / f"{split}.csv").write_text("path,start,end\na.mp4,1,2\n")
         said.clear()
         (tmp_path / "some.csv").unlink(missing_ok=True)
-        data.load_split(str(tmp_path), split, str(tmp_path / split), said.append)
+        load_split(str(tmp_path), split, str(tmp_path / split), said.append)
         assert any(
             "share frames with those of another list is not looked at" in line for line in said
         )
@@ -364,11 +362,11 @@ def test_keys_that_a_json_list_does_not_have(tmp_path):
         '[{"id": "a", "fps": 3, "template": "x", "start_time": 1}]'
     )
     said = []
-    data.load_split(str(tmp_path), "train", log=said.append)
+    load_split(str(tmp_path), "train", log=said.append)
     assert any("keys not used: fps, start_time" in line for line in said)
     (tmp_path / "train.json").write_text('[{"id": "a"}, {"id": "a", "start": 0, "end": 1}]')
     with pytest.raises(InputError, match="row 1 is a stretch of a video; a JSON list has none"):
-        data.load_split(str(tmp_path), "train")
+        load_split(str(tmp_path), "train")
 
 
 def test_a_first_line_of_names_names_the_videos(tmp_path):
@@ -398,7 +396,7 @@ def test_a_first_line_of_names_names_the_videos(tmp_path):
 def test_splits_that_lie_elsewhere_are_not_mixed(tmp_path, train, other):
     make(tmp_path, *(f"{part}/{i}.mp4" for part in (train, other) for i in range(20)))
     with pytest.raises(InputError, match="holds folders called .*, and no list"):
-        data.load_split(str(tmp_path), "train")
+        load_split(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize(
@@ -426,7 +424,7 @@ def test_lists_by_other_names_are_not_passed_over(tmp_path, train, other):
     with pytest.raises(
         InputError, match="which are not read under these names .*; lists are train.json"
     ):
-        data.load_split(str(tmp_path), "train")
+        load_split(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("column", ["split", "set"])
@@ -450,17 +448,17 @@ def test_rows_of_one_video_under_several_ids_are_said(tmp_path):
 def test_a_list_called_after_a_split_is_that_split(tmp_path):
     make(tmp_path, *(f"{i}.mp4" for i in range(40)))
     (tmp_path / "val.csv").write_text("".join(f"{i}.mp4\n" for i in range(40)))
-    assert len(data.load_split(str(tmp_path / "val.csv"), "validation")) == 40
+    assert len(load_split(str(tmp_path / "val.csv"), "validation")) == 40
     with pytest.raises(
         InputError,
         match="is, by its name, the list of the split 'validation', and 'train' is asked for",
     ):
-        data.load_split(str(tmp_path / "val.csv"), "train")
+        load_split(str(tmp_path / "val.csv"), "train")
 
 
 def test_lists_beside_the_code_are_for_their_own_videos(tmp_path, monkeypatch):
     beside, folder = tmp_path / "code" / "ssv2", tmp_path / "own"
-    monkeypatch.setattr(data, "BESIDE_CODE", str(beside))
+    monkeypatch.setattr("salt.splits.BESIDE_CODE", str(beside))
     make(folder, *(f"{i}.mp4" for i in range(30)))
     make(beside)
     beside.mkdir(parents=True)
@@ -468,12 +466,12 @@ def test_lists_beside_the_code_are_for_their_own_videos(tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match="lists 70 videos, of which .*own holds 10: say --splits_dir"
     ):
-        data.load_split(str(folder), "train")
-    assert len(data.load_split(str(folder), "train", str(beside))) == 70
+        load_split(str(folder), "train")
+    assert len(load_split(str(folder), "train", str(beside))) == 70
     (beside / "train.json").write_text(json.dumps([{"id": str(i)} for i in range(35)]))
-    assert len(data.load_split(str(folder), "train")) == 35
+    assert len(load_split(str(folder), "train")) == 35
     make(folder, "train/x.mp4", "validation/y.mp4")
-    assert [row.id for row in data.load_split(str(folder), "train")] == ["train/x"]
+    assert [row.id for row in load_split(str(folder), "train")] == ["train/x"]
 
 
 def test_shared_frames_are_looked_for_in_all_splits(tmp_path):
@@ -488,18 +486,16 @@ def test_shared_frames_are_looked_for_in_all_splits(tmp_path):
         with pytest.raises(
             InputError, match=f"in the split '{split}' as .* and in the split '{other}' as"
         ):
-            data.load_split(str(tmp_path), split)
+            load_split(str(tmp_path), split)
     (tmp_path / "train.csv").write_text("path,start,end\na.mp4,0,2\n")
     with pytest.raises(
         InputError, match="in the split 'test' as .* and in the split 'validation' as"
     ):
-        data.load_split(str(tmp_path), "test")
+        load_split(str(tmp_path), "test")
     shutil.copy(tmp_path / "validation.csv", tmp_path / "test.csv")
     # one list for both
     assert (
-        len(data.load_split(str(tmp_path), "validation"))
-        == len(data.load_split(str(tmp_path), "test"))
-        == 2
+        len(load_split(str(tmp_path), "validation")) == len(load_split(str(tmp_path), "test")) == 2
     )
 
 
@@ -512,14 +508,14 @@ def test_lists_elsewhere_are_the_lists(tmp_path):
     with pytest.raises(
         InputError, match="no list for the split 'train': looked for train.json.* in --splits_dir"
     ):
-        data.load_split(str(folder), "train", str(mine))
+        load_split(str(folder), "train", str(mine))
     (mine / "train.json").write_text(json.dumps([{"id": str(i)} for i in range(5)]))
-    assert len(data.load_split(str(folder), "train", str(mine))) == 5
+    assert len(load_split(str(folder), "train", str(mine))) == 5
     with pytest.raises(InputError, match="no list for the split 'validation'"):
-        data.load_split(str(folder), "validation", str(mine))
+        load_split(str(folder), "validation", str(mine))
     (folder / "all.csv").write_text("0.mp4\n")
     with pytest.raises(InputError, match="is a list itself; leave --splits_dir out"):
-        data.load_split(str(folder / "all.csv"), "train", str(mine))
+        load_split(str(folder / "all.csv"), "train", str(mine))
 
 
 @pytest.mark.parametrize(
@@ -545,7 +541,7 @@ def test_videos_called_after_splits_are_not_mixed(tmp_path):
     with pytest.raises(
         InputError, match="are called after splits, as 'train_0', and there is no list"
     ):
-        data.load_split(str(tmp_path), "train")
+        load_split(str(tmp_path), "train")
     make(tmp_path, "other.mp4")
     assert len(load_both(tmp_path)[0]) == 41
 
@@ -556,11 +552,11 @@ def test_links_into_a_folder_beside_the_splits_are_the_splits(tmp_path):
         (tmp_path / split).mkdir()
         for i in numbers:
             (tmp_path / split / f"{i}.mp4").symlink_to(tmp_path / "all" / f"{i}.mp4")
-    assert [row.id for row in data.load_split(str(tmp_path), "train")] == [
+    assert [row.id for row in load_split(str(tmp_path), "train")] == [
         f"train/{i}" for i in range(4)
     ]
     # 3 is in train/
-    assert [row.id for row in data.load_split(str(tmp_path), "validation")] == [
+    assert [row.id for row in load_split(str(tmp_path), "validation")] == [
         "validation/4",
         "validation/5",
     ]
@@ -578,4 +574,4 @@ def test_rounding_is_no_shared_frame(tmp_path):
     (tmp_path / "train.csv").write_text(f"path,start,end\na.mp4,{12 * 0.1},{12 * 0.1 + 0.1}\n")
     (tmp_path / "validation.csv").write_text(f"path,start,end\na.mp4,{13 * 0.1},{14 * 0.1}\n")
     assert 12 * 0.1 + 0.1 > 13 * 0.1
-    assert len(data.load_split(str(tmp_path), "validation")) == 1
+    assert len(load_split(str(tmp_path), "validation")) == 1

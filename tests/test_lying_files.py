@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import model
-import weights
-from config import InputError
 from model import EncoderConfig
+from salt.checkpoint import CHECKPOINT_PARTS, save_checkpoint
+from salt.errors import InputError
+from salt.torch_files import load_pickle
 from tests.test_model import as_original, shake
 
 CONFIG = EncoderConfig(dim=64, depth=1, heads=1, mlp_dim=96, frames=4, size=32)
@@ -91,7 +92,7 @@ def packed(path, source, name=None):
 def test_zip_bombs(tmp_path, name):
     torch.save({"salt_vla": 1, "w": torch.zeros(10)}, tmp_path / "small.pth")
     packed(tmp_path / "bomb.pth", tmp_path / "small.pth", name)
-    loads = (model.load_teacher, model.load_encoder, weights.load_pickle)
+    loads = (model.load_teacher, model.load_encoder, load_pickle)
     in_one_line(tmp_path / "bomb.pth", r"has \d+ bytes and states \d{8,} of content", loads)
 
 
@@ -103,7 +104,7 @@ def test_the_stated_size_of_a_zips_member(tmp_path):
     )  # the first entry of its directory: two sizes stand 20 bytes on
     content[at + 20 : at + 28] = struct.pack("<II", 2**32 - 16, 2**32 - 16)
     (tmp_path / "x.pth").write_bytes(content)
-    in_one_line(tmp_path / "x.pth", "states 4294", (model.load_teacher, weights.load_pickle))
+    in_one_line(tmp_path / "x.pth", "states 4294", (model.load_teacher, load_pickle))
 
 
 def test_tensors_of_more_numbers_than_they_hold(tmp_path):
@@ -119,14 +120,14 @@ def test_tensors_of_more_numbers_than_they_hold(tmp_path):
 
 def checkpoint(path, config=(), predictor=(), **state):
     encoder = shake(model.Encoder(CONFIG))
-    parts = dict.fromkeys(weights.CHECKPOINT_PARTS)
+    parts = dict.fromkeys(CHECKPOINT_PARTS)
     parts |= {"view": {"frames": 4, "size": 32, "short_side": 32}}
     parts |= {"student": {**encoder.state_dict(), **state}}
     parts |= {"encoder_config": {**model.plain(CONFIG), **dict(config)}}
     parts |= {"predictor": model.Predictor(**PREDICTOR).state_dict()}
     parts |= {"predictor_config": {**PREDICTOR, **dict(predictor)}}
     parts |= {"space": {**SPACE, "zero": torch.zeros(8, 8)}}
-    weights.save_checkpoint(path, parts)
+    save_checkpoint(path, parts)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-import data
 import model
-import ops
-import views
-import weights
-from config import InputError
 from model import EncoderConfig
+from salt import cache, ops, ranks, views
+from salt.checkpoint import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
+from salt.errors import InputError
+from salt.loader import Batch
+from salt.masks import sample_masks
+from salt.score import Space, clip_errors, mse, r2, r2_interval
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.set_verbosity_error()
@@ -328,7 +328,7 @@ def test_bad_teachers_are_one_clear_error(tmp_path):
     torch.save(
         {
             "salt_vla": 1,
-            **dict.fromkeys(weights.CHECKPOINT_PARTS),
+            **dict.fromkeys(CHECKPOINT_PARTS),
             "student": {},
             "encoder_config": {"width": 3},
         },
@@ -400,16 +400,16 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
-    weights.save_checkpoint(
+    save_checkpoint(
         tmp_path / "x.pth",
-        {**dict.fromkeys(weights.CHECKPOINT_PARTS), "student": {"w": torch.arange(10000.0)}},
+        {**dict.fromkeys(CHECKPOINT_PARTS), "student": {"w": torch.arange(10000.0)}},
     )
-    weights.load_checkpoint(tmp_path / "x.pth")
+    load_checkpoint(tmp_path / "x.pth")
     content = bytearray((tmp_path / "x.pth").read_bytes())
     content[len(content) // 2] ^= 4
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(InputError, match="damaged"):
-        weights.load_checkpoint(tmp_path / "x.pth")
+        load_checkpoint(tmp_path / "x.pth")
 
 
 # -------------------------------------------------------------------------------------- the modules
@@ -463,7 +463,7 @@ def test_encode_refuses_other_clips():
         with pytest.raises(InputError, match="was given|were given"):
             encoder.encode(clips)
     clips = clips_for(encoder.config)
-    torch.testing.assert_close(encoder.encode(clips), encoder.encode(data.patchify(clips)))
+    torch.testing.assert_close(encoder.encode(clips), encoder.encode(ops.patchify(clips)))
 
 
 def make_salt(target_dim=20, families=("short", "long")):
@@ -496,22 +496,19 @@ def make_salt(target_dim=20, families=("short", "long")):
 )
 def test_loss_and_r2_match_their_formulas(target, normalise, kind):
     salt = make_salt(1536 if target == "pixels" else 20)
-    patches, latents = (
-        torch.randint(0, 256, (3, 144, 1536), dtype=torch.uint8),
-        torch.randn(3, 144, 20).half(),
-    )
+    patches = torch.randint(0, 256, (3, 144, 1536), dtype=torch.uint8)
+    latents = torch.randn(3, 144, 20).half()
     mean, rstd = torch.randn(144, 20), torch.rand(144, 20) + 0.5
-    space = model.Space(
+    space = Space(
         target, normalise, mean, rstd, torch.randn(144, 1536 if target == "pixels" else 20) * 0.1
     )
-    masks = {
-        family: ops.sample_masks(torch.arange(3), 0, 0, family, (4, 6, 6))
-        for family in ("short", "long")
-    }
+    masks = [sample_masks(torch.arange(3), 0, 0, family, (4, 6, 6)) for family in ("short", "long")]
+    batch = Batch(torch.arange(3), patches, latents, masks)
     predictions = salt(patches, masks)
-    loss, squared, spread, gradients = model.salt_loss(
-        predictions, patches, latents, masks, space, kind
+    weighted, (loss, squared, spread) = model.salt_loss(
+        lambda *_: predictions, batch, space, kind, weight=0.25
     )
+    gradients = torch.autograd.grad(weighted, list(predictions.values()), retain_graph=True)
 
     if target == "pixels":
         x = patches.double() / 255
@@ -521,10 +518,12 @@ def test_loss_and_r2_match_their_formulas(target, normalise, kind):
         y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
     else:
         y = (latents.double() - mean) * rstd if normalise == "standardise" else latents.double()
-    errors, squares, spreads = [], [], []
-    for family, drawn in masks.items():
+    errors = []
+    squares = []
+    spreads = []
+    for drawn in masks:
         wanted = torch.stack([y[b, drawn.target[b]] for b in range(3)])
-        difference = predictions[family].double() - wanted
+        difference = predictions[drawn.family].double() - wanted
         error = {
             "mse": difference**2,
             "l1": difference.abs(),
@@ -540,20 +539,17 @@ def test_loss_and_r2_match_their_formulas(target, normalise, kind):
         torch.testing.assert_close(
             got.double(), sum(parts), rtol=1e-4, atol=1e-6, check_dtype=False
         )
-    for family, expected in zip(
-        gradients,
-        torch.autograd.grad(sum(errors), list(predictions.values()), retain_graph=True),
-        strict=True,
-    ):
-        torch.testing.assert_close(gradients[family], expected, rtol=1e-3, atol=1e-7)
+    assert weighted.item() == pytest.approx(loss.item() / 4, rel=1e-5)
+    plain = torch.autograd.grad(sum(errors) / 4, list(predictions.values()), retain_graph=True)
+    for gradient, expected in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-7)
 
-    batch = data.Batch(torch.arange(3), patches, latents, masks)
-    found = model.clip_errors(salt, space, batch, ["short", "long"])
+    found = clip_errors(salt, space, batch)
     expected = 1 - sum(squares) / sum(spreads)
     if kind == "mse":
-        assert model.mse(found.values()) == pytest.approx(loss.item(), rel=1e-4)
-    assert model.r2(found.values()) == pytest.approx(expected.item(), rel=1e-4)
-    drawn = masks["short"]
+        assert mse(found.values()) == pytest.approx(loss.item(), rel=1e-4)
+    assert r2(found.values()) == pytest.approx(expected.item(), rel=1e-4)
+    drawn = masks[0]
     background = (
         torch.stack(
             [y[b, drawn.context[b]].mean(0, keepdim=True) - y[b, drawn.target[b]] for b in range(3)]
@@ -566,27 +562,21 @@ def test_loss_and_r2_match_their_formulas(target, normalise, kind):
 
 def test_r2_is_zero_for_the_mean_and_one_for_truth():
     rows = {"squared": np.array([1.0, 3.0]), "spread": np.array([1.0, 3.0])}
-    assert model.r2([rows]) == 0 and model.r2([{**rows, "squared": np.zeros(2)}]) == 1
+    assert r2([rows]) == 0 and r2([{**rows, "squared": np.zeros(2)}]) == 1
     rising = {"squared": np.linspace(0, 1, 50), "spread": np.ones(50)}
-    low, high = model.r2_interval([rising], np.arange(50))
+    low, high = r2_interval([rising], np.arange(50))
     assert low < 0.5 < high and high - low < 0.25
 
 
 def test_gradients_reach_every_parameter():
     salt = make_salt()
-    masks = {
-        family: ops.sample_masks(torch.arange(2), 0, 0, family, (4, 6, 6))
-        for family in ("short", "long")
-    }
-    predictions = salt(torch.randint(0, 256, (2, 144, 1536), dtype=torch.uint8), masks)
-    *_, gradients = model.salt_loss(
-        predictions,
-        None,
-        torch.randn(2, 144, 20),
-        masks,
-        model.Space("latents", "none", None, None, torch.zeros(144, 20)),
+    masks = [sample_masks(torch.arange(2), 0, 0, family, (4, 6, 6)) for family in ("short", "long")]
+    patches = torch.randint(0, 256, (2, 144, 1536), dtype=torch.uint8)
+    batch = Batch(torch.arange(2), patches, torch.randn(2, 144, 20), masks)
+    loss, _ = model.salt_loss(
+        salt, batch, Space("latents", "none", None, None, torch.zeros(144, 20))
     )
-    torch.autograd.backward(list(predictions.values()), list(gradients.values()))
+    loss.backward()
     still = [
         name
         for name, parameter in salt.named_parameters()
@@ -621,7 +611,7 @@ def test_vicreg_penalties():
 def test_checkpoints_come_back(tmp_path):
     salt = make_salt()
     config = salt.student.config
-    space = model.Space("latents", "none", None, None, torch.randn(144, 20))
+    space = Space("latents", "none", None, None, torch.randn(144, 20))
     predictor_config = {
         "dim_in": 48,
         "dim_out": 20,
@@ -631,7 +621,7 @@ def test_checkpoints_come_back(tmp_path):
         "depth": 1,
         "heads": 4,
     }
-    weights.save_checkpoint(
+    save_checkpoint(
         tmp_path / "best.pth",
         {
             "student": salt.student.state_dict(),
@@ -650,10 +640,8 @@ def test_checkpoints_come_back(tmp_path):
     for name, value in salt.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
     assert torch.equal(found.zero, space.zero) and os.listdir(tmp_path) == ["best.pth"]
-    encoder, teacher = (
-        model.load_encoder(tmp_path / "best.pth"),
-        model.load_teacher(tmp_path / "best.pth"),
-    )
+    encoder = model.load_encoder(tmp_path / "best.pth")
+    teacher = model.load_teacher(tmp_path / "best.pth")
     clips = clips_for(config)
     with torch.no_grad():
         assert torch.equal(encoder.encode(clips), salt.student.encode(clips)) and torch.equal(
@@ -662,12 +650,12 @@ def test_checkpoints_come_back(tmp_path):
 
 
 def test_devices_that_are_not_there():
-    assert model.pick_device("cpu").type == "cpu"
+    assert ranks.pick_device("cpu").type == "cpu"
     for name in ("gpu", "mps", "meta"):
         with pytest.raises(InputError, match="it takes auto"):
-            model.pick_device(name)
+            ranks.pick_device(name)
     with pytest.raises(InputError, match="sees"):
-        model.pick_device("cuda:99")
+        ranks.pick_device("cuda:99")
 
 
 def test_a_teacher_never_computes_in_tf32():

@@ -7,8 +7,8 @@ import av
 import numpy as np
 import pytest
 
-import data
-from data import View
+from salt.video import read_clip, read_clips
+from salt.views import View
 from tests.test_data import write_video
 
 # (a, b, c, d) of the matrix of a track: the point (x, y) is shown at (a x + c y, b x + d y);
@@ -86,7 +86,7 @@ def test_all_eight_turns_and_flips_are_ffmpegs(tmp_path, name, view):
     expected = through_filters(
         path, [*filters, f"scale={view.size}:{view.size}:flags={view.interpolation}"]
     )
-    clip = data.read_clip(str(path), view)[0]
+    clip = read_clip(str(path), view)[0]
     assert np.abs(clip.astype(int) - expected).mean() < 1.5
     others = [
         through_filters(path, [*MATRICES[other][1], f"scale={view.size}:{view.size}"])
@@ -116,7 +116,7 @@ def test_jittered_views_cut_the_same_place_however_a_video_is_stored(tmp_path, n
         write_video(path, [content] * 2, "mpeg4", options={"qscale": "1"}, bit_rate=20_000_000)
         set_matrix(path, *matrix)
         views = [View(frames=2, size=48, short_side=64, view=number) for number in (1, 2, 3)]
-        clips.append(np.stack(data.read_clips(str(path), views, "some id")).astype(int))
+        clips.append(np.stack(read_clips(str(path), views, "some id")).astype(int))
     assert np.abs(clips[0] - clips[1]).mean() < 4
     assert np.abs(clips[0][0] - clips[0][1]).mean() > 8  # they are different places
 
@@ -144,7 +144,7 @@ def test_pixels_that_are_not_square_are_cropped_as_they_are_shown(tmp_path, size
         expected = through_filters(
             path, [*shown, square, f"scale={view.size}:{view.size}:flags=bilinear"]
         )
-        clip = data.read_clip(str(path), view)[0]
+        clip = read_clip(str(path), view)[0]
         assert (
             np.abs(clip.astype(int) - expected).mean() < 2.5
         )  # a pixel of the stored frame is worth up to 3
@@ -167,7 +167,7 @@ def test_the_shape_of_pixels_may_stand_in_the_container(tmp_path):
     )
     with av.open(path) as container:
         assert container.streams.video[0].sample_aspect_ratio == 3
-    clip = data.read_clip(path, View(frames=1, size=30, short_side=30))[
+    clip = read_clip(path, View(frames=1, size=30, short_side=30))[
         0
     ]  # shown as 180 x 90: columns 15 to 45 of 60
     assert (

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import ranks
-import weights
+from salt import ranks
+from salt.checkpoint import load_checkpoint
+from salt.errors import InputError
+from salt.masks import shuffled
 from tests.stages import ROOT, SMALL, run, run_folder, start
 from tests.test_health import poisoned
 
@@ -61,7 +62,7 @@ def finish(process, code=0):
 
 def last(folder, name="r"):
     """The newest last.pth of a run."""
-    return weights.load_checkpoint(
+    return load_checkpoint(
         max(Path(folder).glob(f"checkpoints/{name}_*/last.pth"), key=os.path.getmtime)
     )
 
@@ -165,11 +166,9 @@ def test_a_killed_rank_leads_to_a_clean_restart(alone, tmp_path, more):
     """
     _, flags = alone
     finish(launch(2, tmp_path, *flags, "--run_name", "whole", *more))
-    process, killed, text = (
-        launch(2, tmp_path, *flags, "--run_name", "r", "--resume", "auto", *more, restarts=2),
-        False,
-        "",
-    )
+    process = launch(2, tmp_path, *flags, "--run_name", "r", "--resume", "auto", *more, restarts=2)
+    killed = False
+    text = ""
     for line in process.stdout:
         text += line
         if line.startswith("step 6/") and not killed:
@@ -382,8 +381,8 @@ def test_wrong_inputs_under_torchrun_are_said_once(alone, world, tmp_path):
 
 def test_ranks_take_their_parts_of_the_same_batches():
     for world in (1, 2, 3, 4):
-        parts = [list(data.shuffled(50, 12, 3, range(2, 7), rank, world)) for rank in range(world)]
-        for step, whole in enumerate(data.shuffled(50, 12, 3, range(2, 7))):
+        parts = [list(shuffled(50, 12, 3, range(2, 7), rank, world)) for rank in range(world)]
+        for step, whole in enumerate(shuffled(50, 12, 3, range(2, 7))):
             assert all(part[step][0] == whole[0] for part in parts)
             assert np.array_equal(np.concatenate([part[step][1] for part in parts]), whole[1])
 
@@ -396,12 +395,12 @@ def test_a_rank_cannot_choose_its_gpu(monkeypatch):
         "LOCAL_WORLD_SIZE": "2",
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ranks.InputError, match="each rank takes the GPU of its number"):
+    with pytest.raises(InputError, match="each rank takes the GPU of its number"):
         ranks.start("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for number in "01":
         monkeypatch.setenv("LOCAL_RANK", number)
-        with pytest.raises(ranks.InputError, match="2 ranks were started on a machine with 1 GPUs"):
+        with pytest.raises(InputError, match="2 ranks were started on a machine with 1 GPUs"):
             ranks.start("cuda")
 
 
@@ -423,7 +422,7 @@ def test_an_environment_in_part_is_refused(monkeypatch, environ, wrong):
     assert ranks.read_environment() == (0, 1)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ranks.InputError, match=f"is missing or wrong.*{wrong or ''}"):
+    with pytest.raises(InputError, match=f"is missing or wrong.*{wrong or ''}"):
         ranks.read_environment()
 
 

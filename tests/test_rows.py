@@ -12,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ops
+from salt import ops
+from salt.masks import STREAMS, Random, permute, permute_reference
+from salt.rows import File, RowError, advise, read_rows
 
 needs_extension = pytest.mark.skipif(
     not ops.EXTENSION["devices"], reason="the extension is not built"
@@ -23,7 +25,6 @@ needs_extension = pytest.mark.skipif(
 def either(request, monkeypatch):
     if request.param == "reference":
         monkeypatch.setattr(ops, "EXTENSION", {**ops.EXTENSION, "devices": []})
-        monkeypatch.setattr(ops, "File", ops.FileReference)
     elif not ops.EXTENSION["devices"]:
         pytest.skip("the extension is not built")
 
@@ -31,10 +32,8 @@ def either(request, monkeypatch):
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     """A file of 5 records of 900 rows of 77 bytes, after 130 bytes of something else."""
-    path, content = (
-        tmp_path_factory.mktemp("rows") / "f",
-        np.random.default_rng(0).integers(0, 256, 130 + 5 * 900 * 77, dtype=np.uint8),
-    )
+    path = tmp_path_factory.mktemp("rows") / "f"
+    content = np.random.default_rng(0).integers(0, 256, 130 + 5 * 900 * 77, dtype=np.uint8)
     path.write_bytes(content.tobytes())
     return str(path), content[130:].reshape(5, 900, 77)
 
@@ -43,17 +42,17 @@ def records(tmp_path_factory):
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.97, 1.0])
 def test_rows_come_to_their_places(either, records, threads, share):
     path, content = records
-    order, file = [3, 0, 3, 4], ops.File(path)
+    order, file = [3, 0, 3, 4], File(path)
     wanted = torch.from_numpy(np.random.default_rng(1).random((4, 900)) < share)
     out = torch.full((4, 900, 77), 7, dtype=torch.uint8)
-    ops.read_rows([file] * 4, [130 + r * 900 * 77 for r in order], out, 77, wanted, threads=threads)
+    read_rows([file] * 4, [130 + r * 900 * 77 for r in order], out, 77, wanted, threads=threads)
     assert (
         np.array_equal(out[wanted], torch.from_numpy(content[order])[wanted])
         and (out[~wanted] == 7).all()
     )
-    ops.read_rows([file] * 4, [130 + r * 900 * 77 for r in order], out, 77, threads=threads)
+    read_rows([file] * 4, [130 + r * 900 * 77 for r in order], out, 77, threads=threads)
     assert np.array_equal(out, content[order])
-    ops.advise([file], [0], 1000)
+    advise([file], [0], 1000)
 
 
 @pytest.mark.parametrize("row_bytes", [64, 1536, 1540, 3])
@@ -63,7 +62,7 @@ def test_rows_of_any_width(either, tmp_path, row_bytes):
     memory = torch.zeros(1 + 50 * row_bytes, dtype=torch.uint8)
     for offset in (0, 1):  # aligned for wide stores, and not
         out = memory[offset : offset + 50 * row_bytes].view(1, 50, row_bytes)
-        ops.read_rows([ops.File(str(tmp_path / "f"))], [0], out, row_bytes)
+        read_rows([File(str(tmp_path / "f"))], [0], out, row_bytes)
         assert np.array_equal(out[0], content)
 
 
@@ -73,12 +72,12 @@ def test_what_lies_beyond_the_map_is_read_without_it(either, records, tmp_path):
     """
     path, content = tmp_path / "f", records[1].reshape(-1, 77)
     path.write_bytes(content[:100].tobytes())
-    file = ops.File(str(path))
+    file = File(str(path))
     with open(path, "ab") as more:
         more.write(content[100:].tobytes())
     wanted = torch.from_numpy(np.random.default_rng(2).random((1, 4500)) < 0.4)
     out = torch.zeros(1, 4500, 77, dtype=torch.uint8)
-    ops.read_rows([file], [0], out, 77, wanted, threads=2)
+    read_rows([file], [0], out, 77, wanted, threads=2)
     assert (
         np.array_equal(out[wanted], torch.from_numpy(content)[wanted[0]])
         and (out[~wanted] == 0).all()
@@ -88,24 +87,24 @@ def test_what_lies_beyond_the_map_is_read_without_it(either, records, tmp_path):
 def test_errors_say_which_row(either, records, tmp_path):
     path, content = tmp_path / "f", records[1]
     path.write_bytes(content.tobytes())
-    file = ops.File(str(path))
+    file = File(str(path))
     os.truncate(path, 2 * 900 * 77 + 400 * 77 + 5)  # in the third record's row 400
     out = torch.zeros(3, 900, 77, dtype=torch.uint8)
     wanted = torch.zeros(3, 900, dtype=torch.bool)
     wanted[:, 400] = wanted[:, 20] = True
-    with pytest.raises(ops.RowError, match="truncated") as caught:
-        ops.read_rows([file] * 3, [0, 900 * 77, 2 * 900 * 77], out, 77, wanted)
+    with pytest.raises(RowError, match="truncated") as caught:
+        read_rows([file] * 3, [0, 900 * 77, 2 * 900 * 77], out, 77, wanted)
     # the first row of the piece that could not be read whole
     assert caught.value.record == 2 and caught.value.row in (20, 400)
     with pytest.raises(OSError, match="No such file"):
-        ops.File(str(tmp_path / "nothing"))
+        File(str(tmp_path / "nothing"))
 
 
 @needs_extension
 def test_the_systems_own_error_arrives(tmp_path):
     # opens, and cannot be read
-    with pytest.raises(ops.RowError, match="record 0, row 0: Is a directory"):
-        ops.read_rows([ops.File(str(tmp_path))], [0], torch.zeros(1, 3, 8, dtype=torch.uint8), 8)
+    with pytest.raises(RowError, match="record 0, row 0: Is a directory"):
+        read_rows([File(str(tmp_path))], [0], torch.zeros(1, 3, 8, dtype=torch.uint8), 8)
 
 
 @needs_extension
@@ -122,14 +121,14 @@ def test_the_systems_own_error_arrives(tmp_path):
 )
 def test_calls_that_do_not_fit_are_an_error(records, change, message):
     call = {
-        "files": [ops.File(records[0])] * 2,
+        "files": [File(records[0])] * 2,
         "starts": [0, 0],
         "out": torch.zeros(2, 4, 8, dtype=torch.uint8),
         "row_bytes": 8,
         **change,
     }
     with pytest.raises(RuntimeError, match=message):
-        ops.read_rows(**call)
+        read_rows(**call)
 
 
 def test_int8_rows_times_the_scales_of_channel_and_token(either, tmp_path):
@@ -141,9 +140,7 @@ def test_int8_rows_times_the_scales_of_channel_and_token(either, tmp_path):
     (tmp_path / "f").write_bytes(entries.tobytes())
     wanted = torch.from_numpy(random.random((2, 5)) < 0.7)
     out = torch.full((2, 5, 37), -1.0, dtype=torch.float16)
-    ops.read_rows(
-        [ops.File(str(tmp_path / "f"))] * 2, [0, 5 * 37], out, 37, wanted, scale, tokens=tokens
-    )
+    read_rows([File(str(tmp_path / "f"))] * 2, [0, 5 * 37], out, 37, wanted, scale, tokens=tokens)
     expected = (torch.from_numpy(entries).float() * scale[:, None] * tokens[:, :, None]).half()
     assert torch.equal(
         out, torch.where(wanted[:, :, None], expected, torch.tensor(-1.0, dtype=torch.float16))
@@ -165,7 +162,7 @@ def test_int8_rows_times_their_scale(either, tmp_path):
     (tmp_path / "f").write_bytes(entries.tobytes())
     out = torch.zeros(2, 3, 4096, dtype=torch.float16)
     scales = torch.from_numpy(np.stack([scale, scale[::-1].copy()]))
-    ops.read_rows([ops.File(str(tmp_path / "f"))] * 2, [0, 3 * 4096], out, 4096, scale=scales)
+    read_rows([File(str(tmp_path / "f"))] * 2, [0, 3 * 4096], out, 4096, scale=scales)
     expected = (torch.from_numpy(entries).view(2, 3, 4096).float() * scales[:, None]).half()
     assert (
         torch.equal(out.view(torch.int16), expected.view(torch.int16))
@@ -181,7 +178,7 @@ def test_int8_rows_times_their_scale(either, tmp_path):
 def test_patchify_into(either, shape, patch, tubelet):
     clip = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     expected = np.stack(
-        [  # token by token, as data.patchify says
+        [  # token by token, as ops.patchify says
             clip[
                 t * tubelet : (t + 1) * tubelet,
                 y * patch : (y + 1) * patch,
@@ -217,18 +214,16 @@ def test_moments_are_numpys_in_however_many_calls(rows, width, split, seed):
 
 
 def plain_order(index, n, seed, epoch):
-    random = ops.Random(seed, epoch, n, ops.STREAMS["order"])
+    random = Random(seed, epoch, n, STREAMS["order"])
     if n > 256:
-        return ops.permute_reference(
-            index, n, np.array([random.next() for _ in range(8)], np.uint64)
-        )
+        return permute_reference(index, n, np.array([random.next() for _ in range(8)], np.uint64))
     keys = [(random.next() << 32) + random.next() for _ in range(n)]
     return np.array(sorted(range(n), key=keys.__getitem__))[index]
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1))
 def test_a_permutation_takes_each_number_once(n, seed, epoch):
-    image = ops.permute(np.arange(n), n, seed, epoch)
+    image = permute(np.arange(n), n, seed, epoch)
     assert np.array_equal(np.sort(image), np.arange(n))
     assert np.array_equal(image, plain_order(np.arange(n), n, seed, epoch))
 
@@ -236,7 +231,7 @@ def test_a_permutation_takes_each_number_once(n, seed, epoch):
 @given(st.integers(1, 2**62), st.integers(0, 2**63 - 1))
 def test_permutations_of_any_size(n, seed):
     index = np.unique(np.random.default_rng(seed).integers(0, n, 50))
-    image = ops.permute(index, n, seed, 1)
+    image = permute(index, n, seed, 1)
     assert len(np.unique(image)) == len(index) and image.min() >= 0 and image.max() < n
     assert np.array_equal(image, plain_order(index, n, seed, 1))
 
@@ -245,7 +240,7 @@ def test_permutations_of_any_size(n, seed):
 def test_every_record_comes_at_every_place_equally_often(n):
     """chi-squared over places and values in 4000 epochs; 5 standard deviations."""
     epochs, places = 4000, min(n, 24)
-    images = np.stack([ops.permute(np.arange(places), n, 11, epoch) for epoch in range(epochs)])
+    images = np.stack([permute(np.arange(places), n, 11, epoch) for epoch in range(epochs)])
     counts = np.stack([np.bincount(images[:, place], minlength=n) for place in range(places)])
     freedom = places * (n - 1)
     assert abs(((counts - epochs / n) ** 2).sum() * n / epochs - freedom) < 5 * (2 * freedom) ** 0.5
@@ -260,7 +255,7 @@ def test_every_record_comes_at_every_place_equally_often(n):
 def test_an_index_out_of_range_is_an_error():
     for index in ([5], [-1]):
         with pytest.raises(IndexError, match=r"must be in \[0, 5\)"):
-            ops.permute(np.array(index), 5, 0, 0)
+            permute(np.array(index), 5, 0, 0)
 
 
 @needs_extension

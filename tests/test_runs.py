@@ -13,22 +13,20 @@ import time
 import pytest
 import torch
 
-import cache
-import journal
-import ranks
-import runs
-import weights
-from config import InputError
+from salt import cache, journal, ranks, runs
+from salt.checkpoint import CHECKPOINT_PARTS, RunFolder, load_checkpoint, lock, save_checkpoint
+from salt.errors import InputError
+from salt.torch_files import step_and_run
 from tests.stages import ROOT, SMALL, error_of, run, run_folder, start, stopped_at
 from tests.test_config import apply
 
 STAMP = "_20260102_030405_pid7"
-PARTS = dict.fromkeys(weights.CHECKPOINT_PARTS, 0)
+PARTS = dict.fromkeys(CHECKPOINT_PARTS, 0)
 
 
 def checkpoint(folder, name, step, run=None, mtime=None):
     folder.mkdir(parents=True, exist_ok=True)
-    weights.save_checkpoint(
+    save_checkpoint(
         str(folder / name),
         {**PARTS, "step": step, "run": run or folder.name, "w": torch.arange(step)},
     )
@@ -38,7 +36,7 @@ def checkpoint(folder, name, step, run=None, mtime=None):
 
 def opened(home, resume, name="salt", start="salt_20260909_090909_pid9"):
     (home / "checkpoints").mkdir(exist_ok=True)
-    return runs.Run(
+    return RunFolder(
         str(home / "checkpoints"), str(home / "run_logs"), name, start, resume, lambda line: None
     )
 
@@ -100,10 +98,8 @@ def test_the_furthest_step_wins_and_not_the_newest_file(tmp_path):
 
 
 def test_of_equal_steps_the_latest_wins_and_damaged_ones_are_passed_over(tmp_path):
-    first, second = (
-        tmp_path / "checkpoints" / f"salt{STAMP}",
-        tmp_path / "checkpoints" / "salt_20260202_030405_pid7",
-    )
+    first = tmp_path / "checkpoints" / f"salt{STAMP}"
+    second = tmp_path / "checkpoints" / "salt_20260202_030405_pid7"
     checkpoint(first, "last.pth", 30, mtime=9000)
     checkpoint(second, "last.pth", 30, mtime=1000)
     found = opened(tmp_path, "auto")
@@ -160,7 +156,7 @@ def test_a_branch_that_is_left_is_left_with_all_its_checkpoints(tmp_path):
     found = opened(tmp_path, str(folder / "kept.pth"))
     found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20)
     found.file.close()
-    assert {path.name: weights.step_and_run(path)[0] for path in folder.glob("*.pth")} == {
+    assert {path.name: step_and_run(path)[0] for path in folder.glob("*.pth")} == {
         "last.pth": 20,
         "kept.pth": 20,
         "left_behind_by_salt_9.pth": 60,
@@ -190,10 +186,10 @@ def test_a_step_back_makes_a_best_of_its_own(world, tmp_path):
     (folder,) = (tmp_path / "checkpoints").iterdir()
     shutil.copy(folder / "last.pth", folder / "kept.pth")
     run(tmp_path, "train", *flags, "--resume", "auto")
-    figures = weights.load_checkpoint(folder / "best.pth")
+    figures = load_checkpoint(folder / "best.pth")
     said = run(tmp_path, "train", *flags, "--resume", folder / "kept.pth")
     assert "left behind: " in said and "best.pth; the next evaluation makes a new best.pth" in said
-    again = weights.load_checkpoint(folder / "best.pth")
+    again = load_checkpoint(folder / "best.pth")
     assert (again["step"], again["best"]) == (figures["step"], figures["best"]) and len(
         list(folder.glob("left_behind_by_*_best.pth"))
     ) == 1
@@ -278,9 +274,9 @@ def test_a_copy_that_is_gone_on_with_is_a_run_of_its_own_from_its_first_moment(w
         signal.SIGKILL,
     )
     (second,) = (tmp_path / "checkpoints").iterdir()
-    saved = weights.load_checkpoint(second / "last.pth")
+    saved = load_checkpoint(second / "last.pth")
     assert saved["run"] == second.name != first.name and saved["step"] >= 6
-    found = runs.Run(
+    found = RunFolder(
         str(tmp_path / "checkpoints"),
         str(tmp_path / "run_logs"),
         "r",
@@ -519,8 +515,8 @@ def test_after_waits_for_the_run_at_work_whatever_its_name_says(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     run_with_log(tmp_path, "salt_20260203_030405_pid8", 200)
     run_with_log(tmp_path, f"salt{STAMP}", 5)
-    at_work = runs.lock(f"checkpoints/salt{STAMP}")
-    monkeypatch.setattr(runs.time, "sleep", lambda seconds: at_work.close())
+    at_work = lock(f"checkpoints/salt{STAMP}")
+    monkeypatch.setattr(time, "sleep", lambda seconds: at_work.close())
     assert runs.wait_for_end("salt", "checkpoints", "run_logs", 0.01) == f"checkpoints/salt{STAMP}"
     assert (
         f"that is checkpoints/salt{STAMP}, not checkpoints/salt_20260203_030405_pid8"
@@ -538,8 +534,8 @@ def test_one_who_asks_for_a_moment_does_not_refuse_a_start(tmp_path, monkeypatch
 
     asked = open(tmp_path / "starts.jsonl", "w")
     fcntl.flock(asked, fcntl.LOCK_SH)
-    monkeypatch.setattr(runs.time, "sleep", lambda seconds: asked.close())
-    assert not runs.lock(str(tmp_path)).closed
+    monkeypatch.setattr(time, "sleep", lambda seconds: asked.close())
+    assert not lock(str(tmp_path)).closed
 
 
 def test_the_logs_of_a_moved_run_are_found_by_name(tmp_path, monkeypatch):
@@ -734,7 +730,7 @@ def test_a_step_back_without_room_leaves_everything_as_it_was(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     found = opened(tmp_path, str(folder / "kept.pth"))
-    monkeypatch.setattr(runs.shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(
         InputError, match="last.pth.part cannot be written: No space left on device; make room"
     ):
@@ -763,7 +759,7 @@ def test_a_step_back_that_is_killed_at_any_moment_loses_nothing(tmp_path, monkey
 
         return changed
 
-    for module, name in ((runs.os, "replace"), (runs.os, "link"), (runs.shutil, "copyfile")):
+    for module, name in ((os, "replace"), (os, "link"), (shutil, "copyfile")):
         monkeypatch.setattr(module, name, killed(getattr(module, name)))
     with pytest.raises(KeyboardInterrupt):
         found.begin(str(tmp_path / "run_logs" / "salt_9.log"), 20)
@@ -839,9 +835,9 @@ def test_the_best_is_the_one_in_the_file(world, tmp_path):
     (folder,) = (tmp_path / "checkpoints").iterdir()
     shutil.copy(folder / "last.pth", tmp_path / "backup.pth")
     run(tmp_path, "train", *flags, "--resume", "auto")
-    best = weights.load_checkpoint(folder / "best.pth")
+    best = load_checkpoint(folder / "best.pth")
     # better than all that comes
-    weights.save_checkpoint(str(folder / "best.pth"), {**best, "best": 0.9, "step": 11})
+    save_checkpoint(str(folder / "best.pth"), {**best, "best": 0.9, "step": 11})
     shutil.copy(tmp_path / "backup.pth", folder / "last.pth")
     said = run(tmp_path, "train", *flags, "--resume", "auto")
     assert (
@@ -849,8 +845,8 @@ def test_the_best_is_the_one_in_the_file(world, tmp_path):
         in said
     )
     assert (
-        weights.load_checkpoint(folder / "best.pth")["best"] == 0.9
-        and weights.load_checkpoint(folder / "last.pth")["best"] == 0.9
+        load_checkpoint(folder / "best.pth")["best"] == 0.9
+        and load_checkpoint(folder / "last.pth")["best"] == 0.9
     )
 
 

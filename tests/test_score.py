@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import model
-import ops
+from salt.loader import Batch
+from salt.masks import sample_masks
+from salt.score import Space, clip_errors, interval, r2_interval, show_interval
 from tests.test_model import make_salt
 
 
@@ -37,7 +37,7 @@ def test_coverage_of_the_interval_of_r2():
     for _ in range(200):
         row, videos = few_bad_videos(random, 60, 6)
         found = {
-            "videos, BCa": model.r2_interval([row], videos),
+            "videos, BCa": r2_interval([row], videos),
             "videos, percentiles": percentiles(row, 60, videos),
             "clips, percentiles": percentiles(row, 360, np.arange(360)),
         }
@@ -55,18 +55,18 @@ def test_clips_of_a_video_are_drawn_together():
     random = np.random.default_rng(0)
     row, _ = few_bad_videos(random, 40, 1)
     names = np.array([f"v{number:02d}" for number in range(40)])
-    once = model.r2_interval([row], names)
+    once = r2_interval([row], names)
     order = random.permutation(640)
     many = {name: np.repeat(values, 16)[order] for name, values in row.items()}
-    assert model.r2_interval([many], np.repeat(names, 16)[order]) == pytest.approx(once, rel=1e-9)
-    alone = model.r2_interval([many], np.arange(640))
+    assert r2_interval([many], np.repeat(names, 16)[order]) == pytest.approx(once, rel=1e-9)
+    alone = r2_interval([many], np.arange(640))
     assert alone[1] - alone[0] < 0.5 * (once[1] - once[0])
 
 
 def test_the_interval_of_a_mean_is_near_the_normal_one():
     random = np.random.default_rng(0)
     values = random.normal(2, 3, 900)
-    low, high = model.interval(np.mean, values)
+    low, high = interval(np.mean, values)
     assert (low, high) == pytest.approx(
         (values.mean() - 1.96 * 0.1, values.mean() + 1.96 * 0.1), abs=0.02
     )
@@ -81,10 +81,10 @@ def test_what_has_no_interval_says_so_without_warnings(columns, capfd):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = model.interval(np.mean if len(columns) == 1 else ratio, *map(np.array, columns))
-    assert found is None and model.show_interval(found) == "-"
+        found = interval(np.mean if len(columns) == 1 else ratio, *map(np.array, columns))
+    assert found is None and show_interval(found) == "-"
     assert capfd.readouterr() == ("", "")
-    assert model.show_interval([0.25, 1], "+.2f") == "[+0.25, +1.00]"
+    assert show_interval([0.25, 1], "+.2f") == "[+0.25, +1.00]"
 
 
 # ------------------------------------------------------------------------------- spaces of targets
@@ -107,9 +107,9 @@ def test_predictions_in_another_space(own, to):
     variance = torch.rand(144, 20, generator=random) + 0.5
     rstd = 1 / (variance + 1e-6).sqrt()
     spaces = {
-        "none": model.Space("latents", "none", None, None, mean),
-        "standardise": model.Space("latents", "standardise", mean, rstd, torch.zeros(144, 20)),
-        "layer_norm": model.Space("latents", "layer_norm", None, None, zero),
+        "none": Space("latents", "none", None, None, mean),
+        "standardise": Space("latents", "standardise", mean, rstd, torch.zeros(144, 20)),
+        "layer_norm": Space("latents", "layer_norm", None, None, zero),
     }
     target = spaces[own].as_space(to, variance) or spaces["layer_norm"]
     assert (
@@ -119,14 +119,14 @@ def test_predictions_in_another_space(own, to):
     )
     patches = torch.randint(0, 256, (3, 144, 1536), dtype=torch.uint8, generator=random)
     latents = torch.randn(3, 144, 20, generator=random).half()
-    masks = {"long": ops.sample_masks(torch.arange(3), 0, 0, "long", (4, 6, 6))}
-    batch = data.Batch(torch.arange(3), patches, latents, masks)
+    masks = [sample_masks(torch.arange(3), 0, 0, "long", (4, 6, 6))]
+    batch = Batch(torch.arange(3), patches, latents, masks)
     converted = None if own == to else spaces[own]
-    row = model.clip_errors(salt, target, batch, ["long"], converted)["long"]
+    row = clip_errors(salt, target, batch, converted)["long"]
 
     with torch.no_grad():
         made = salt(patches, masks)["long"].double().numpy()
-    index = masks["long"].target.numpy()
+    index = masks[0].target.numpy()
     at = {
         name: x.double().numpy()[index]
         for name, x in (("mean", mean), ("rstd", rstd), ("zero", target.zero))
@@ -141,9 +141,7 @@ def test_predictions_in_another_space(own, to):
 
 def test_spaces_that_another_does_not_decide():
     zero = torch.zeros(4, 3)
-    layer_norm, raw = (
-        model.Space("latents", name, None, None, zero) for name in ("layer_norm", "none")
-    )
+    layer_norm, raw = (Space("latents", name, None, None, zero) for name in ("layer_norm", "none"))
     assert layer_norm.as_space("none") is None and raw.as_space("layer_norm") is None
     assert (
         raw.as_space("standardise") is None and layer_norm.as_space("standardise", zero + 1) is None

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-import budget
-import cache
 import model
-import weights
+from benchmarks import budget
+from salt import cache
+from salt.checkpoint import load_checkpoint, save_checkpoint
+from salt.masks import mask_counts
+from salt.ops import patchify
+from salt.video import read_clip
 from tests.stages import REFUSE, ROOT, SMALL, VIEW, error_of, everything_in, run, run_folder, start
 
 
@@ -40,19 +43,15 @@ def test_the_cache_leaves_out_what_cannot_be_decoded(world):
 
 
 def test_cached_latents_are_the_teachers(world):
-    opened, teacher = (
-        cache.open_cache(world / "latents"),
-        model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")), dtype="bf16"),
-    )
+    opened = cache.open_cache(world / "latents")
+    teacher = model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")), dtype="bf16")
     for row in (0, 16):
-        clip = model.data.read_clip(
-            str(world / "data" / "videos" / f"{opened.ids[row]}.webm"), opened.view
-        )
+        clip = read_clip(str(world / "data" / "videos" / f"{opened.ids[row]}.webm"), opened.view)
         expected = model.teacher_latents(teacher, torch.from_numpy(clip)[None])[0]
         np.testing.assert_allclose(
             opened.latents(row).astype(np.float32), expected.numpy(), atol=2e-3
         )
-        assert np.array_equal(opened.patches(row), model.data.patchify(clip))
+        assert np.array_equal(opened.patches(row), patchify(clip))
 
 
 def test_caching_again_changes_nothing_and_an_interrupted_cache_is_the_same(world):
@@ -135,10 +134,8 @@ def large(world):
 
 
 def test_many_views_are_cut_as_one_by_one_and_int8_latents_are_close(world, large):
-    opened, teacher = (
-        cache.open_cache(world / "large"),
-        model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")), dtype="bf16"),
-    )
+    opened = cache.open_cache(world / "large")
+    teacher = model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")), dtype="bf16")
     assert (
         len(opened) == 17 * 60
         and opened.metadata["list_count"] == 19 * 60
@@ -147,12 +144,12 @@ def test_many_views_are_cut_as_one_by_one_and_int8_latents_are_close(world, larg
     assert opened.ids.fields(0) == ("0", 0) and opened.ids.fields(61) == ("1", 1)
     for record in (0, 7, 511, 1000):
         name, number = opened.ids.fields(record)
-        clip = model.data.read_clip(
+        clip = read_clip(
             str(world / "data" / "videos" / f"{name}.webm"),
             dataclasses.replace(opened.view, view=number),
             name,
         )
-        assert np.array_equal(opened.patches(record), model.data.patchify(clip))
+        assert np.array_equal(opened.patches(record), patchify(clip))
         exact = model.teacher_latents(teacher, torch.from_numpy(clip)[None])[0].numpy()
         size = np.sqrt(np.square(exact).mean(1, keepdims=True))  # of a token
         step = size * np.abs(exact / size).max(0) / 127
@@ -258,7 +255,7 @@ def test_a_run_leaves_its_checkpoints_and_log(world):
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     held_out = [row["val_r2"] for row in metrics if "val_r2" in row]
     assert len(held_out) == 5 and held_out[-1] > held_out[0] and all(np.isfinite(held_out))
-    best, last = (weights.load_checkpoint(folder / name) for name in ("best.pth", "last.pth"))
+    best, last = (load_checkpoint(folder / name) for name in ("best.pth", "last.pth"))
     assert (
         "optimizer" in last
         and "optimizer" not in best
@@ -279,7 +276,7 @@ CLOCKED = {"clips_per_s", "data_wait", "mfu", "memory_gb"}  # of metrics.jsonl
 
 
 def finished_losses(folder):
-    return weights.load_checkpoint(folder / "last.pth")["losses"]
+    return load_checkpoint(folder / "last.pth")["losses"]
 
 
 @pytest.mark.parametrize(
@@ -334,12 +331,12 @@ def test_resuming_is_exact(world, grad, tmp_path):
     stopped = next(tmp_path.glob("checkpoints/r_*"))
     assert {"best.pth", "last.pth"} <= {
         path.name for path in stopped.iterdir()
-    } and 6 <= weights.load_checkpoint(stopped / "last.pth")["step"] < 16
+    } and 6 <= load_checkpoint(stopped / "last.pth")["step"] < 16
     # every step that ran is in it: `minimum loss .. at step a of b`
-    assert f"of {weights.load_checkpoint(stopped / 'last.pth')['step']}\n" in rest
+    assert f"of {load_checkpoint(stopped / 'last.pth')['step']}\n" in rest
     said = run(tmp_path, "train", *flags, "--resume", "auto", OMP_NUM_THREADS="2")
     assert f"resuming from {Path('checkpoints') / stopped.name}" in said
-    whole = weights.load_checkpoint(next(tmp_path.glob("whole/r_*")) / "last.pth")
+    whole = load_checkpoint(next(tmp_path.glob("whole/r_*")) / "last.pth")
     # one run, one folder, and in it the logs of its starts
     assert list(tmp_path.glob("checkpoints/*")) == [stopped]
     starts = [json.loads(line) for line in (stopped / "starts.jsonl").read_text().splitlines()]
@@ -366,7 +363,7 @@ def test_resuming_is_exact(world, grad, tmp_path):
         for folder in (stopped, next(tmp_path.glob("whole/r_*")))
     ]
     assert lines[0] == lines[1]
-    resumed = weights.load_checkpoint(stopped / "last.pth")
+    resumed = load_checkpoint(stopped / "last.pth")
     assert torch.equal(whole["losses"], resumed["losses"]) and len(whole["losses"]) == 16
     for part, other in [(whole[name], resumed[name]) for name in ("student", "predictor")] + [
         (whole["ema"][name], resumed["ema"][name]) for name in whole.get("ema", ())
@@ -412,10 +409,8 @@ def test_ways_to_run_a_step_leave_its_losses_alone(world, tmp_path):
             (next(tmp_path.glob("checkpoints/plain_*")) / "metrics.jsonl").read_text().splitlines()
         )
     ]
-    shape, counts = (
-        weights.load_checkpoint(next(tmp_path.glob("checkpoints/plain_*/best.pth"))),
-        [model.ops.mask_counts(family, (2, 3, 3)) for family in ("short", "long")],
-    )
+    shape = load_checkpoint(next(tmp_path.glob("checkpoints/plain_*/best.pth")))
+    counts = [mask_counts(family, (2, 3, 3)) for family in ("short", "long")]
     flops = budget.step_flops(
         model.EncoderConfig(**shape["encoder_config"]), shape["predictor_config"], counts
     )
@@ -453,9 +448,7 @@ def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):
             "--weight_decay_end",
             "0.04",
         )
-        states.append(
-            weights.load_checkpoint(next(tmp_path.glob(f"checkpoints/e{steps}_*/last.pth")))
-        )
+        states.append(load_checkpoint(next(tmp_path.glob(f"checkpoints/e{steps}_*/last.pth"))))
     torch.manual_seed(0)
     average = model.build_salt(
         model.EncoderConfig(**states[0]["encoder_config"]), states[0]["predictor_config"]
@@ -855,9 +848,9 @@ def test_probe_says_what_its_held_out_videos_are(world, tmp_path):
     """Those that the encoder was trained on, and copies, which make intervals too narrow."""
     (tmp_path / "videos").mkdir()
     best = run_folder(world, "student") / "best.pth"
-    older = weights.load_checkpoint(best)
+    older = load_checkpoint(best)
     del older["trained_on"]
-    weights.save_checkpoint(str(tmp_path / "older.pth"), older)
+    save_checkpoint(str(tmp_path / "older.pth"), older)
     for name, number in [*((str(i), i) for i in (0, 1, 2, 3, 20, 21, 22)), ("copy", 20)]:
         shutil.copy(
             world / "data" / "videos" / f"{number}.webm", tmp_path / "videos" / f"{name}.webm"
@@ -1091,13 +1084,19 @@ def test_the_environment_is_used_and_logged(world, tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stands(tmp_path):
     """The file size limit stands in for a full disk."""
-    code = (
-        "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); import torch, weights;"
-        " signal.signal(signal.SIGXFSZ, signal.SIG_IGN);weights.save_checkpoint('x.pth', {'w':"
-        " torch.zeros(10)}); resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000));\ntry:"
-        " weights.save_checkpoint('x.pth', {'w': torch.zeros(1000000)})\nexcept weights.InputError"
-        " as error: print(error)\nassert weights.load_pickle('x.pth')['w'].shape == (10,)"
-    )
+    code = """if True:
+        import resource, signal, sys
+        sys.path.insert(0, sys.argv[1])
+        import torch
+        from salt import checkpoint, errors
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        checkpoint.save_checkpoint("x.pth", {"w": torch.zeros(10)})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+        try:
+            checkpoint.save_checkpoint("x.pth", {"w": torch.zeros(1000000)})
+        except errors.InputError as error:
+            print(error)
+        assert checkpoint.load_pickle("x.pth")["w"].shape == (10,)"""
     done = subprocess.run(
         [sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True
     )
@@ -1177,10 +1176,8 @@ def test_training_from_a_cache_with_clips_needs_no_av(world, tmp_path):
 
 
 def test_every_stage_runs_where_semaphores_and_shared_memory_are_refused(world, tmp_path):
-    best, teacher = (
-        run_folder(world, "student") / "best.pth",
-        next(world.glob("checkpoints/teacher_*/best.pth")),
-    )
+    best = run_folder(world, "student") / "best.pth"
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
     for script, flags in (
         ("cache_latents", ["--data", world / "data", "--teacher", teacher, "--out", "c"]),
         (

@@ -2,6 +2,7 @@
 families against separate ones, the parts of train.py's loop against plain PyTorch."""
 
 import copy
+import functools
 import json
 import math
 import subprocess
@@ -17,12 +18,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-import budget
 import model
-import ops
-from config import InputError
+from benchmarks import budget
+from salt import ops
+from salt.errors import InputError
+from salt.loader import Batch
+from salt.masks import mask_counts, sample_masks
+from salt.score import Space, clip_errors
 
-ROOT = Path(ops.__file__).resolve().parent
+ROOT = Path(ops.__file__).resolve().parent.parent
 needs_tiles = pytest.mark.skipif(
     not ops.EXTENSION["amx"], reason="needs the extension and a processor with AMX"
 )
@@ -55,17 +59,16 @@ def make_salt(depth=2, families=FAMILIES, seed=0):
 
 def some_batch(b=3, seed=0, families=FAMILIES):
     generator = torch.Generator().manual_seed(seed)
-    return (
+    ids = torch.arange(b) + 100 * seed
+    return Batch(
+        ids,
         torch.randint(0, 256, (b, 144, 1536), dtype=torch.uint8, generator=generator),
         torch.randn(b, 144, 24, generator=generator).half(),
-        {
-            family: ops.sample_masks(torch.arange(b) + 100 * seed, 0, 0, family, GRID)
-            for family in families
-        },
+        [sample_masks(ids, 0, 0, family, GRID) for family in families],
     )
 
 
-SPACE = model.Space("latents", "none", None, None, torch.zeros(144, 24))
+SPACE = Space("latents", "none", None, None, torch.zeros(144, 24))
 
 
 def distance(found, expected):
@@ -103,10 +106,8 @@ SHAPES = [
 @pytest.mark.parametrize("b, lengths, heads, d", SHAPES)
 def test_attention_and_its_gradient(b, lengths, heads, d, dtype):
     torch.manual_seed(0)
-    qkv, gradient = (
-        (torch.randn(b, sum(lengths), 3, heads, d) * 1.5).to(dtype).requires_grad_(),
-        torch.randn(b, sum(lengths), heads, d).to(dtype),
-    )
+    qkv = (torch.randn(b, sum(lengths), 3, heads, d) * 1.5).to(dtype).requires_grad_()
+    gradient = torch.randn(b, sum(lengths), heads, d).to(dtype)
     found = ops.attention(qkv, lengths)
     (back,) = torch.autograd.grad(found, qkv, gradient)
     assert found.shape == gradient.shape and found.dtype == back.dtype == dtype
@@ -133,10 +134,8 @@ def test_attention_and_its_gradient(b, lengths, heads, d, dtype):
 )
 def test_attention_of_any_shape(lengths, heads, d, seed):
     torch.manual_seed(seed)
-    qkv, gradient = (
-        torch.randn(2, sum(lengths), 3, heads, d).bfloat16().requires_grad_(),
-        torch.randn(2, sum(lengths), heads, d).bfloat16(),
-    )
+    qkv = torch.randn(2, sum(lengths), 3, heads, d).bfloat16().requires_grad_()
+    gradient = torch.randn(2, sum(lengths), heads, d).bfloat16()
     found = ops.attention(qkv, lengths)
     (back,) = torch.autograd.grad(found, qkv, gradient)
     exact = qkv.detach().double().requires_grad_()
@@ -296,10 +295,8 @@ def test_transposition_and_sums(rows, columns):
 @pytest.mark.parametrize("gelu", [False, True])
 def test_linear_and_its_gradients(dtype, bias, gelu):
     torch.manual_seed(0)
-    x, weight = (
-        torch.randn(2, 70, 40).to(dtype).requires_grad_(),
-        torch.randn(24, 40).to(dtype).requires_grad_(),
-    )
+    x = torch.randn(2, 70, 40).to(dtype).requires_grad_()
+    weight = torch.randn(24, 40).to(dtype).requires_grad_()
     extra = torch.randn(24, requires_grad=True) if bias else None
     upstream = torch.randn(24, 2, 70).to(dtype).permute(1, 2, 0)  # not contiguous
     found = (ops.gelu_linear if gelu else ops.linear)(x, weight, extra)
@@ -319,18 +316,19 @@ def test_linear_and_its_gradients(dtype, bias, gelu):
 
 
 def test_one_pass_gives_what_a_pass_a_family_gives():
-    salt, (patches, _, masks) = make_salt(), some_batch()
-    together = salt(patches, masks)
-    for family, drawn in masks.items():
-        alone = salt(patches, {family: drawn})[family]
-        torch.testing.assert_close(together[family], alone, rtol=1e-4, atol=1e-5)
-    swapped = salt(patches, dict(reversed(masks.items())))
+    salt, batch = make_salt(), some_batch()
+    together = salt(batch.patches, batch.masks)
+    for drawn in batch.masks:
+        alone = salt(batch.patches, [drawn])[drawn.family]
+        torch.testing.assert_close(together[drawn.family], alone, rtol=1e-4, atol=1e-5)
+    swapped = salt(batch.patches, batch.masks[::-1])
     torch.testing.assert_close(swapped["short"], together["short"], rtol=1e-4, atol=1e-5)
 
 
 def test_masks_of_one_clip_do_not_see_each_other():
-    salt, (patches, _, masks) = make_salt(), some_batch(1)
-    seen, other = masks["short"].context[0].tolist(), masks["long"].context[0].tolist()
+    salt, batch = make_salt(), some_batch(1)
+    patches, masks = batch.patches, batch.masks
+    seen, other = (drawn.context[0].tolist() for drawn in masks)
     only_short = [n for n in seen if n not in other]
     changed = patches.clone()
     changed[0, only_short] = 255 - changed[0, only_short]
@@ -341,7 +339,7 @@ def test_masks_of_one_clip_do_not_see_each_other():
 
 
 def test_nothing_is_computed_for_tokens_that_no_mask_asks_for():
-    salt, (patches, _, masks) = make_salt(), some_batch()
+    salt, batch = make_salt(), some_batch()
     rows = {}
     for name in (
         "student.patch_embed",
@@ -355,9 +353,9 @@ def test_nothing_is_computed_for_tokens_that_no_mask_asks_for():
                 {name: rows.get(name, 0) + given[0].shape[:-1].numel()}
             )
         )
-    salt(patches, masks)
+    salt(batch.patches, batch.masks)
     context, target = (
-        sum(getattr(drawn, part).shape[1] for drawn in masks.values()) * 3
+        sum(getattr(drawn, part).shape[1] for drawn in batch.masks) * 3
         for part in ("context", "target")
     )
     assert rows == {
@@ -370,14 +368,13 @@ def test_nothing_is_computed_for_tokens_that_no_mask_asks_for():
 
 
 def test_the_budget_counts_what_torch_counts():
-    salt, (patches, latents, masks) = make_salt(), some_batch(2)
+    salt, batch = make_salt(), some_batch(2)
     # as plain products, which it knows
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        predictions = salt(patches, masks)
+        loss, _ = model.salt_loss(salt, batch, SPACE)
         forward = counter.get_total_flops()
-        *_, gradients = model.salt_loss(predictions, patches, latents, masks, SPACE)
-        torch.autograd.backward(list(predictions.values()), list(gradients.values()))
-    counts = [ops.mask_counts(family, GRID) for family in masks]
+        loss.backward()
+    counts = [mask_counts(drawn.family, GRID) for drawn in batch.masks]
     parts = budget.forward_parts(
         salt.student.config, {"dim": 48, "depth": 2, "dim_out": 24}, counts
     )
@@ -401,20 +398,12 @@ def run_steps(salt, steps, dtype="fp32", families=FAMILIES, accumulate=1):
     )
     losses = []
     for seed in range(steps):
-        patches, latents, masks = some_batch(4, seed, families)
         model.cast_matrices(salt, dtype)
-        total, part = 0, 4 // accumulate
-        for few in (slice(i, i + part) for i in range(0, 4, part)):
-            drawn = {
-                family: ops.Masks(both.context[few], both.target[few])
-                for family, both in masks.items()
-            }
-            predictions = salt(patches[few], drawn)
-            error, _, _, gradients = model.salt_loss(
-                predictions, patches[few], latents[few], drawn, SPACE, weight=1 / accumulate
-            )
-            torch.autograd.backward(list(predictions.values()), list(gradients.values()))
-            total += error.item() / accumulate
+        total = 0
+        for part in some_batch(4, seed, families).split(accumulate):
+            loss, errors = model.salt_loss(salt, part, SPACE, weight=1 / accumulate)
+            loss.backward()
+            total += errors[0].item() / accumulate
         model.update(optimizer, list(salt.parameters()), 0.02)
         losses.append(total)
     return losses
@@ -424,7 +413,9 @@ def plain_steps(salt, steps):
     """The same in plain PyTorch, float32: modules called a family at a time, gather, mse_loss,
     clip_grad_norm_, AdamW tensor by tensor.
     """
-    student, predictor, config = salt.student, salt.predictor, salt.student.config
+    student = salt.student
+    predictor = salt.predictor
+    config = salt.student.config
 
     def attention(module, x):
         bias = torch.cat([module.q_bias, torch.zeros_like(module.q_bias), module.v_bias])
@@ -456,12 +447,12 @@ def plain_steps(salt, steps):
     )
     losses = []
     for seed in range(steps):
-        patches, latents, masks = some_batch(4, seed)
+        _, patches, latents, masks, _ = some_batch(4, seed)
         pixels = (
             patches.float().unflatten(-1, (3, -1)) / 255 - torch.tensor(config.mean)[:, None]
         ) / torch.tensor(config.std)[:, None]
         total = 0
-        for number, drawn in enumerate(masks.values()):
+        for number, drawn in enumerate(masks):
 
             def at(x, index):
                 return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
@@ -514,7 +505,7 @@ def test_recomputation_keeps_less():
     def kept(recompute):
         salt, sizes = make_salt(4), []
         salt.student.recompute = salt.predictor.recompute = recompute
-        patches, _, masks = some_batch()
+        batch = some_batch()
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x: (
                 sizes.append(x.numel() * x.element_size() * (not x.is_leaf or not x.requires_grad))
@@ -522,7 +513,7 @@ def test_recomputation_keeps_less():
             ),
             lambda x: x,
         ):
-            salt(patches, masks)
+            salt(batch.patches, batch.masks)
         return sum(sizes)
 
     assert kept(True) < kept(False) / 4
@@ -534,10 +525,8 @@ def test_gradients_of_the_working_copies_are_autocasts():
     """
 
     def gradients(salt, forward):
-        patches, latents, masks = some_batch()
-        predictions = forward(salt, patches, masks)
-        *_, upstream = model.salt_loss(predictions, patches, latents, masks, SPACE)
-        torch.autograd.backward(list(predictions.values()), list(upstream.values()))
+        loss, _ = model.salt_loss(functools.partial(forward, salt), some_batch(), SPACE)
+        loss.backward()
         return {name: parameter.grad for name, parameter in salt.named_parameters()}
 
     def working(salt, patches, masks):
@@ -561,7 +550,8 @@ def test_gradients_of_the_working_copies_are_autocasts():
 
 
 def test_working_copies_leave_no_trace():
-    salt, (patches, _, masks) = make_salt(), some_batch()
+    salt, batch = make_salt(), some_batch()
+    patches, masks = batch.patches, batch.masks
     before, names = salt(patches, masks)["long"], set(salt.state_dict())
     model.cast_matrices(salt, "bf16")
     half = salt(patches, masks)["long"]
@@ -614,10 +604,8 @@ def test_an_update_is_clip_grad_norm_and_adamw(clip):
         [torch.nn.Parameter(x.clone()) for x in (torch.ones(30), torch.ones(4, 5))]
         for _ in range(2)
     )
-    fused, plain = (
-        torch.optim.AdamW(ours, lr=0.1, fused=True),
-        torch.optim.AdamW(theirs, lr=0.1, foreach=False),
-    )
+    fused = torch.optim.AdamW(ours, lr=0.1, fused=True)
+    plain = torch.optim.AdamW(theirs, lr=0.1, foreach=False)
     for _ in range(3):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn_like(a)
@@ -643,12 +631,9 @@ def test_compiled_blocks_are_compiled_once_and_agree():
     found = run_steps(salt, 1, "bf16")
     compiled = counters["frames"]["ok"], counters["stats"]["unique_graphs"]
     assert compiled == (2, 2)  # one for the student's blocks, one for the predictor's
-    patches, latents, masks = some_batch(1)
     # a held-out evaluation, with a smaller batch at its end
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        model.clip_errors(
-            salt, SPACE, model.data.Batch(torch.arange(1), patches, latents, masks), FAMILIES
-        )
+        clip_errors(salt, SPACE, some_batch(1))
     salt.load_state_dict(make_salt(3).state_dict())
     found = run_steps(salt, 4, "bf16")
     assert (counters["frames"]["ok"], counters["stats"]["unique_graphs"]) == compiled
@@ -662,7 +647,7 @@ def test_bench_compares_and_counts(tmp_path):
     done = subprocess.run(
         [
             sys.executable,
-            "bench.py",
+            "benchmarks/bench.py",
             "step",
             "--sizes",
             "tiny",
@@ -672,6 +657,8 @@ def test_bench_compares_and_counts(tmp_path):
             "3",
             "--variants",
             "textbook,ours,loader",
+            "--predictor_depth",
+            "1",
             "--no_memory",
             "--no_attention",
             "--clips",
@@ -697,16 +684,19 @@ def test_bench_compares_and_counts(tmp_path):
     )
     assert step["flops"] == budget.step_flops(
         model.config_of_size("tiny"),
-        {"dim": 512, "depth": 12, "dim_out": 768},
+        {"dim": 512, "depth": 1, "dim_out": 768},
         [(352, 784), (112, 1088)],
     )
     done = subprocess.run(
-        [sys.executable, "bench.py", "budget", "--sizes", "tiny", "--batch_size", "1"],
+        [sys.executable, "benchmarks/bench.py", "budget", "--sizes", "tiny", "--batch_size", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and f"{step['flops'] / 1e9:.0f}" in done.stdout
+    counts = [(352, 784), (112, 1088)]
+    default = {"dim": 512, "depth": 12, "dim_out": 768}
+    flops = budget.step_flops(model.config_of_size("tiny"), default, counts)
+    assert done.returncode == 0 and f"{flops / 1e9:.0f}" in done.stdout
 
 
 def test_a_line_says_where_more_threads_do_not_help(monkeypatch):

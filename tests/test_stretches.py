@@ -4,8 +4,9 @@ import av
 import numpy as np
 import pytest
 
-import data
-from data import View
+from salt import views
+from salt.video import OddVideos, VideoError, frames_of, odd_videos, read_clip, read_clips
+from salt.views import View
 from tests.test_data import numbered_frames, write_video
 
 SMALL = View(frames=4, size=32, short_side=32)
@@ -61,7 +62,9 @@ CONTAINERS = [
 def test_a_stretch_has_the_frames_and_pixels_of_the_whole(
     tmp_path, monkeypatch, codec, suffix, options, pix_fmt, held
 ):
-    monkeypatch.setattr(data, "HELD_BYTES", held)  # 0: as a video too large to hold its packets
+    monkeypatch.setattr(
+        "salt.video.HELD_BYTES", held
+    )  # 0: as a video too large to hold its packets
     path = write_video(
         tmp_path / f"v.{suffix}",
         noisy_frames(60),
@@ -72,7 +75,7 @@ def test_a_stretch_has_the_frames_and_pixels_of_the_whole(
         bit_rate=2_000_000,
     )
     times = times_of(path)
-    whole = data.read_clip(path, View(frames=len(times), size=32, short_side=32))
+    whole = read_clip(path, View(frames=len(times), size=32, short_side=32))
     for start, end in [
         (0, 0.6),
         (0.3, 0.5),
@@ -86,14 +89,14 @@ def test_a_stretch_has_the_frames_and_pixels_of_the_whole(
     ]:
         inside = np.flatnonzero((times >= (start or 0) - 5e-4) & (times < (end or 99) - 5e-4))
         assert len(inside)
-        clip, jittered = data.read_clips(
+        clip, jittered = read_clips(
             path, [SMALL, View(frames=4, size=32, short_side=32, view=2)], "id", start, end
         )
-        expected = inside[data.frame_numbers(len(inside), SMALL)]
+        expected = inside[views.frame_numbers(len(inside), SMALL)]
         assert np.array_equal(clip, whole[expected]), (start, end)
         assert np.array_equal(
             jittered,
-            data.read_clip(path, View(frames=4, size=32, short_side=32, view=2), "id", start, end),
+            read_clip(path, View(frames=4, size=32, short_side=32, view=2), "id", start, end),
         )
 
 
@@ -103,15 +106,15 @@ def test_times_that_do_not_rise_are_refused(tmp_path):
     path = write_video(
         tmp_path / "v.avi", noisy_frames(60), "libx264", 25, "yuv420p", options=options
     )
-    assert data.read_clip(path, SMALL).shape == (4, 32, 32, 3)
-    with pytest.raises(data.VideoError, match="times for its frames that do not rise"):
-        data.read_clip(path, SMALL, "id", 0.28, 0.6)
+    assert read_clip(path, SMALL).shape == (4, 32, 32, 3)
+    with pytest.raises(VideoError, match="times for its frames that do not rise"):
+        read_clip(path, SMALL, "id", 0.28, 0.6)
 
 
 def test_a_variable_frame_rate_is_cut_by_time(tmp_path):
     ticks = np.cumsum([0, 1, 1, 5, 1, 9, 1, 1, 30, 1, 2, 1, 1, 1]).tolist()
     path = write_video(tmp_path / "v.mkv", numbered_frames(14), "ffv1", 10, "bgr0", times=ticks)
-    clip = data.read_clip(path, View(frames=3, size=32, short_side=32), start=0.7, end=1.9)
+    clip = read_clip(path, View(frames=3, size=32, short_side=32), start=0.7, end=1.9)
     assert np.rint((clip.mean((1, 2, 3)) - 10) / 4).tolist() == [
         3,
         5,
@@ -138,7 +141,7 @@ def test_episodes_of_a_file_share_no_frame_and_lose_none(tmp_path):
             seen = []
             for first, last in zip(bounds, bounds[1:], strict=False):
                 view = View(frames=last - first, size=32, short_side=32)
-                clip = data.read_clip(
+                clip = read_clip(
                     video, view, None, float(rounded(first / 30)), float(rounded(last / 30))
                 )
                 seen += np.rint((clip.mean((1, 2, 3)) - 10) / 4).astype(int).tolist()
@@ -149,11 +152,11 @@ def test_what_lies_far_before_a_stretch_is_not_decoded(tmp_path, monkeypatch):
     path = write_video(
         tmp_path / "v.mp4", noisy_frames(100), "libx264", 25, options={"g": "10", "bf": "2"}
     )
-    fed, original = [], data.frames_of
+    fed, original = [], frames_of
     monkeypatch.setattr(
-        data, "frames_of", lambda packet: fed.append(packet.pts) or original(packet)
+        "salt.video.frames_of", lambda packet: fed.append(packet.pts) or original(packet)
     )
-    data.read_clip(path, SMALL, None, 3.0, 3.4)
+    read_clip(path, SMALL, None, 3.0, 3.4)
     assert (
         10 <= len(fed) <= 10 + 10 + 8
     )  # one group of pictures before it, and what the decoder holds back; and the first frame
@@ -163,14 +166,14 @@ def test_an_empty_stretch_is_one_clear_error(tmp_path):
     path = write_video(tmp_path / "v.mp4", numbered_frames(20), "mpeg4", 10)
     for start, end in ((2.0, 3.0), (0.51, 0.59), (50.0, None)):
         with pytest.raises(
-            data.VideoError,
+            VideoError,
             match=rf"v.mp4 holds no frame from {start} s to {'its end' if end is None else end}",
         ):
-            data.read_clip(path, SMALL, None, start, end)
+            read_clip(path, SMALL, None, start, end)
 
 
 def test_long_clips_are_warned_of_once(tmp_path):
-    said, watch = [], data.OddVideos()
+    said, watch = [], OddVideos()
     watch.watch(60.0, said.append)
     watch.note_span("a.mp4", 60.0)
     watch.note_span("b.mp4", 61.0)
@@ -182,42 +185,42 @@ def test_the_span_of_a_clip_is_that_of_its_frames(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mkv", numbered_frames(40), "ffv1", 10, "bgr0")
     noted = []
     monkeypatch.setattr(
-        data.odd_videos, "note_span", lambda video, seconds: noted.append(round(seconds, 6))
+        odd_videos, "note_span", lambda video, seconds: noted.append(round(seconds, 6))
     )
-    data.read_clips(
+    read_clips(
         path,
         [
             View(frames=4, size=32, short_side=32),
             View(frames=4, size=32, short_side=32, sampling="stride"),
         ],
     )
-    data.read_clip(path, View(frames=4, size=32, short_side=32), None, 1.0, 2.0)
+    read_clip(path, View(frames=4, size=32, short_side=32), None, 1.0, 2.0)
     assert sorted(noted) == [0.7, 1.2, 3.0]
 
 
 @pytest.mark.parametrize("end, noted", [(None, False), (4.0, False), (4.3, False), (2500.0, True)])
 def test_an_end_in_other_units_is_noticed(tmp_path, monkeypatch, end, noted):
     path = write_video(tmp_path / "v.mkv", numbered_frames(40), "ffv1", 10, "bgr0")
-    said, watch = [], data.OddVideos()
+    said, watch = [], OddVideos()
     watch.watch(60.0, said.append)
-    monkeypatch.setattr(data, "odd_videos", watch)
-    data.read_clip(path, SMALL, None, 1.0, end)
+    monkeypatch.setattr("salt.video.odd_videos", watch)
+    read_clip(path, SMALL, None, 1.0, end)
     assert [f"{path} ends after 3 s of 2499 s" in line for line in said] == [True] * noted
 
 
 def test_the_end_of_a_stretch_late_in_a_file_is_its_own(tmp_path, monkeypatch):
     """Half of it is missing, which is little of the file."""
     path = write_video(tmp_path / "v.mkv", numbered_frames(60), "ffv1", 1, "bgr0")
-    said, watch = [], data.OddVideos()
+    said, watch = [], OddVideos()
     watch.watch(60.0, said.append)
-    monkeypatch.setattr(data, "odd_videos", watch)
-    data.read_clip(path, SMALL, None, 50.0, 60.0)
-    data.read_clip(path, SMALL, None, 55.0, 65.0)
+    monkeypatch.setattr("salt.video.odd_videos", watch)
+    read_clip(path, SMALL, None, 50.0, 60.0)
+    read_clip(path, SMALL, None, 55.0, 65.0)
     assert len(said) == 1 and f"{path} ends after 5 s of 10 s" in said[0]
 
 
 def test_a_file_without_times_has_no_stretches(tmp_path):
     path = write_video(tmp_path / "v.h264", numbered_frames(20), "libx264", 10)
-    assert data.read_clip(path, SMALL).shape == (4, 32, 32, 3)
-    with pytest.raises(data.VideoError, match="v.h264 states no times for its frames"):
-        data.read_clip(path, SMALL, None, 0.5, 0.9)
+    assert read_clip(path, SMALL).shape == (4, 32, 32, 3)
+    with pytest.raises(VideoError, match="v.h264 states no times for its frames"):
+        read_clip(path, SMALL, None, 0.5, 0.9)

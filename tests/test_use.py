@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-import data
 import model
-import weights
-from config import InputError
 from model import EncoderConfig
+from salt import ops
+from salt.checkpoint import CHECKPOINT_PARTS, save_checkpoint
+from salt.errors import InputError
+from salt.files import sha256
+from salt.video import clip_of_frames, read_clip
+from salt.views import View
 from tests.test_data import write_video
 from tests.test_model import clips_for, shake
-from views import View
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.set_verbosity_error()
@@ -51,8 +52,8 @@ def tiny_encoder(view, **other):
 
 
 def save(encoder, path):
-    parts = dict.fromkeys(weights.CHECKPOINT_PARTS)
-    weights.save_checkpoint(
+    parts = dict.fromkeys(CHECKPOINT_PARTS)
+    save_checkpoint(
         path,
         {
             **parts,
@@ -89,27 +90,27 @@ def test_a_clip_of_frames_is_that_of_their_lossless_video(tmp_path, codec, pix_f
     frames = textured(21, *size)
     path = write_video(tmp_path / f"v.{suffix}", list(frames), codec, pix_fmt=pix_fmt)
     for view in VIEWS:
-        clip = data.clip_of_frames(frames, view, "v")
+        clip = clip_of_frames(frames, view, "v")
         assert clip.dtype == np.uint8 and clip.shape == (view.frames, view.size, view.size, 3)
-        np.testing.assert_array_equal(clip, data.read_clip(path, view))
+        np.testing.assert_array_equal(clip, read_clip(path, view))
 
 
 def test_frames_may_be_few_and_anywhere_in_memory():
     frames = textured(5, 40, 60)
     view = View(8, 32, 32)
     numbers = [int((i + 0.5) * 5 / 8) for i in range(8)]
-    clip = data.clip_of_frames(frames, view)
+    clip = clip_of_frames(frames, view)
     assert all(
-        np.array_equal(clip[i], data.clip_of_frames(frames[n : n + 1], View(1, 32, 32))[0])
+        np.array_equal(clip[i], clip_of_frames(frames[n : n + 1], View(1, 32, 32))[0])
         for i, n in enumerate(numbers)
     )
     flipped = np.asfortranarray(frames)[::-1, :, ::-1]
     np.testing.assert_array_equal(
-        data.clip_of_frames(flipped, view), data.clip_of_frames(np.ascontiguousarray(flipped), view)
+        clip_of_frames(flipped, view), clip_of_frames(np.ascontiguousarray(flipped), view)
     )
-    np.testing.assert_array_equal(data.clip_of_frames(list(frames), view), clip)
+    np.testing.assert_array_equal(clip_of_frames(list(frames), view), clip)
     same = textured(4, 32, 32)
-    np.testing.assert_array_equal(data.clip_of_frames(same, View(4, 32, 32)), same)
+    np.testing.assert_array_equal(clip_of_frames(same, View(4, 32, 32)), same)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_what_is_no_array_of_frames_is_refused(frames):
         InputError,
         match=re.escape(f"{list(frames.shape)} was given; clip_of_frames takes frames uint8"),
     ):
-        data.clip_of_frames(frames)
+        clip_of_frames(frames)
 
 
 # -------------------------------------------------------------------------------- encode
@@ -135,7 +136,7 @@ def test_what_is_no_array_of_frames_is_refused(frames):
 def test_encode_takes_arrays_and_tensors_with_a_batch_axis_or_without():
     encoder = tiny_encoder(View(4, 32, 32))
     clips = clips_for(encoder.config)
-    expected = encoder(encoder.normalise(data.patchify(clips, 8))).detach()
+    expected = encoder(encoder.normalise(ops.patchify(clips, 8))).detach()
     readonly = clips.numpy().copy()
     readonly.setflags(write=False)
     planes = np.ascontiguousarray(clips.numpy().transpose(0, 1, 4, 2, 3)).transpose(
@@ -149,8 +150,8 @@ def test_encode_takes_arrays_and_tensors_with_a_batch_axis_or_without():
             readonly,
             planes,
             clips.numpy()[:, ::-1][:, ::-1],
-            data.patchify(clips, 8),
-            data.patchify(clips.numpy(), 8),
+            ops.patchify(clips, 8),
+            ops.patchify(clips.numpy(), 8),
         ):
             assert torch.equal(encoder.encode(given), expected)
             torch.testing.assert_close(encoder.encode(given[1]), expected[1], rtol=1e-4, atol=1e-5)
@@ -190,7 +191,7 @@ def test_encode_keeps_a_graph_only_where_it_is_asked_to():
             np.zeros((8, 224, 224, 3), np.uint8),
             (
                 "8 frames of 224x224 were given; this encoder takes 16 of 112x112: "
-                "data.read_clip(path, encoder.view) cuts them"
+                "video.read_clip(path, encoder.view) cuts them"
             ),
         ),
         (np.zeros((2, 16, 240, 320, 3), np.uint8), "16 frames of 320x240 were given"),
@@ -231,7 +232,7 @@ def test_the_view_comes_with_the_encoder(tmp_path):
                 for name, value in found.state_dict().items()
             )
             assert not found.training
-    assert model.load_teacher(tmp_path / "exported").sha256 == cache.sha256(
+    assert model.load_teacher(tmp_path / "exported").sha256 == sha256(
         tmp_path / "exported" / "model.safetensors"
     )
     with pytest.raises(InputError, match="holds no moving average"):
@@ -270,7 +271,7 @@ def test_the_exported_folder_does_what_the_encoder_does_from_a_video_file_on(tmp
     model.export_transformers(encoder, tmp_path / "exported")
     theirs = transformers.VideoMAEModel.from_pretrained(tmp_path / "exported").eval()
     processor = transformers.VideoMAEImageProcessor.from_pretrained(tmp_path / "exported")
-    clip = data.read_clip(path, encoder.view)
+    clip = read_clip(path, encoder.view)
     pixels = processor(list(clip), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, view.frames, 3, view.size, view.size)
     with torch.no_grad():

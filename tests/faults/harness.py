@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.stages import ROOT, SMALL, start
+from tests.stages import ROOT, SMALL, path_of, start
 
 FULL = os.environ.get("SALT_FAULTS") == "full"
 RECORD = Path(os.environ.get("SALT_FAULTS_RECORD", ROOT / "out" / "faults.jsonl"))
@@ -36,7 +36,7 @@ def record(fault, tried, outcome):
 
 
 def command(script, *flags):
-    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    return [sys.executable, str(path_of(script)), *map(str, flags)]
 
 
 def run(folder, script, *flags, prefix=(), **how):

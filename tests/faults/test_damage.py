@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-import data
 import model
-import runs
-import upkeep
-import weights
-from config import InputError
+from salt import cache, ops, upkeep
+from salt.cache_writer import npy_header
+from salt.checkpoint import furthest, load_checkpoint
+from salt.errors import InputError
+from salt.splits import load_split
+from salt.torch_files import step_and_run
+from salt.video import read_clip
+from salt.views import View
 from tests.faults.harness import TINY, count, flip, one_line, record, run, same
 from tests.stages import run_folder
-from views import View
 
 
 def clean(error):
@@ -34,16 +35,18 @@ def test_flipped_bits_in_checkpoints(world, tmp_path):
     """Refused in one line, or the content is the same all the same (zip has bytes that mean
     nothing).
     """
-    random, refused, harmless = np.random.default_rng(0), 0, 0
+    random = np.random.default_rng(0)
+    refused = 0
+    harmless = 0
     for name in ("last.pth", "best.pth"):
         content, path = (run_folder(world, "student") / name).read_bytes(), tmp_path / name
         path.write_bytes(content)
-        expected = weights.load_checkpoint(path)
+        expected = load_checkpoint(path)
         for i in range(count(10, 40)):
             damaged, at = flip(content, random) if i % 2 else flip_ends(content, random)
             path.write_bytes(damaged)
             try:
-                assert same(weights.load_checkpoint(path), expected), at
+                assert same(load_checkpoint(path), expected), at
                 harmless += 1
             except InputError as error:
                 refused += clean(error)
@@ -70,12 +73,12 @@ def test_flipped_bits_in_caches(world, tmp_path):
 
     Shards: found by --verify, always.
     """
-    random, copy, harmless = np.random.default_rng(1), tmp_path / "copy", 0
+    random = np.random.default_rng(1)
+    copy = tmp_path / "copy"
+    harmless = 0
     shutil.copytree(world / "latents", copy)
-    contents, opened = (
-        {path.name: path.read_bytes() for path in sorted(copy.iterdir())},
-        cache.open_cache(copy),
-    )
+    contents = {path.name: path.read_bytes() for path in sorted(copy.iterdir())}
+    opened = cache.open_cache(copy)
     before = {
         "metadata": opened.metadata,
         "ids": list(map(opened.ids.fields, range(len(opened)))),
@@ -125,8 +128,10 @@ def test_flipped_bits_in_caches(world, tmp_path):
 
 
 def test_every_bit_of_a_shards_header(tmp_path):
-    shape, dtype, path = (17, 18, 1536), np.dtype(np.uint8), tmp_path / "x.npy"
-    header, passed = cache.npy_header(shape, dtype), []
+    shape = (17, 18, 1536)
+    dtype = np.dtype(np.uint8)
+    path = tmp_path / "x.npy"
+    header, passed = npy_header(shape, dtype), []
     for place, bit in np.ndindex(len(header), 8):
         path.write_bytes(header[:place] + bytes([header[place] ^ (1 << bit)]) + header[place + 1 :])
         try:
@@ -156,10 +161,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world, tmp_path)
     ]
     assert run(tmp_path, "train", *flags, "auto")[0] == 0
     folder = next(tmp_path.glob("checkpoints/r_*"))
-    whole, lines = (
-        (folder / "last.pth").read_bytes(),
-        (folder / "metrics.jsonl").read_text().splitlines(),
-    )
+    whole = (folder / "last.pth").read_bytes()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text(
         "\n".join([lines[0], lines[1].replace('"r2":', '"r2"\x1a'), *lines[2:]]) + "\n"
     )
@@ -229,7 +232,9 @@ def as_zip_with_another_pickle(path, harm):
     "make", [as_zip, as_old_pickle, as_bare_pickle, as_zip_with_another_pickle]
 )
 def test_code_in_a_checkpoint_does_not_run(tmp_path, make):
-    marker, path, places = tmp_path / "harm", tmp_path / "x.pth", 0
+    marker = tmp_path / "harm"
+    path = tmp_path / "x.pth"
+    places = 0
     make(path, Harm(marker))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text(json.dumps({"model_type": "videomae"}))
@@ -237,20 +242,19 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, make):
     (tmp_path / "run").mkdir()
     shutil.copy(path, tmp_path / "run" / "last.pth")
     for load in (
-        lambda: weights.load_checkpoint(path),
+        lambda: load_checkpoint(path),
         lambda: model.load_salt(path),
         lambda: model.load_encoder(path),
         lambda: model.load_teacher(path),
         lambda: model.load_teacher(tmp_path / "folder"),
-        lambda: runs.furthest([tmp_path / "run"], print),
+        lambda: furthest([tmp_path / "run"], print),
     ):
         with pytest.raises(InputError) as caught:
             load()
         assert clean(caught.value) and not marker.exists()
         places += 1
     assert (
-        weights.step_and_run(tmp_path / "run" / "last.pth") == (float("inf"), None)
-        and not marker.exists()
+        step_and_run(tmp_path / "run" / "last.pth") == (float("inf"), None) and not marker.exists()
     )
     with contextlib.suppress(Exception):  # the harm is real: with code allowed it is done
         torch.load(path, weights_only=False)
@@ -325,7 +329,7 @@ def test_an_id_cannot_lead_out_of_the_folder(tmp_path, bad):
     (tmp_path / "videos" / "1.webm").touch()
     (tmp_path / "train.json").write_text(json.dumps([{"id": "1"}, {"id": bad}]))
     with pytest.raises(InputError, match="row 1") as caught:
-        data.load_split(tmp_path, "train")
+        load_split(tmp_path, "train")
     assert clean(caught.value)
     if bad == BAD_IDS[-1]:
         record(
@@ -368,7 +372,7 @@ def test_links_and_special_files_in_the_video_folder(world, tmp_path):
     opened = cache.open_cache(tmp_path / "c")
     assert list(opened.ids) == ["0"]
     np.testing.assert_array_equal(
-        opened.patches(0), data.patchify(data.read_clip(str(good), View(4, 48, 48), "0"))
+        opened.patches(0), ops.patchify(read_clip(str(good), View(4, 48, 48), "0"))
     )
     reasons = {
         failure["id"]: failure["reason"]

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-import weights
+from salt.checkpoint import load_checkpoint
 from tests.faults.harness import FULL, TINY, command, count, one_line, record, run, same, watched
 from tests.stages import REFUSE, run_folder
 
@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up_in_training(world, tmp_path):
     code, text = run(tmp_path, "train", *flags, "--run_name", "whole")
     assert code == 0, text
     whole = next(tmp_path.glob("checkpoints/whole_*/last.pth"))
-    expected, size = weights.load_checkpoint(whole), whole.stat().st_size / 1024
+    expected, size = load_checkpoint(whole), whole.stat().st_size / 1024
     sizes = [1.4, 0.3, 2.3, 2.8][: count(1, 4)]
     for share in sizes:
         folder = tmp_path / str(share)
@@ -104,7 +104,7 @@ def test_a_disk_that_fills_up_in_training(world, tmp_path):
         ), line
         assert ".part" not in left
         last = max(folder.glob("kept/checkpoints/r_*/last.pth"), key=os.path.getmtime)
-        found = weights.load_checkpoint(last)
+        found = load_checkpoint(last)
         assert all(
             same(expected[part], found[part])
             for part in ("student", "predictor", "optimizer", "losses", "history")
@@ -118,10 +118,8 @@ def test_a_disk_that_fills_up_in_training(world, tmp_path):
 
 @mounting
 def test_a_disk_that_fills_up_in_caching(world, tmp_path):
-    teacher, sizes = (
-        next(world.glob("checkpoints/teacher_*/best.pth")),
-        [3000, 200, 7000][: count(1, 3)],
-    )
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
+    sizes = [3000, 200, 7000][: count(1, 3)]
     flags = ["--data", world / "data", "--teacher", teacher, "--views", "30", "--clips", "on"]
     code, text = run(tmp_path, "cache_latents", *flags, "--out", "whole")
     assert code == 0, text
@@ -249,10 +247,8 @@ def test_a_folder_that_cannot_be_written_to(world, tmp_path, script):
 def test_every_stage_without_dev_shm(world, tmp_path):
     """In a mount namespace of its own /dev/shm can be neither read nor written."""
     hide = [*NAMESPACE, "sh", "-c", 'mount -t tmpfs -o mode=000,ro none /dev/shm && exec "$@"', "-"]
-    best, teacher = (
-        run_folder(world, "student") / "best.pth",
-        next(world.glob("checkpoints/teacher_*/best.pth")),
-    )
+    best = run_folder(world, "student") / "best.pth"
+    teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
     stages = {
         "train": ["--cache", world / "latents", *TINY, "--max_steps", "2"],
         "cache_latents": ["--data", world / "data", "--teacher", teacher, "--out", "c"],
@@ -298,7 +294,7 @@ def test_training_without_semaphores(world, tmp_path):
     )
     assert code == 0, text
     one, other = (
-        weights.load_checkpoint(next(tmp_path.glob(f"checkpoints/{name}_*/last.pth")))
+        load_checkpoint(next(tmp_path.glob(f"checkpoints/{name}_*/last.pth")))
         for name in ("with", "without")
     )
     assert same(one["student"], other["student"])

@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import cache
-import weights
+from salt import cache
+from salt.checkpoint import load_checkpoint
 from tests.faults.harness import TINY, command, count, killed_at_random, record, same, seconds_of
 
 TIMES = {"clips_per_s", "data_wait", "mfu", "memory_gb"}  # of metrics.jsonl: the clock's
@@ -63,11 +63,13 @@ def test_training_killed_and_resumed(world, tmp_path, way):
         "1",
         *WAYS[way],
     ]
-    random, moments, runs = np.random.default_rng(len(way)), Counter(), 0
+    random = np.random.default_rng(len(way))
+    moments = Counter()
+    runs = 0
     steps = ["--max_steps", count(40, 300)]
     longest = seconds_of(command("train", *flags, *steps, "--run_name", "whole"), tmp_path)
     whole = newest(tmp_path, "whole")
-    expected = weights.load_checkpoint(whole)
+    expected = load_checkpoint(whole)
 
     def phase(text):
         if list(tmp_path.glob("checkpoints/*/*.part")):
@@ -80,7 +82,7 @@ def test_training_killed_and_resumed(world, tmp_path, way):
         moments += killed_at_random(
             words, tmp_path, total - moments.total(), random, 0.3 * longest, 0.9 * longest, phase
         )
-        found = weights.load_checkpoint(newest(tmp_path, name))
+        found = load_checkpoint(newest(tmp_path, name))
         for part in (
             "student",
             "predictor",
@@ -98,7 +100,7 @@ def test_training_killed_and_resumed(world, tmp_path, way):
             assert same(expected.get(part), found.get(part)), part
         assert logged(newest(tmp_path, name).parent) == logged(whole.parent)
         mine, theirs = (
-            weights.load_checkpoint(folder.parent / "best.pth")
+            load_checkpoint(folder.parent / "best.pth")
             for folder in (newest(tmp_path, name), whole)
         )
         assert mine["step"] == theirs["step"] and same(mine["student"], theirs["student"])
@@ -139,7 +141,9 @@ def test_caching_killed_and_run_again(world, tmp_path, dtype, repair):
         "on",
     ]
     longest = seconds_of(command("cache_latents", *flags, "--out", "whole"), tmp_path)
-    random, moments, caches = np.random.default_rng(len(dtype)), Counter(), 0
+    random = np.random.default_rng(len(dtype))
+    moments = Counter()
+    caches = 0
 
     def phase(text):
         return (

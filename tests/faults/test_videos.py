@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-import data
-from config import InputError
+from salt.errors import InputError
+from salt.splits import load_split
 from tests.faults.harness import LIMIT, ROOT, count, record
 from tests.test_data import write_video
 
@@ -57,14 +57,13 @@ def mutated(content, random):
 
 LOADER = """import json, resource, sys
 sys.path.insert(0, sys.argv[1])
-import numpy as np, data
-rows, view = data.load_split(sys.argv[2], "train"), data.View(8, 64, 64)
+from salt import loader, masks, splits, views
+rows, view = splits.load_split(sys.argv[2], "train"), views.View(8, 64, 64)
 failed, seen = [], 0
-source = data.Videos(rows, view, 16)
 def skip(i, error): failed.append((rows[i].id, str(error)))
-for batch in data.batches(
-    source, data.in_order(range(len(rows)), 16), ("short",), threads=2, failed=skip
-):
+order = masks.in_order(range(len(rows)), 16)
+source = loader.Videos(rows, view, 16)
+for batch in loader.Loader(source, order, ("short",), threads=2, failed=skip):
     assert batch.patches.shape[1:] == (64, 1536) and len(batch.ids) == len(batch.patches)
     seen += len(batch.ids)
 gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -137,7 +136,9 @@ def test_mutated_lists_are_read_or_refused(tmp_path, name):
     (tmp_path / "videos").mkdir()
     for i in range(30):
         (tmp_path / "videos" / f"{i}.webm").touch()
-    random, read, refused = np.random.default_rng(len(name)), 0, 0
+    random = np.random.default_rng(len(name))
+    read = 0
+    refused = 0
     for _ in range(count(100, 250)):
         kind, content = mutated(lists()[name], random)
         if random.random() < 0.3:  # one character for another, so that it often stays a list
@@ -148,7 +149,7 @@ def test_mutated_lists_are_read_or_refused(tmp_path, name):
             content = bytes(content)
         (tmp_path / name).write_bytes(content)
         try:
-            rows = data.load_split(tmp_path, "train")
+            rows = load_split(tmp_path, "train")
             assert (
                 rows
                 and len({row.id for row in rows}) == len(rows)

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from salt.masks import mask_counts
+from salt.ranks import world
+
 # Bytes a parameter: bf16 copy made (4 + 2), its gradient to float32 (2 + 4), norm (4), AdamW reads
 # and writes weight, gradient and both moments (32).
 OPTIMISER_BYTES = {"cast": 6, "gradients to float32": 6, "norm": 4, "AdamW": 32}
@@ -56,7 +59,9 @@ def forward_parts(encoder, predictor, counts):
     predictor  {"dim", "depth", "dim_out"}, among others: what model.Predictor takes
     counts     (context, target) tokens of each mask family
     """
-    context, target, dim = sum(c for c, _ in counts), sum(t for _, t in counts), predictor["dim"]
+    context = sum(c for c, _ in counts)
+    target = sum(t for _, t in counts)
+    dim = predictor["dim"]
     return [
         linear("patch embedding", context, encoder.patch_dim, encoder.dim),
         *transformer(
@@ -79,16 +84,14 @@ def product_rate(device, dtype, side, least, seconds):
     """Operations a second of products of two matrices of `side`: the fastest of at least `least`,
     and of as many as `seconds` hold.
     """
-    kind, wait = (
-        torch.bfloat16 if dtype == "bf16" else torch.float32,
-        (torch.cuda.synchronize if device.type == "cuda" else lambda: None),
-    )
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
     times, begin = [], time.perf_counter()
     while len(times) < least or time.perf_counter() - begin < seconds:
         wait()
         start = time.perf_counter()
-        a @ b
+        torch.matmul(a, b)
         wait()
         times.append(time.perf_counter() - start)
     return 2 * side**3 / min(times)
@@ -139,3 +142,24 @@ def fewer_threads(device, dtype, rate):
         " other jobs keep the cores busy; --compute_threads 1 may be the faster choice (the last"
         " bits depend on it)"
     )
+
+
+def of_training(s, work, place, log):
+    """(operations of a step a clip, those a second that MFU is a share of), with what they say.
+
+    s, work  train.py's settings and its task.Task
+    """
+    counts = [mask_counts(family, work.encoder.grid) for family in s.masks]
+    flops = step_flops(work.encoder, work.predictor, counts)
+    rate = 1e12 * s.matrix_rate if s.matrix_rate else matrix_rate(place, s.dtype)
+    advice = []
+    if not s.matrix_rate:
+        advice.append(slow_bf16(place, s.dtype))
+        advice.append(fewer_threads(place, s.dtype, rate) if place.type == "cpu" else None)
+    for line in filter(None, advice):
+        log(line)
+    log(
+        f"a step has {flops * s.batch_size / 1e9:.0f} GFLOP ({flops / 1e9:.1f} a clip); MFU is the"
+        f" share of {rate * world / 1e12:.2f} TFLOP/s of {s.dtype} matrix products"
+    )
+    return flops, rate

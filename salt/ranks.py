@@ -7,14 +7,40 @@ others (and what the hosts agree on) through gloo.
 
 import atexit
 import contextlib
+import itertools
 import os
 import sys
+import warnings
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from config import InputError
+from salt import errors
+from salt.errors import InputError
+
+
+def pick_device(name):
+    """torch.device of 'auto', 'cpu', 'cuda' or 'cuda:1'.
+
+    Raises InputError where there is no such GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device is {name!r}; it takes auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use"
+            " --device cpu, or check the driver and the torch build"
+        )
+    return device
+
 
 NUMBERS = (
     "RANK",
@@ -52,6 +78,7 @@ def read_environment():
 
 
 rank, world = read_environment()
+restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun, of all ranks
 
 
 def start(device, timeout=timedelta(minutes=30)):
@@ -104,6 +131,53 @@ def fresh_store(timeout):
     # a change of members counts as no restart, so starts with these are counted, too
     attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}"
     return dist.PrefixStore(f"{attempt}/{(store.add(attempt, 1) - 1) // world}", store)
+
+
+def compute_on(place, threads, deterministic):
+    """Set torch up for training: threads of a CPU (None: torch's choice), and on a GPU whether each
+    run gives the same bits. A teacher's products are set by model.teacher_latents.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # a pass over all memory, for what nobody reads
+        deterministic_module: Any = torch.utils.deterministic
+        deterministic_module.fill_uninitialized_memory = False
+
+
+def data_parallel(module, place):
+    """module under DDP: each rank computes with its own copy, and gradients are averaged."""
+    with warnings.catch_warnings():
+        # torch 2.13 renames broadcast_buffers; older ones lack the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.parallel.DistributedDataParallel(
+            module,
+            device_ids=[place] if place.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+
+
+def sync_gradients(net, whether):
+    """Whether the next backward pass of data_parallel's module averages the gradients: of several
+    parts of a batch, the last. FSDP2 reduces each part; one process has nothing to do.
+    """
+    if isinstance(net, torch.nn.parallel.DistributedDataParallel):
+        net.require_backward_grad_sync = whether
+
+
+def speak_apart():
+    """From here on ranks do different things, and each says its own errors."""
+    errors.started = True
+
+
+def in_turn(parts):
+    """Lists of which each rank made every world-th entry, as the one list in its order."""
+    turns = itertools.zip_longest(*gather(parts))
+    return [part for turn in turns for part in turn if part]
 
 
 def leave(code=0):

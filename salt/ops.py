@@ -6,16 +6,17 @@ SALT_OPS=reference in the environment forces the reference.
 """
 
 import ctypes
-import math
+import functools
 import os
 import sys
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
-from config import InputError, source_digest
+from salt import source_digest
+from salt.errors import InputError
 
 for _name, _allowed in (
     ("SALT_OPS", ("", "reference")),
@@ -40,16 +41,15 @@ try:
     EXTENSION = salt_ops.build_info()
     MISSING = None
 except ImportError as error:
-    EXTENSION, MISSING = (
-        {
-            "devices": [],
-            "architectures": "",
-            "simd": "none",
-            "amx": False,
-            "sources": None,
-        },
-        str(error),
-    )
+    salt_ops = None
+    EXTENSION = {
+        "devices": [],
+        "architectures": "",
+        "simd": "none",
+        "amx": False,
+        "sources": None,
+    }
+    MISSING = str(error)
 
 
 def covers(architectures, capability):
@@ -130,265 +130,6 @@ def extension_line(device="cpu"):
         f"salt_ops: built for {built}; SIMD"
         f" {EXTENSION['simd']}{', AMX' if EXTENSION['amx'] else ''}{advice}"
     )
-
-
-# ------------------------------------------------------------------------------------------- Philox
-
-# Streams of one (seed, epoch, sample id): a use of random numbers each, so that no two uses share
-# any.
-STREAMS = {"short": 0, "long": 1, "ratio": 2, "order": 13, "view": 14, "half": 15}
-
-
-def philox(seed, epoch, sample_id, stream, first_block, blocks):
-    """Philox-4x32-10 (Salmon et al., SC 2011): uint64 [blocks * 4] holding the 32-bit numbers from
-    block `first_block` on.
-    """
-    low = np.uint64(0xFFFFFFFF)
-    c0 = np.arange(first_block, first_block + blocks, dtype=np.uint64) | np.uint64(stream << 28)
-    c1, c2, c3 = (
-        np.full(blocks, word, np.uint64)
-        for word in (epoch, sample_id & 0xFFFFFFFF, sample_id >> 32)
-    )
-    k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
-    for _ in range(10):
-        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (
-            (p1 >> np.uint64(32)) ^ c1 ^ k0,
-            p1 & low,
-            (p0 >> np.uint64(32)) ^ c3 ^ k1,
-            p0 & low,
-        )
-        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
-    return np.stack([c0, c1, c2, c3], axis=1).reshape(-1)
-
-
-class Random:
-    """The numbers of one Philox stream, in order."""
-
-    def __init__(self, seed, epoch, sample_id, stream):
-        self.where, self.buffer, self.used, self.block = (
-            (int(seed), int(epoch), int(sample_id), stream),
-            [],
-            0,
-            0,
-        )
-
-    def next(self):
-        """The next 32-bit number."""
-        if self.used == len(self.buffer):
-            self.buffer, self.used = philox(*self.where, self.block, 64).tolist(), 0
-            self.block += 64
-        self.used += 1
-        return self.buffer[self.used - 1]
-
-    def below(self, n):
-        """A whole number in [0, n)."""
-        return (self.next() * n) >> 32
-
-    def uniform(self):
-        """A number in [0, 1) with 32 random bits."""
-        return self.next() / 2**32
-
-
-# -------------------------------------------------------------------------------------------- masks
-
-
-class Masks(NamedTuple):
-    """Token numbers of a batch, int64, rows sorted; a clip's context and target are disjoint."""
-
-    context: torch.Tensor  # [B, Kc]
-    target: torch.Tensor  # [B, Kt]
-
-
-class Family(NamedTuple):
-    blocks: tuple  # fewest and most blocks in the union
-    area: float | None  # a block's share of the frame; such blocks span all of time
-    counts: tuple  # context and target tokens of the 8x14x14 grid
-    redraws: int
-
-
-FAMILIES = {
-    "short": Family((8, 8), 0.15, (352, 784), 64),
-    "long": Family((2, 2), 0.70, (112, 1088), 64),
-    # blocks of 15-70 % height and width, 10-50 % of time; topped up to 75 %
-    "ratio": Family((4, 8), None, (392, 1176), 0),
-}
-ASPECT_RATIOS = 1024  # steps of the table that stands for "uniform in [0.75, 1.5]"
-
-
-def mask_counts(family, grid):
-    """(context, target) tokens of `family` on `grid`: its share of the 8x14x14 grid, rounded down
-    to multiples of 8, at least 8.
-    """
-    n = math.prod(grid)
-    return tuple(max(8, count * n // 1568 // 8 * 8) for count in FAMILIES[family].counts)
-
-
-_size_tables = {}
-
-
-@constant  # a compiled caller holds the table; it does not trace into numpy
-def size_table(area, h, w, device):
-    """Block sizes (h, w) of `area` of the frame, one for each of ASPECT_RATIOS aspect ratios: int32
-    [S, 2] on `device`.
-
-    As V-JEPA rounds: h = round(sqrt(area * ratio)), w = round(sqrt(area / ratio)).
-    """
-    if (area, h, w, device) not in _size_tables:
-        tokens, ratio = (
-            int(h * w * area),
-            0.75 + 0.75 * (np.arange(ASPECT_RATIOS) + 0.5) / ASPECT_RATIOS,
-        )
-        sizes = np.stack(
-            [np.rint(np.sqrt(tokens * ratio)), np.rint(np.sqrt(tokens / ratio))], axis=1
-        )
-        _size_tables[area, h, w, device] = torch.from_numpy(
-            np.clip(sizes, 1, (h, w)).astype(np.int32)
-        ).to(device)
-    return _size_tables[area, h, w, device]
-
-
-def mask_spec(family, grid, counts, device="cpu"):
-    """What a draw on `device` needs, as the kernel takes it: whole numbers only, so that every
-    compiler and device agrees.
-
-    Raises InputError on an unknown family, a grid that is not three positive numbers or counts that
-    do not fit it.
-    """
-    if family not in FAMILIES:
-        raise InputError(f"unknown mask family {family!r}; there are {', '.join(FAMILIES)}")
-    if len(grid) != 3 or min(grid) < 1:
-        raise InputError(f"a mask grid is (time, height, width), each at least 1, not {grid}")
-    blocks, area, _, redraws = FAMILIES[family]
-    counts = mask_counts(family, grid) if counts is None else tuple(counts)
-    if len(counts) != 2 or min(counts) < 1 or sum(counts) > math.prod(grid):
-        raise InputError(
-            f"{family} masks of {counts} (context, target) tokens do not fit the {math.prod(grid)}"
-            f" tokens of grid {grid}"
-        )
-    low, high = (1, 1, 1), (1, 1, 1)
-    if area is None:
-        share = ((0.10, 0.50), (0.15, 0.70), (0.15, 0.70))
-        low = tuple(max(1, round(s[0] * g)) for s, g in zip(share, grid))
-        high = tuple(max(1, round(s[1] * g)) for s, g in zip(share, grid))
-    sizes = (
-        torch.zeros((0, 2), dtype=torch.int32, device=device)
-        if area is None
-        else size_table(area, *grid[1:], device)
-    )
-    return {
-        "grid": grid,
-        "counts": counts,
-        "blocks": blocks,
-        "redraws": redraws,
-        "sizes": sizes,
-        "low": low,
-        "high": high,
-        "stream": STREAMS[family],
-    }
-
-
-def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None):
-    """Draw one mask of `family` for each clip: a pure function of (seed, epoch, sample id, family).
-
-    sample_ids  int64 [B], >= 0 (data.sample_id); the masks are made on its device
-    epoch       0 <= epoch < 2^32
-    seed        0 <= seed < 2^63
-    family      'short' or 'long' (V-JEPA's: Bardes et al. 2024, arXiv 2404.08471) or 'ratio' (75 %
-                in space-time blocks)
-    grid        (time, height, width) in tokens
-    counts      (context, target) tokens a clip; by default the family's share of the grid
-    Returns Masks(context int64 [B, Kc], target int64 [B, Kt]). Raises InputError on arguments out
-    of range, ValueError on a negative id (a device assert on a GPU).
-    """
-    if not (0 <= epoch < 2**32 and 0 <= seed < 2**63):
-        raise InputError(
-            f"masks need 0 <= epoch < 2^32 and 0 <= seed < 2^63, not epoch {epoch} and seed {seed}"
-        )
-    if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
-        raise InputError(
-            f"sample_ids must be int64 [B], not {sample_ids.dtype} {list(sample_ids.shape)}"
-        )
-    # where the device has no kernel the host draws
-    ids = sample_ids if has_kernel(sample_ids) else sample_ids.cpu()
-    spec = mask_spec(
-        family,
-        tuple(map(int, grid)),
-        None if counts is None else tuple(map(int, counts)),
-        str(ids.device),
-    )
-    if has_kernel(ids):
-        context, target = torch.ops.salt_ops.sample_masks(
-            ids, epoch, seed, mask_numbers(spec), spec["sizes"]
-        )
-    else:
-        context, target = sample_masks_reference(ids, epoch, seed, spec)
-    return Masks(context.to(sample_ids.device), target.to(sample_ids.device))
-
-
-def mask_numbers(spec):
-    """The numbers of a mask_spec in the order in which the kernel takes them."""
-    return [
-        *spec["grid"],
-        *spec["counts"],
-        *spec["blocks"],
-        spec["redraws"],
-        *spec["low"],
-        *spec["high"],
-        spec["stream"],
-    ]
-
-
-def sample_masks_reference(sample_ids, epoch, seed, spec):
-    """csrc/masks.h, number for number, in Python; `spec` from mask_spec."""
-    if (sample_ids < 0).any():
-        raise InputError("sample_ids must be at least 0")
-    drawn = [draw_one_mask(epoch, seed, sample_id, **spec) for sample_id in sample_ids.tolist()]
-    shape = [(len(drawn), count) for count in spec["counts"]]
-    return Masks(
-        *(
-            torch.from_numpy(np.array([pair[i] for pair in drawn], np.int64).reshape(shape[i]))
-            for i in (0, 1)
-        )
-    )
-
-
-def draw_one_mask(epoch, seed, sample_id, grid, counts, blocks, redraws, sizes, low, high, stream):
-    random = Random(seed, epoch, sample_id, stream)
-    n, spans_time = math.prod(grid), len(sizes) > 0
-    size = (grid[0], *sizes[random.below(len(sizes))].tolist()) if spans_time else None
-    for _ in range(redraws + 1):
-        union = np.zeros(grid, bool)
-        for _ in range(blocks[0] + random.below(blocks[1] - blocks[0] + 1)):
-            if not spans_time:
-                size = tuple(
-                    least + random.below(most - least + 1) for least, most in zip(low, high)
-                )
-            corner = tuple(
-                0 if spans_time and axis == 0 else random.below(grid[axis] - size[axis] + 1)
-                for axis in range(3)
-            )
-            union[tuple(slice(c, c + s) for c, s in zip(corner, size))] = True
-        in_union = int(union.sum())
-        if in_union >= counts[1] and n - in_union >= counts[0]:
-            break
-    state = union.reshape(-1).astype(np.uint8)  # 0 complement, 1 union, 2 dropped
-
-    def move(source, to, count):
-        pool = np.flatnonzero(state == source).tolist()
-        for i in range(count):  # partial Fisher-Yates shuffle
-            j = i + random.below(len(pool) - i)
-            state[pool[j]] = to
-            pool[j] = pool[i]
-
-    move(1, 0, counts[0] - (n - in_union))  # a count below 1 moves nothing
-    move(0, 1, counts[1] - in_union)
-    move(0, 2, int((state == 0).sum()) - counts[0])
-    move(1, 2, int((state == 1).sum()) - counts[1])
-    return np.flatnonzero(state == 0), np.flatnonzero(state == 1)
-
-
-# ------------------------------------------------------------------------------------------- gather
 
 
 def check_devices(name, first, *others):
@@ -489,7 +230,14 @@ def patch_normalise_reference(patches, scale, shift, index=None, dtype=torch.flo
 
 # --------------------------------------------------------------------------------------------- loss
 
-KINDS = ("mse", "l1", "smooth_l1")
+# Losses: (predictions, targets), float32 [B, K, D] (float64 stays) -> the error of each element,
+# likewise, or of each token, [B, K, 1]. What is not in KINDS runs as it stands here.
+ERRORS = {
+    "mse": functools.partial(F.mse_loss, reduction="none"),
+    "l1": functools.partial(F.l1_loss, reduction="none"),
+    "smooth_l1": functools.partial(F.smooth_l1_loss, reduction="none"),
+}
+KINDS = ("mse", "l1", "smooth_l1")  # those that the kernels know
 NORMALISATIONS = ("none", "layer_norm", "standardise")
 PREDICTIONS = (torch.float32, torch.bfloat16, torch.float64)
 TARGETS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8)
@@ -514,8 +262,8 @@ def normalise_target(y, normalise="none", index=None, mean=None, rstd=None):
 
 
 def check_loss(prediction, target, index, kind, normalise, mean, rstd):
-    if kind not in KINDS:
-        raise InputError(f"unknown loss {kind!r}; there are {', '.join(KINDS)}")
+    if kind not in ERRORS:
+        raise InputError(f"unknown loss {kind!r}; there are {', '.join(ERRORS)}")
     if normalise not in NORMALISATIONS:
         raise InputError(
             f"unknown target normalisation {normalise!r}; there are {', '.join(NORMALISATIONS)}"
@@ -569,7 +317,8 @@ def masked_mse(
     prediction  [B, K, D] float32, bfloat16 or float64
     target      [B, N, D] with index int64 [B, K], or [B, K, D] without; float16, bfloat16, float32,
                 float64, or uint8 (pixels, v / 255)
-    kind        'mse', 'l1' or 'smooth_l1' (beta 1); normalise: see normalise_target
+    kind        'mse', 'l1', 'smooth_l1' (beta 1), or another of ERRORS
+    normalise   see normalise_target
     Returns the mean over all B * K * D elements as a float32 scalar (float64 for float64
     predictions); with per_token also the mean over D of each token, [B, K], without gradient. The
     target gets no gradient, and there is no second derivative. Sums are in float32 at least, in an
@@ -578,7 +327,7 @@ def masked_mse(
     """
     check_loss(prediction, target, index, kind, normalise, mean, rstd)
     target, mean, rstd = (x if x is None else x.detach() for x in (target, mean, rstd))
-    if has_kernel(prediction):
+    if has_kernel(prediction) and kind in KINDS:
         # a kernel cannot see it
         need_gradient = torch.is_grad_enabled() and prediction.requires_grad
         loss, tokens, _ = torch.ops.salt_ops.masked_mse(
@@ -589,27 +338,25 @@ def masked_mse(
     return (loss, tokens.detach()) if per_token else loss
 
 
-@torch.no_grad()
-def masked_mse_with_grad(
+def weighted_mse(
     prediction, target, index=None, kind="mse", normalise="none", mean=None, rstd=None, weight=1.0
 ):
-    """masked_mse and, in the same pass, weight * d loss / d prediction, for loops that call
-    prediction.backward(gradient).
+    """masked_mse for training: (weight * loss, to call backward() on; the loss, without gradient).
 
-    Returns (loss, gradient [B, K, D] in the prediction's dtype); the loss is not weighted. Neither
-    is part of a graph.
+    The kernel makes the gradient in the forward pass, with the weight in it, so that the backward
+    pass costs nothing where what comes in is 1, as it is in `(a + b).backward()`.
     """
     check_loss(prediction, target, index, kind, normalise, mean, rstd)
-    if has_kernel(prediction):
-        loss, _, gradient = torch.ops.salt_ops.masked_mse(
-            prediction, target, index, kind, normalise, mean, rstd, weight, True
-        )
-        return loss, gradient
-    with torch.enable_grad():
-        leaf = prediction.detach().requires_grad_()
-        loss, _ = masked_mse_reference(leaf, target.detach(), index, kind, normalise, mean, rstd)
-        (gradient,) = torch.autograd.grad(loss * weight, leaf)
-    return loss.detach(), gradient
+    target, mean, rstd = (x if x is None else x.detach() for x in (target, mean, rstd))
+    if not has_kernel(prediction) or kind not in KINDS:
+        loss, _ = masked_mse_reference(prediction, target, index, kind, normalise, mean, rstd)
+        return loss * weight, loss.detach()
+    wanted = torch.is_grad_enabled() and prediction.requires_grad
+    loss, _, _ = torch.ops.salt_ops.masked_mse(
+        prediction, target, index, kind, normalise, mean, rstd, weight, wanted
+    )
+    # loss gives the weighted gradient already: its value alone is still to be weighted
+    return loss + loss.detach() * (weight - 1), loss.detach()
 
 
 def masked_mse_reference(
@@ -623,9 +370,7 @@ def masked_mse_reference(
         rstd,
     )
     p = prediction if prediction.dtype == torch.float64 else prediction.float()
-    error = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[kind](
-        p, y.to(p.dtype), reduction="none"
-    )
+    error = ERRORS[kind](p, y.to(p.dtype))
     tokens = error.mean(-1)  # [B, K]
     return tokens.mean(), tokens
 
@@ -753,10 +498,10 @@ class TiledLinear(torch.autograd.Function):
 
 
 def patchify_into(clip, out, patch=16, tubelet=2):
-    """data.patchify of one clip, uint8 array [T, H, W, 3], written to the uint8 array `out` [N, P]:
+    """ops.patchify of one clip, uint8 array [T, H, W, 3], written to the uint8 array `out` [N, P]:
     a place in a batch.
 
-    Fastest for a clip whose channels lie in planes, as data.read_clip gives it.
+    Fastest for a clip whose channels lie in planes, as video.read_clip gives it.
     """
     if EXTENSION["devices"]:
         salt_ops.patchify(
@@ -766,7 +511,9 @@ def patchify_into(clip, out, patch=16, tubelet=2):
             torch.from_numpy(out),
         )
     else:
-        t, h, w = clip.shape[0] // tubelet, clip.shape[1] // patch, clip.shape[2] // patch
+        t = clip.shape[0] // tubelet
+        h = clip.shape[1] // patch
+        w = clip.shape[2] // patch
         out.reshape(t, h, w, 3, tubelet, patch, patch)[:] = clip.reshape(
             t, tubelet, h, patch, w, patch, 3
         ).transpose(0, 2, 4, 6, 1, 3, 5)
@@ -786,140 +533,6 @@ def add_moments(rows, total, squares):
             total += wide
             squares += wide * wide
 
-
-PERMUTE_ROUNDS = 8
-# so many and fewer are ordered by sorting random numbers, which reaches every order alike
-SORTED_ORDER = 256
-
-
-def permute(index, n, seed, epoch):
-    """The images of `index` under a permutation of [0, n) that (n, seed, epoch) decide: an order in
-    which no list is kept.
-
-    index int64 array [K] in [0, n), n <= 2^62 -> int64 array [K]. A Feistel network of alternating
-    halves over the next power of two (Luby and Rackoff 1988), keyed by Philox and walked until it
-    falls below n (Black and Rogaway 2002).
-    """
-    index = np.ascontiguousarray(index, np.int64)
-    if index.size and not (0 <= index.min() and index.max() < n):
-        raise IndexError(f"index runs from {index.min()} to {index.max()}; it must be in [0, {n})")
-    if n <= SORTED_ORDER:  # the network's halves have too few bits to reach every order
-        words = philox(seed, epoch, n, STREAMS["order"], 0, -(-n // 2)).reshape(-1, 2)[:n]
-        return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")[index]
-    keys = philox(seed, epoch, n, STREAMS["order"], 0, PERMUTE_ROUNDS // 4)
-    if EXTENSION["devices"]:
-        return salt_ops.permute(torch.from_numpy(index), n, keys.tolist()).numpy()
-    return permute_reference(index, n, keys)
-
-
-def permute_reference(index, n, keys):
-    def scramble(x):  # MurmurHash3's finaliser, of 32-bit numbers
-        x = (x ^ x >> np.uint64(16)) * np.uint64(0x85EBCA6B) & np.uint64(0xFFFFFFFF)
-        x = (x ^ x >> np.uint64(13)) * np.uint64(0xC2B2AE35) & np.uint64(0xFFFFFFFF)
-        return x ^ x >> np.uint64(16)
-
-    bits = max(2, (n - 1).bit_length())
-    low_bits = np.uint64(bits // 2)
-    low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
-    x, walking = index.astype(np.uint64), np.arange(len(index))
-    while len(walking):
-        high, low = x[walking] >> low_bits, x[walking] & low_mask
-        for even, odd in zip(keys[::2], keys[1::2]):
-            high ^= scramble(low ^ even) & high_mask
-            low ^= scramble(high ^ odd) & low_mask
-        x[walking] = high << low_bits | low
-        walking = walking[x[walking] >= n]
-    return x.astype(np.int64)
-
-
-class FileReference:
-    """A file to read rows from, by plain preadv."""
-
-    def __init__(self, path):
-        self.file = open(path, "rb", buffering=0)
-
-
-File = salt_ops.File if EXTENSION["devices"] else FileReference  # File(path): raises OSError
-
-
-def advise(files, starts, count):
-    """Ask for `count` bytes from `starts[i]` on of each files[i] to be read into the page cache,
-    without waiting.
-    """
-    if EXTENSION["devices"]:
-        salt_ops.advise(files, starts, count)
-    elif hasattr(os, "posix_fadvise"):
-        for file, start in zip(files, starts):
-            os.posix_fadvise(file.file.fileno(), start, count, os.POSIX_FADV_WILLNEED)
-
-
-class RowError(Exception):
-    """A row that could not be read: .record its place in the call, .row, .reason."""
-
-    def __init__(self, record, row, number):
-        self.record, self.row, self.reason = (
-            record,
-            row,
-            os.strerror(number) if number else "the file is truncated",
-        )
-        super().__init__(f"record {record}, row {row}: {self.reason}")
-
-
-def read_rows(files, starts, out, row_bytes, wanted=None, scale=None, threads=1, tokens=None):
-    """Copy rows of records out of files into a batch, on `threads` threads outside the GIL.
-
-    files, starts  a File and the byte where its record begins, for each of R records
-    out            contiguous tensor [R, N, D]: row n of record r goes to out[r, n]
-    row_bytes      bytes of a stored row, as many as one of `out`
-    wanted         bool tensor [R, N]: the rows to copy (the others keep what they held), or None
-                   for all
-    scale          float32 tensor [R, D]: the stored rows are int8, and out, float16, gets
-                   entry * scale
-    tokens         float32 tensor [R, N]: with a scale, a factor for each row beside it
-    Raises RowError, of the first record that could not be read.
-    """
-    if EXTENSION["devices"]:
-        record, row, number = salt_ops.read_rows(
-            files,
-            starts,
-            row_bytes,
-            None if wanted is None else wanted.view(torch.uint8),
-            out,
-            scale,
-            tokens,
-            threads,
-        )
-        if record >= 0:
-            raise RowError(record, row, number)
-    else:
-        read_rows_reference(files, starts, out, row_bytes, wanted, scale, tokens)
-
-
-def read_rows_reference(files, starts, out, row_bytes, wanted=None, scale=None, tokens=None):
-    places = (
-        out.view(torch.uint8).numpy()
-        if scale is None
-        else np.empty((*out.shape[:2], row_bytes), np.uint8)
-    )
-    for r, (file, start) in enumerate(zip(files, starts)):
-        rows = np.arange(out.shape[1]) if wanted is None else np.flatnonzero(wanted[r].numpy())
-        for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else ():
-            try:
-                got = os.preadv(
-                    file.file.fileno(),
-                    [places[r, run[0] : run[-1] + 1]],
-                    start + int(run[0]) * row_bytes,
-                )
-            except OSError as error:
-                raise RowError(r, int(run[0]), error.errno) from None
-            if got != len(run) * row_bytes:
-                raise RowError(r, int(run[0]), 0)
-        if scale is not None:
-            values = torch.from_numpy(places[r, rows].view(np.int8)).float() * scale[r]
-            out[r, rows] = (values if tokens is None else values * tokens[r, rows, None]).half()
-
-
-# --------------------------------------------------------------- autograd and shapes of the kernels
 
 if EXTENSION["devices"]:
 
@@ -950,8 +563,8 @@ if EXTENSION["devices"]:
         )
 
     @torch.library.register_fake("salt_ops::sample_masks")
-    def _(sample_ids, epoch, seed, numbers, sizes):
-        return tuple(sample_ids.new_empty(sample_ids.shape[0], count) for count in numbers[3:5])
+    def _(sample_ids, epoch, seed, grid, counts, *how):
+        return tuple(sample_ids.new_empty(sample_ids.shape[0], count) for count in counts)
 
     @torch.library.register_fake("salt_ops::attention")
     def _(qkv, lengths):
@@ -1023,4 +636,35 @@ if EXTENSION["devices"]:
 
     torch.library.register_autograd(
         "salt_ops::masked_mse", scale_gradient, setup_context=save_gradient
+    )
+
+
+def patchify(clip, patch=16, tubelet=2):
+    """Clip [..., T, H, W, 3] -> patches [..., N, 3 * tubelet * patch * patch]: token n = (t * h +
+    y) * w + x, vector (channel, dt, dy, dx).
+
+    That is how a Conv3d patch embedding flattens its kernel. Works on numpy arrays and tensors of
+    any dtype.
+    """
+    return rearrange(
+        clip,
+        "... (t dt) (y dy) (x dx) c -> ... (t y x) (c dt dy dx)",
+        dt=tubelet,
+        dy=patch,
+        dx=patch,
+    )
+
+
+def unpatchify(patches, grid=(8, 14, 14), patch=16, tubelet=2):
+    """The inverse of patchify: patches [..., N, P] -> clip [..., T, H, W, 3]."""
+    t, y, x = grid
+    return rearrange(
+        patches,
+        "... (t y x) (c dt dy dx) -> ... (t dt) (y dy) (x dx) c",
+        t=t,
+        y=y,
+        x=x,
+        dt=tubelet,
+        dy=patch,
+        dx=patch,
     )

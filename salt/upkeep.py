@@ -12,27 +12,23 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import (
-    SHARD_ROWS,
+from salt import cache_writer
+from salt.cache import (
     Ids,
-    Writer,
     agree_on,
-    brief,
     check_header,
     fingerprint,
-    join_statistics,
-    list_digest,
     open_cache,
     read_metadata,
     row_formats,
     same_clips,
-    sha256,
     shard_name,
     sources_of,
-    write_whole,
 )
-from config import InputError
-from data import Records, prefetch
+from salt.cache_writer import Writer, brief, join_statistics, list_digest
+from salt.errors import InputError
+from salt.files import sha256, write_whole
+from salt.loader import Records, prefetch
 
 
 def read_failures(folder):
@@ -108,11 +104,9 @@ def verify(folder, progress=lambda files: files):
         found = [(key, problem) for key, problem in checksums(jobs, progress) if problem]
         problems, broken = [problem for _, problem in found], {key for key, _ in found}
         if not broken & {"ids", "failures"}:
-            ids, failures, rows = (
-                Ids(folder / "ids.txt"),
-                read_failures(folder),
-                sum(shard["rows"] for shard in metadata["shards"]),
-            )
+            ids = Ids(folder / "ids.txt")
+            failures = read_failures(folder)
+            rows = sum(shard["rows"] for shard in metadata["shards"])
             if not len(ids) == metadata["count"] == metadata["list_count"] - len(failures) == rows:
                 problems.append(
                     f"ids.txt has {len(ids)} records and failures.jsonl {len(failures)} of"
@@ -155,7 +149,7 @@ def verify(folder, progress=lambda files: files):
 def verify_clips(folder, rows, threads, progress=lambda records: records):
     """Decode the videos of a cache again, and compare their pixels with its fingerprints.
 
-    rows: of the list, data.Row; progress wraps the records. Returns problems, a line each.
+    rows: of the list, splits.Row; progress wraps the records. Returns problems, a line each.
     """
     source = Records(open_cache(folder), rows, changed_too=True)
 
@@ -238,11 +232,11 @@ def reopen(writer, ids, readable=lambda row: False):
             " first"
         )
     failures = failures_of(folder, metadata, ids)
-    back = [row for row in failures if row // SHARD_ROWS not in bad and readable(row)]
+    back = [row for row in failures if row // cache_writer.SHARD_ROWS not in bad and readable(row)]
     problems += [
         f"the video {ids[row][0]!r}, which was left out, can be decoded now" for row in back
     ]
-    bad = sorted({*bad, *(row // SHARD_ROWS for row in back)})
+    bad = sorted({*bad, *(row // cache_writer.SHARD_ROWS for row in back)})
     if not problems:
         return []
     marks = marks_of(folder, metadata, bad)
@@ -260,7 +254,9 @@ def reopen(writer, ids, readable=lambda row: False):
     write_whole(partial / "plan.json", json.dumps(writer.plan, indent=1).encode())
     sources, done = sources_of(folder, metadata), 0
     for number, shard in enumerate(metadata["shards"]):
-        rows = range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, len(ids)))
+        rows = range(
+            number * cache_writer.SHARD_ROWS, min((number + 1) * cache_writer.SHARD_ROWS, len(ids))
+        )
         held = [kept[row] for row in rows if row in kept]
         known = None if marks is None else marks[done : done + len(held)]
         cut_from = sources[done : done + len(held)]
@@ -436,25 +432,21 @@ def merge(folders, out, progress=lambda files: files):
             f" {shutil.disk_usage(out).free / 1e9:.1f} GB free"
         )
     # numbers: of the next shard
-    shards, numbers = (
-        [shard for cache in caches for shard in cache.metadata["shards"]],
-        dict.fromkeys(caches[0].formats, 0),
-    )
+    shards = [shard for cache in caches for shard in cache.metadata["shards"]]
+    numbers = dict.fromkeys(caches[0].formats, 0)
     for source, kind, entry in progress(jobs):
         place(source.resolve(), out / shard_name(kind, numbers[kind]), entry["sha256"])
         numbers[kind] += 1
 
     def write_stats(shards):
-        content, wide = (
-            io.BytesIO(),
+        content = io.BytesIO()
+        wide = (
             (
-                (
-                    part["count"],
-                    part["mean"].astype(np.float64),
-                    part["variance"].astype(np.float64),
-                )
-                for part in stats
-            ),
+                part["count"],
+                part["mean"].astype(np.float64),
+                part["variance"].astype(np.float64),
+            )
+            for part in stats
         )
         np.savez(
             content,

@@ -10,14 +10,15 @@ import math
 import os
 import re
 import sys
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
-import config
-import runs
-from cache import write_whole
-from config import InputError
-from ranks import rank
+from salt import config, ops, ranks, runs
+from salt.errors import InputError, report_in_one_line
+from salt.files import write_whole
+from salt.ranks import rank, world
 
 
 class Log:
@@ -30,11 +31,12 @@ class Log:
         if rank:
             self.file = open(os.devnull, "w")
         else:
-            self.file, self.path = runs.exclusively(
-                lambda path: open(path, "x", buffering=1), self.path, ".log"
-            )
+            made = runs.exclusively(lambda path: open(path, "x", buffering=1), self.path, ".log")
+            self.file, self.path = made
         self.start = os.path.basename(self.path).removesuffix(".log")
-        self.status, self.at_end, self.whole = "failed", lambda: (), True
+        self.status = "failed"
+        self.at_end: Any = lambda: ()
+        self.whole = True
         # a crash in C++ or SIGBUS still says where
         faulthandler.enable(self.file if rank == 0 else sys.stderr)
         sys.excepthook = self.on_error
@@ -67,11 +69,55 @@ class Log:
     def on_error(self, kind, error, traceback):
         with contextlib.suppress(OSError):
             self.file.write(f"error: {' '.join(str(error).split()) or kind.__name__}\n")
-        config.report_in_one_line(kind, error, traceback)
+        report_in_one_line(kind, error, traceback)
 
     def close(self):
         for line in (*self.at_end(), f"status: {self.status}", runs.LAST_LINE):
             self(line)
+
+
+def introduce(log, s, place):
+    """What a log begins with: the command, process and settings of a start, and what it runs on.
+
+    s: train.py's settings; place: its torch.device
+    """
+    log(f"start {log.start}: {' '.join(sys.argv)}")
+    log(f"process {json.dumps(runs.this_process())}")
+    log(f"settings {json.dumps(s)}")
+    for line in config.from_environment:
+        log(line)
+    if world > 1:
+        again = f", started again for the {ranks.restarts}. time" if ranks.restarts else ""
+        log(
+            f"{world} ranks{again}; {'FSDP2' if s.fsdp else 'DDP'}: each takes"
+            f" {s.batch_size // world} of the {s.batch_size} clips"
+        )
+    log(ops.extension_line(place))
+    where = f"cpu, {torch.get_num_threads()} threads"
+    if place.type == "cuda":
+        where = torch.cuda.get_device_name(place)
+    log(f"torch {torch.__version__} on {where}, {s.dtype}")
+
+
+def say_what_is_in_force(log, s, work, warmup_steps, epoch_length):
+    """The line `in force`: what settings that were left open came to, and hashes of the content of
+    paths, so that runs can be told apart that were made from other content under one path.
+    """
+    view = work.clips.view
+    in_force = {
+        "frames": view.frames,
+        "resolution": view.size,
+        "patch": work.clips.patch,
+        "warmup": warmup_steps,
+        "eval_every": s.eval_every or epoch_length,
+    }
+    log(f"in force {json.dumps(in_force | work.hashes(pixels=s.target == 'pixels'))}")
+
+
+def bar(batches, title, count):
+    """A progress bar over batches, on rank 0, where they take longer than two seconds."""
+    how = {"unit": "batch", "dynamic_ncols": True, "leave": False, "delay": 2}
+    return tqdm(batches, title, count, disable=rank > 0, **how)
 
 
 def average(losses):
@@ -133,6 +179,23 @@ def without_infinities(entry):
     }
 
 
+def open_metrics(run, s):
+    """The Metrics of a checkpoint.Run, which trackers follow; what its file lacks is said."""
+    step = run.step if run.origin else -1
+    metrics = Metrics(run.folder, step, run.history)
+    if metrics.damaged:
+        run.log(f"{metrics.path}: {metrics.damaged} torn or damaged lines are left out")
+    told = run.step - len(run.pending)  # the step of the last line
+    lacks = metrics.last_step < told and told > runs.first_step(run.folder)
+    if run.in_place and (metrics.restored or lacks):
+        run.log(
+            f"{metrics.path} was cut or replaced: {metrics.restored} evaluations are written again"
+            f" from the checkpoint; lines of steps up to step {told} are lost"
+        )
+    ranks.first(lambda: metrics.follow(run.name, s, run.folder, s.wandb, s.tensorboard))
+    return metrics
+
+
 class Metrics:
     """metrics.jsonl of a run's folder, an entry a line; entries of earlier starts are kept up to
     the step that this one goes on from, or -1.
@@ -150,10 +213,8 @@ class Metrics:
             kept = list(self.entries_to(step))
             there = {entry["step"] for entry in kept if "val_r2" in entry}
             lost = [without_infinities(entry) for entry in history if entry["step"] not in there]
-            self.restored, self.last_step = (
-                len(lost),
-                max((entry["step"] for entry in kept if "loss" in entry), default=0),
-            )
+            self.restored = len(lost)
+            self.last_step = max((entry["step"] for entry in kept if "loss" in entry), default=0)
             if lost:
                 kept = sorted(kept + lost, key=lambda entry: entry["step"])
             write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())

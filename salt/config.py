@@ -13,25 +13,21 @@ environment over file. A value is checked against the annotation (`str | None`, 
 
 import argparse
 import ast
-import difflib
-import hashlib
 import io
 import math
 import os
 import re
-import signal
 import sys
-import time
 import tokenize
 import types
 import typing
 
+from salt.errors import InputError, nearest, report_in_one_line
+
 # names of the settings that apply() found on the command line or in the environment
 given = set()
+may_change = set()  # names of those below the heading MAY_CHANGE
 from_environment = []  # a line for each value that it took from there, for a run's log
-# under torchrun: whether ranks have begun to do different things; until then one a machine speaks
-# for all
-started = False
 
 
 def local_ranks():
@@ -40,91 +36,6 @@ def local_ranks():
     """
     told = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return int(told) if told.isdecimal() and int(told) else 1
-
-
-class InputError(ValueError):
-    """Bad input from outside.
-
-    The message says what, where and what to do; a script ends with that one line and exit code 1.
-    """
-
-
-def source_digest():
-    """SHA-256 of the files in csrc/, by which an extension that was built from others is known;
-    None where they are not there.
-    """
-    digest, folder = (
-        hashlib.sha256(),
-        os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc"),
-    )
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        with open(os.path.join(folder, name), "rb") as file:
-            digest.update(f"{name}\n".encode() + file.read())
-    return digest.hexdigest() if os.path.isdir(folder) else None
-
-
-def nearest(word, words):
-    """`; did you mean X?`, or nothing where no word is close."""
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def report_in_one_line(kind, error, traceback):
-    """sys.excepthook: bad input, a full disk or an unreadable file is one line; anything else is a
-    bug and keeps its traceback.
-    """
-    script = os.path.basename(sys.argv[0])
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        if (
-            issubclass(kind, InputError)
-            and not started
-            and os.environ.get("LOCAL_RANK", "0") != "0"
-        ):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            # the machine's first rank meets the same and says so, and torchrun ends this one then;
-            # only where it does not, this one speaks
-            time.sleep(20)
-        script = f"{script}, rank {os.environ.get('RANK')}"
-        if issubclass(kind, RuntimeError) and any(
-            word in str(error) for word in ("gloo", "NCCL", "Connection", "connection")
-        ):
-            kind, error = (
-                InputError,
-                InputError(
-                    "another rank is gone, or cannot be reached"
-                    f" ({' '.join(str(error).split())[:200]}); its own line says why. In training"
-                    " torchrun --max_restarts N with --resume auto starts all of them again from"
-                    " last.pth"
-                ),
-            )
-    if issubclass(kind, KeyboardInterrupt):
-        print(f"{script}: interrupted", file=sys.stderr)
-    # torch.OutOfMemoryError, without importing torch for --help
-    elif kind.__name__ == "OutOfMemoryError":
-        print(
-            f"{script}: error: the GPU is out of memory; in training give --accumulate 2 (or more)"
-            " and then --recompute, elsewhere a lower --batch_size",
-            file=sys.stderr,
-        )
-    elif (
-        kind.__module__.startswith(("torch._dynamo", "torch._inductor"))
-        and "SALT_TRACEBACK" not in os.environ
-    ):
-        print(
-            f"{script}: error: torch.compile failed ({' '.join(str(error).split())[:300]});"
-            " --compile off does without",
-            file=sys.stderr,
-        )
-    elif kind is RuntimeError and "DefaultCPUAllocator" in str(error):
-        print(
-            f"{script}: error: main memory is full; in training give --accumulate 2 (or more) and"
-            " then --recompute, elsewhere a lower --batch_size, and fewer --threads",
-            file=sys.stderr,
-        )
-    elif issubclass(kind, (InputError, OSError)) and "SALT_TRACEBACK" not in os.environ:
-        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
 
 
 NOT_THERE = {  # what to say of a path that a flag names and that is not there
@@ -192,6 +103,7 @@ def unknown_in_environment(names, environ):
                 yield f"{word} is set in the environment and is no setting; did you mean {near[0]}?"
 
 
+MAY_CHANGE = "# -- may change on --resume"
 HEADING = "# --"  # a comment above a setting that begins so is no part of its text
 
 
@@ -232,6 +144,20 @@ def read_settings(path):
     raise RuntimeError(f"{path} never calls config.apply(globals())")
 
 
+def names_below(path, heading):
+    """Names of a script's settings below a line that says `heading`."""
+    with open(path, encoding="utf-8") as file:
+        source = file.read()
+    before, found, below = source.partition(f"\n{heading}\n")
+    return set(re.findall(r"^(\w+)\b.* = ", below, re.MULTILINE)) if found else set()
+
+
+class Settings(dict):
+    """{name: value} of a script's settings, each an attribute too."""
+
+    __getattr__ = dict.__getitem__
+
+
 def parse(text, kind, name):
     """`text` as a value of `kind`: int, float, str, bool, Literal, list[...] / tuple[...], or any
     of these `| None`.
@@ -257,22 +183,22 @@ def parse(text, kind, name):
             raise InputError(f"{name} is {text!r}; it takes {count}, separated by commas")
         return values
     if kind is bool:
-        if text.lower() not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+        if text.lower() not in TRUE + FALSE:
             raise InputError(f"{name} is {text!r}; it takes true or false")
-        return text.lower() in ("true", "1", "yes", "on")
+        return text.lower() in TRUE
     try:
         value = kind(text)
-        if kind is int and abs(value) >= 2**63:
-            raise InputError(f"{name} is {text}; it takes a whole number below 2^63")
-        if kind is float and not math.isfinite(value):
-            raise InputError(f"{name} is {text}; it takes a finite number")
-        return value
-    except InputError:
-        raise
     except ValueError:
-        raise InputError(
-            f"{name} is {text!r}; it takes {'a whole number' if kind is int else 'a number'}"
-        ) from None
+        what = "a whole number" if kind is int else "a number"
+        raise InputError(f"{name} is {text!r}; it takes {what}") from None
+    if kind is int and abs(value) >= 2**63:
+        raise InputError(f"{name} is {text}; it takes a whole number below 2^63")
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{name} is {text}; it takes a finite number")
+    return value
+
+
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 def fits(value, kind):
@@ -330,35 +256,62 @@ def apply(scope, argv=None, environ=None, least=None, positional=None):
     line, in place.
 
     least: {name: smallest value allowed}; positional: the list setting that words without a flag go
-    to. Returns {name: value} of all settings. Each value taken from the environment is printed.
-    Raises InputError on an unknown flag (naming the nearest), a missing value, one of the wrong
-    type or one too small. Installs the one-line error report.
+    to. Returns the Settings. Each value taken from the environment is printed. Raises InputError on
+    an unknown flag (naming the nearest), a missing value, one of the wrong type or one too small.
+    Installs the one-line error report.
     """
     sys.excepthook = report_in_one_line
     path = scope["__file__"]
     environ = os.environ if environ is None else environ
     found = read_settings(path)
-    comments = {name: comment for name, (_, comment) in found.items()}
+    may_change.update(names_below(path, MAY_CHANGE) & set(found))
     kinds = {
         name: kind_of(scope[name], annotation and eval(annotation, scope))
         for name, (annotation, _) in found.items()
     }
+    check_file(scope, kinds)
+    comments = {name: comment for name, (_, comment) in found.items()}
+    words = sys.argv[1:] if argv is None else argv
+    flags = read_flags(make_parser(scope, kinds, comments, positional), words, kinds, positional)
+    for name, kind in kinds.items():
+        variable = name.upper()
+        if name in flags:
+            scope[name] = parse(flags[name], kind, f"--{name}")
+        elif environ.get(variable):
+            scope[name] = parse(environ[variable], kind, f"{variable} in the environment")
+            line = f"{name} = {scope[name]!r} (from {variable} in the environment)"
+            from_environment.append(line)
+            print(line, flush=True)
+        else:
+            continue
+        given.add(name)
+    for line in unknown_in_environment(kinds, environ):
+        print(line, flush=True)
+    for name, value in (least or {}).items():
+        if scope[name] is not None and not scope[name] >= value:
+            raise InputError(f"{name} is {scope[name]}; it must be at least {value}")
+    return Settings({name: scope[name] for name in kinds})
 
+
+def check_file(scope, kinds):
+    """Raises InputError where a value that stands in the file is of another kind."""
     for name, kind in kinds.items():
         if kind is type(None) or not fits(scope[name], kind):
             takes = "a value" if kind is type(None) else describe(kind)
-            raise InputError(
-                f"{os.path.basename(path)} has {name} = {scope[name]!r}; it takes {takes}"
-            )
+            path = os.path.basename(scope["__file__"])
+            raise InputError(f"{path} has {name} = {scope[name]!r}; it takes {takes}")
         if kind is float:
             scope[name] = float(scope[name])  # an edited 0 is the 0.0 of a flag
 
-    doc = (scope.get("__doc__") or "").strip()
+
+def make_parser(scope, kinds, comments, positional):
+    """The Parser of a flag a setting."""
+    words = f"{positional.upper()} [...] " if positional else ""
     parser = Parser(
-        prog=f"python {os.path.basename(path)}",
-        description=doc,
+        prog=f"python {os.path.basename(scope['__file__'])}",
+        description=(scope.get("__doc__") or "").strip(),
         allow_abbrev=False,
-        usage=f"%(prog)s {f'{positional.upper()} [...] ' if positional else ''}[--name value ...]",
+        usage=f"%(prog)s {words}[--name value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
             "A flag may also be given as its upper-case name in the environment; the command line"
@@ -366,77 +319,45 @@ def apply(scope, argv=None, environ=None, least=None, positional=None):
         ),
     )
     for name, kind in kinds.items():
-        default = scope[name]
-        shown = (
-            ",".join(map(str, default))
-            if isinstance(default, (list, tuple))
-            else "none"
-            if default is None
-            else default
-        )
-        text = f"{comments[name]} [{shown}]".replace("%", "%%").strip()
-        many = typing.get_origin(kind) in (list, tuple)
-        parser.add_argument(
-            f"--{name}",
-            metavar=describe(kind),
-            help=text,
-            default=argparse.SUPPRESS,
-            nargs="?" if kind is bool else "+" if many else None,
-            const="true" if kind is bool else None,
-        )
+        default = "none" if scope[name] is None else scope[name]
+        if isinstance(default, (list, tuple)):
+            default = ",".join(map(str, default))
+        how = {"help": f"{comments[name]} [{default}]".replace("%", "%%").strip()}
         if kind is bool:
-            parser.add_argument(
-                f"--no_{name}",
-                dest=name,
-                action="store_const",
-                const="false",
-                default=argparse.SUPPRESS,
-                help=argparse.SUPPRESS,
-            )
+            how |= {"nargs": "?", "const": "true"}
+        elif typing.get_origin(kind) in (list, tuple):
+            how["nargs"] = "+"
+        hidden = argparse.SUPPRESS
+        parser.add_argument(f"--{name}", metavar=describe(kind), default=hidden, **how)
+        if kind is bool:
+            how = {"dest": name, "action": "store_const", "const": "false"}
+            parser.add_argument(f"--no_{name}", default=hidden, help=hidden, **how)
+    return parser
 
+
+def read_flags(parser, argv, kinds, positional):
+    """{name: text} of the flags in argv, of which each may have hyphens for underscores."""
     words = []
-    for word in sys.argv[1:] if argv is None else argv:
+    for word in argv:
         flag, equals, value = word.partition("=")
-        words.append(
-            flag.replace("-", "_").replace("__", "--", 1) + equals + value
-            if flag.startswith("--")
-            else word
-        )
-    flags, unknown = parser.parse_known_args(words)
+        if flag.startswith("--"):
+            word = flag.replace("-", "_").replace("__", "--", 1) + equals + value
+        words.append(word)
+    found, unknown = parser.parse_known_args(words)
+    found = vars(found)
     if positional:
-        loose, unknown = (
-            [word for word in unknown if not word.startswith("-")],
-            [word for word in unknown if word.startswith("-")],
-        )
+        loose = [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
         if loose:
-            setattr(flags, positional, loose + getattr(flags, positional, []))
+            found[positional] = loose + found.get(positional, [])
     if unknown:
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("--"):
             raise InputError(
                 f"unexpected argument {flag!r}: settings are given as --name value; see --help"
             )
-        raise InputError(
-            f"unknown flag {flag}{nearest(flag, [f'--{name}' for name in kinds]) or '; see --help'}"
-        )
-
-    for name, kind in kinds.items():
-        if hasattr(flags, name):
-            value = getattr(flags, name)
-            given.add(name)
-            scope[name] = parse(
-                ",".join(value) if isinstance(value, list) else value, kind, f"--{name}"
-            )
-        elif environ.get(name.upper()):
-            given.add(name)
-            scope[name] = parse(environ[name.upper()], kind, f"{name.upper()} in the environment")
-            from_environment.append(
-                f"{name} = {scope[name]!r} (from {name.upper()} in the environment)"
-            )
-            print(from_environment[-1], flush=True)
-    for line in unknown_in_environment(kinds, environ):
-        print(line, flush=True)
-    for name, value in (least or {}).items():
-        if scope[name] is not None and not scope[name] >= value:
-            raise InputError(f"{name} is {scope[name]}; it must be at least {value}")
-    return {name: scope[name] for name in kinds}
+        near = nearest(flag, [f"--{name}" for name in kinds])
+        raise InputError(f"unknown flag {flag}{near or '; see --help'}")
+    return {
+        name: ",".join(value) if isinstance(value, list) else value for name, value in found.items()
+    }

@@ -1,4 +1,6 @@
-"""Speed, side by side:  python bench.py ops|data|scale|step|budget [--name value ...] [--json]
+"""Speed, side by side:  python benchmarks/bench.py PART [--name value ...] [--json]
+
+PART is one of these:
 
     ops     each op of the extension against eager PyTorch, torch.compile and what memory allows;
             --device cuda for a GPU
@@ -11,8 +13,8 @@
             matrix rate and bandwidth
 
 Competitors take turns in one process; figures are medians over the rounds, with the quartiles.
-`python bench.py PART --help` lists a part's settings. The parts are benchmarks/bench_PART.py; this
-file is what they share.
+`python benchmarks/bench.py PART --help` lists a part's settings. The parts are
+benchmarks/bench_PART.py; this file is what they share.
 """
 
 import datetime
@@ -26,10 +28,11 @@ import time
 from json import dumps
 from pathlib import Path
 
-import config
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from salt.errors import InputError, nearest, report_in_one_line
 
 PARTS = ("ops", "data", "scale", "step", "budget")
-ROOT = Path(__file__).parent
 
 
 def take_turns(measures, rounds):
@@ -60,13 +63,16 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
     import numpy as np
     import torch
 
-    import cache
-    from views import View
+    from salt import cache_writer
+    from salt.views import View
 
-    view, random, tokens, dim = View(), np.random.default_rng(0), 1568, 768
-    before, cache.SHARD_ROWS = cache.SHARD_ROWS, shard_rows
+    view = View()
+    random = np.random.default_rng(0)
+    tokens = 1568
+    dim = 768
+    before, cache_writer.SHARD_ROWS = cache_writer.SHARD_ROWS, shard_rows
     try:
-        writer = cache.Writer(
+        writer = cache_writer.Writer(
             where,
             {
                 "split": "train",
@@ -98,13 +104,13 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
             with writer.shard(number) as shard:
                 for row in range(number * shard_rows, min((number + 1) * shard_rows, records)):
                     clip = random.integers(0, 256, (tokens, 1536), dtype=np.uint8)
-                    stored = cache.to_stored(latents.roll(row, 0)[None], dtype)
+                    stored = cache_writer.to_stored(latents.roll(row, 0)[None], dtype)
                     shard.add(
                         f"v{row}", 0, clip, {kind: array[0] for kind, array in stored.items()}
                     )
         writer.finish()
     finally:
-        cache.SHARD_ROWS = before
+        cache_writer.SHARD_ROWS = before
 
 
 def processor(device="cpu"):
@@ -142,7 +148,7 @@ def machine(device="cpu"):
     """Print and return what the figures were measured on."""
     import torch
 
-    import ops
+    from salt import ops
 
     found = {
         "date": datetime.date.today().isoformat(),
@@ -165,7 +171,7 @@ def write(part, device, folder, found, settings, results):
     path.write_text(
         dumps(
             {
-                "command": " ".join(["python bench.py", part, *sys.argv[1:]]),
+                "command": " ".join(["python benchmarks/bench.py", part, *sys.argv[1:]]),
                 **found,
                 "settings": settings,
                 "results": results,
@@ -178,15 +184,14 @@ def write(part, device, folder, found, settings, results):
 
 
 if __name__ == "__main__":
-    sys.excepthook = config.report_in_one_line
+    sys.excepthook = report_in_one_line
     words = sys.argv[1:]
     if not words or words[0].startswith("-"):
         print(__doc__.strip())
         sys.exit(0 if words and words[0] in ("-h", "--help") else 2)
     if words[0] not in PARTS:
-        raise config.InputError(
-            f"bench.py measures {', '.join(PARTS)}, not"
-            f" {words[0]!r}{config.nearest(words[0], PARTS)}"
+        raise InputError(
+            f"bench.py measures {', '.join(PARTS)}, not {words[0]!r}{nearest(words[0], PARTS)}"
         )
     path = ROOT / "benchmarks" / f"bench_{words[0]}.py"
     sys.argv = [str(path), *words[1:]]

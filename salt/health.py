@@ -5,8 +5,7 @@ updates, and where a number that is not finite comes from.
 import numpy as np
 import torch
 
-import model
-import ops
+from salt import ops
 
 
 def local(x):
@@ -61,20 +60,16 @@ def update_ratio(optimizer):
         for parameter in group["params"] if group["decays"] else ():
             if not (state := optimizer.state.get(parameter)):
                 continue
-            t, whole = (
-                local(state["step"]),
-                [local(x).flatten() for x in (parameter, state["exp_avg"], state["exp_avg_sq"])],
-            )
+            t = local(state["step"])
+            whole = [local(x).flatten() for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
             # on a CPU in its cache: 5 times as fast
             pieces = zip(*(x.split(1 << 18) for x in whole)) if t.device.type == "cpu" else [whole]
             for after, mean, square in pieces:
                 u = square.sqrt().mul_((1 - b2**t).rsqrt()).add_(group["eps"])
                 torch.div(mean, u, out=u).mul_(group["lr"] / (1 - b1**t))
-                aa, au, uu = (
-                    torch.dot(after, after).double(),
-                    torch.dot(after, u).double(),
-                    torch.dot(u, u).double(),
-                )
+                aa = torch.dot(after, after).double()
+                au = torch.dot(after, u).double()
+                uu = torch.dot(u, u).double()
                 squares = (
                     squares
                     + torch.stack(
@@ -95,44 +90,32 @@ def not_finite(named):
     ]
 
 
-def diagnose(salt, space, names, batch, loss):
+def diagnose(salt, space, clips, batch, loss_of):
     """Where non-finite numbers of a step come from: {'weights', 'targets', 'clips', 'gradients'},
     lists of parameter names and of clips' names.
 
-    names: of the batch's clips. targets: clips whose targets are not finite; clips: those whose
-    predictions or loss are not; gradients: parameters whose gradient, over this rank's clips, is
-    not. The clips go through one by one, so that little memory is needed.
+    clips       loader.Videos or loader.Records, which the batch is of
+    loss_of     (loader.Batch) -> what model.salt_loss gives
+    targets: clips whose targets are not finite; clips: those whose loss is not; gradients:
+    parameters whose gradient, over this rank's clips, is not. The clips go through one by one, so
+    that little memory is needed.
     """
-    found = {
-        "weights": not_finite(salt.named_parameters()),
-        "targets": [],
-        "clips": [],
-        "gradients": [],
-    }
+    found = {"weights": not_finite(salt.named_parameters()), "targets": [], "clips": []}
     named, bad = dict(salt.named_parameters()), set()
-    for i, name in enumerate(names):
-        one = slice(i, i + 1)
-        patches, latents = batch.patches[one], None if batch.latents is None else batch.latents[one]
-        drawn = {
-            family: ops.Masks(both.context[one], both.target[one])
-            for family, both in batch.masks.items()
-        }
-        y, how = space.raw_targets(patches, latents)
+    for i, record in enumerate(batch.records.tolist()):
+        one, name = batch.part(slice(i, i + 1)), clips.name(record)[0]
+        y, how = space.raw_targets(one.patches, one.latents)
         targets = [
-            ops.normalise_target(ops.masked_gather(y, both.target), index=both.target, **how)
-            for both in drawn.values()
+            ops.normalise_target(ops.masked_gather(y, drawn.target), index=drawn.target, **how)
+            for drawn in one.masks
         ]
-        predictions = salt(patches, drawn)
-        error, _, _, gradients = model.salt_loss(predictions, patches, latents, drawn, space, loss)
-        torch.autograd.backward(list(predictions.values()), list(gradients.values()))
+        loss, errors = loss_of(one)
+        loss.backward()
         bad |= set(not_finite((key, parameter.grad) for key, parameter in named.items()))
         salt.zero_grad(set_to_none=True)
         if not all(target.isfinite().all() for target in targets):
             found["targets"].append(name)
-        if not (
-            error.isfinite()
-            and all(prediction.isfinite().all() for prediction in predictions.values())
-        ):
+        if not errors[0].isfinite():
             found["clips"].append(name)
     found["gradients"] = [key for key in named if key in bad]
     return found

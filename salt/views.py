@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
-import ops
-from config import InputError, nearest
+from salt.errors import InputError, nearest
+from salt.masks import STREAMS, Random
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -128,7 +128,7 @@ def sample_id(video_id, view=0):
 
 def random_half(video_id, seed):
     """A window of half a video whose place is drawn by Philox from (seed, video id)."""
-    start = ops.Random(seed, 0, sample_id(video_id), ops.STREAMS["half"]).uniform() / 2
+    start = Random(seed, 0, sample_id(video_id), STREAMS["half"]).uniform() / 2
     return (start, start + 0.5)
 
 

@@ -8,7 +8,7 @@ that a later evaluation can tell.
 import numpy as np
 import torch
 
-from config import InputError
+from salt.errors import InputError
 
 PIECE = 1 << 22  # bytes of ids hashed at a time
 FACTOR = 0x9E3779B97F4A7C15
@@ -46,8 +46,8 @@ def hash_ids(pieces):
 
 
 def numbers_of(source):
-    """(int64 [n] of the ids, int64 [n] fingerprints or None) of the clips of data.Videos or
-    data.Records.
+    """(int64 [n] of the ids, int64 [n] fingerprints or None) of the clips of loader.Videos or
+    loader.Records.
     """
     if source.cache is None:
         return hash_ids([b"".join(f"{row.id}\t\n".encode() for row in source.rows)]), None
@@ -78,7 +78,7 @@ def records_to_measure(source, seen, what, allowed):
     """(int64 records of `source` that a model may be measured on, 'held-out' or 'training', lines
     for the log).
 
-    source   data.Videos or data.Records
+    source   loader.Videos or loader.Records
     seen     trained_on() of the model; None: of a checkpoint that does not say
     what     how to name the source in a message
     allowed  whether training videos may be among them, which are then called so
@@ -165,7 +165,7 @@ def copies(ids, clips, name):
 
 
 def checked(errors, batch, source):
-    """errors, of model.clip_errors.
+    """errors, of score.clip_errors.
 
     Raises InputError, naming a clip, where its targets are not finite: no R2 can be had with it.
     """

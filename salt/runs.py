@@ -12,19 +12,15 @@ Nothing outside a run's own folder is ever deleted. torch is imported only where
 read.
 """
 
-import atexit
 import contextlib
 import fcntl
-import glob
-import itertools
 import json
 import os
 import re
-import shutil
 import socket
 import time
 
-from config import InputError, nearest
+from salt.errors import InputError, nearest
 
 # after a run's name; the last number where two starts had the same time and pid
 STAMP = r"_\d{8}_\d{6}_pid\d+(?:_\d+)?"
@@ -46,10 +42,13 @@ def exclusively(make, path, suffix=""):
 
     that is not there yet: containers share pids.
     """
-    for number in itertools.count(1):
-        tried = f"{path}{suffix}" if number == 1 else f"{path}_{number}{suffix}"
-        with contextlib.suppress(FileExistsError):
+    number, tried = 1, f"{path}{suffix}"
+    while True:
+        try:
             return make(tried), tried
+        except FileExistsError:
+            number += 1
+            tried = f"{path}_{number}{suffix}"
 
 
 def named(names, name):
@@ -90,20 +89,31 @@ def lines_of(path):
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def said(log, beginning):
+    """What follows `beginning` on the first line of a log that begins so; None where none does."""
+    words = (line.removeprefix(beginning) for line in lines_of(log) if line.startswith(beginning))
+    return next((rest.rstrip("\n") for rest in words), None)
+
+
+def entries_of(path):
+    """The objects of a .jsonl file, one a line; {} for a line that is torn or damaged."""
+    entries = []
+    for line in filter(str.strip, lines_of(path)):
+        try:
+            entries.append(json.loads(line))
+        except (ValueError, RecursionError):
+            entries.append({})
+    return [entry if isinstance(entry, dict) else {} for entry in entries]
+
+
 def folder_of_log(log, checkpoints):
     """The folder of the run that a log belongs to, as the log says; None where it came to none."""
-    said = [
-        line.rstrip("\n").removeprefix("folder ")
-        for line in lines_of(log)
-        if line.startswith("folder ")
-    ]
+    folder = said(log, "folder ")
     beside = os.path.dirname(os.path.dirname(os.path.abspath(log)))
-    names = [
-        *said[-1:],
-        *(
-            os.path.join(checkpoints, os.path.basename(path))
-            for path in (*said[-1:], log.removesuffix(".log"))
-        ),
+    names = [folder] if folder else []
+    names += [
+        os.path.join(checkpoints, os.path.basename(path))
+        for path in (*names, log.removesuffix(".log"))
     ]
     return next(
         (path for name in names for path in (name, os.path.join(beside, name)) if is_run(path)),
@@ -115,14 +125,10 @@ def listed_logs(folder, run_logs):
     """{log: name of the folder it says it is of, or None} of a run's starts that are still there,
     the latest last.
     """
-    logs = []
-    with (
-        contextlib.suppress(FileNotFoundError),
-        open(os.path.join(folder, "starts.jsonl"), errors="replace") as lines,
-    ):
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn last line
-                logs.append(os.path.join(folder, json.loads(line)["log"]))
+    starts = os.path.join(folder, "starts.jsonl")
+    entries = entries_of(starts) if os.path.exists(starts) else []
+    names = [entry["log"] for entry in entries if isinstance(entry.get("log"), str)]
+    logs = [os.path.join(folder, name) for name in names]
     name = os.path.basename(os.path.abspath(folder))
     beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(folder))), "run_logs")
     logs = logs or [f"{name}.log"]  # of a run that an older version made
@@ -131,11 +137,7 @@ def listed_logs(folder, run_logs):
         for log in logs
     ]
     found = [path for paths in places if (path := next(filter(os.path.isfile, paths), None))]
-    said = [
-        next((line.rstrip("\n") for line in lines_of(path) if line.startswith("folder ")), None)
-        for path in found
-    ]
-    return {path: line and os.path.basename(line) for path, line in zip(found, said)}
+    return {path: os.path.basename(said(path, "folder ") or "") or None for path in found}
 
 
 def first_step(folder):
@@ -157,8 +159,8 @@ def logs_of_folder(folder, run_logs):
     own = os.path.basename(os.path.realpath(folder))
     return [
         os.path.relpath(path)
-        for path, said in listed_logs(folder, run_logs).items()
-        if said in (None, own)
+        for path, name in listed_logs(folder, run_logs).items()
+        if name in (None, own)
     ]
 
 
@@ -167,22 +169,22 @@ def run_copied_to(folder, run_logs=None):
     checkpoints; None where it is that run's own.
     """
     own = os.path.basename(os.path.realpath(folder))
-    said = list(listed_logs(folder, run_logs).values()) if run_logs else []
-    if not any(said):
-        import weights
+    names = list(listed_logs(folder, run_logs).values()) if run_logs else []
+    if not any(names):
+        from salt import torch_files
 
         paths = [os.path.join(folder, name) for name in ("last.pth", "previous.pth", "best.pth")]
-        said = [
+        names = [
             next(
                 (
                     run
                     for path in paths
-                    if os.path.isfile(path) and (run := weights.step_and_run(path)[1])
+                    if os.path.isfile(path) and (run := torch_files.step_and_run(path)[1])
                 ),
                 None,
             )
         ]
-    return None if own in said else next((run for run in said if run), None)
+    return None if own in names else next((run for run in names if run), None)
 
 
 def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda folder, log: True):
@@ -193,9 +195,10 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
     where there is no such run.
     """
     path = os.path.abspath(os.path.expanduser(word))
-    if os.path.isfile(path) and path.endswith((".pth", ".jsonl")):
+    of_folder = path.endswith(".pth") or os.path.basename(path) in ("metrics.jsonl", "starts.jsonl")
+    if os.path.isfile(path) and of_folder:
         return with_log(os.path.dirname(path), run_logs)
-    if os.path.isfile(path):
+    if os.path.isfile(path):  # another .jsonl, too: a copy, or of other code
         folder = folder_of_log(path, checkpoints)
         latest = with_log(folder, run_logs)[1] if folder else None
         return (
@@ -360,12 +363,8 @@ def alive(log, folder=None):
     """
     if folder and held(folder):
         return True
-    said = next(
-        (line.removeprefix("process ") for line in lines_of(log) if line.startswith("process {")),
-        None,
-    )
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        process, here = json.loads(said), this_process()
+        process, here = json.loads(said(log, "process ") or ""), this_process()
         if process["boot"] != here["boot"]:
             return process["host"] != here["host"]  # else the machine was started anew
         if folder and os.path.isfile(os.path.join(folder, "starts.jsonl")):
@@ -444,95 +443,6 @@ def wait_for_end(word, checkpoints, run_logs, seconds):
         time.sleep(seconds)
 
 
-# ------------------------------------------------------------------------------ making and resuming
-
-
-@contextlib.contextmanager
-def folder_locked(folder):
-    """Keep others from looking for a run in `folder` while this process finds or makes its own
-    there.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def lock(folder, wait=0):
-    """The open starts.jsonl of a run, locked.
-
-    Raises InputError where after `wait` seconds another process still has it.
-    """
-    file = open(os.path.join(folder, "starts.jsonl"), "a+", errors="replace")
-    until = time.monotonic() + max(wait, 1)  # one who asks whether it is held has it for a moment
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > until:
-                file.close()
-                raise InputError(
-                    f"--resume: the run {os.path.basename(folder)} is still going; end it first, or"
-                    " choose another --run_name"
-                ) from None
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return file
-
-
-def furthest(folders, log):
-    """(path, content) of the whole last.pth or previous.pth in `folders` with the most steps, of
-    these the latest; (None, None) where there is none at all.
-
-    One that is damaged is logged, and the next taken. Raises InputError where all of them are.
-    """
-    import weights
-
-    paths = [
-        path
-        for folder in folders
-        for name in ("previous.pth", "last.pth")
-        if os.path.isfile(path := os.path.join(folder, name))
-    ]
-    # unreadable ones first: they are named
-    known = {
-        path: (weights.step_and_run(path)[0], os.path.getmtime(path), path.endswith("last.pth"))
-        for path in paths
-    }
-    for path in sorted(paths, key=known.__getitem__, reverse=True):
-        try:
-            return path, weights.load_checkpoint(path)
-        except InputError as error:
-            log(f"passed over: {error}")
-    if paths:
-        raise InputError(
-            f"none of the {len(paths)} checkpoints is whole ({', '.join(paths)}); move them away to"
-            " start afresh, or give another --run_name"
-        )
-    return None, None
-
-
-def copy_whole(source, path):
-    """Copy a file and flush it to the disk.
-
-    Raises InputError, with nothing left of it, where that cannot be.
-    """
-    try:
-        shutil.copyfile(source, path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path)
-        raise InputError(
-            f"{path} cannot be written: {error.strerror}; make room, and run the same command again"
-        ) from None
-
-
 def has_last(folder):
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("last.pth", "previous.pth"))
 
@@ -550,173 +460,3 @@ def to_resume(resume, checkpoints, run_logs):
     if not folder or not has_last(folder):
         raise InputError(f"the run {resume} has no last.pth{f' in {folder}' if folder else ''} yet")
     return folder
-
-
-def died_young(folder):
-    """Whether a run's folder holds nothing of worth: its process died before it had a checkpoint or
-    a step.
-    """
-    metrics = os.path.join(folder, "metrics.jsonl")
-    kept = [
-        name
-        for name in os.listdir(folder)
-        if name not in ("starts.jsonl", "metrics.jsonl") and not name.endswith(".part")
-    ]
-    return not kept and not (
-        os.path.isfile(metrics) and any('"loss"' in line for line in lines_of(metrics))
-    )
-
-
-class Run:
-    """This process's run: its .folder, locked, and where it goes on from: .path and .content of a
-    checkpoint, or None.
-
-    checkpoints, run_logs  folders of all runs and logs
-    name         --run_name
-    start        NAME_DATE_TIME_pidN of this start
-    resume       None, 'auto' or what `find` takes
-    log          called with a line
-    wait         seconds to wait for a process that still holds the run
-    Raises InputError where the run is still going, or there is no checkpoint to go on from.
-    """
-
-    def __init__(self, checkpoints, run_logs, name, start, resume, log, wait=0):
-        self.path = self.content = self.folder = self.file = None
-        self.is_new = False
-        atexit.register(self.leave)
-        # of two first starts with --resume auto, the second finds the first's folder
-        with folder_locked(checkpoints):
-            if resume == "auto":
-                self.go_on_by_name(checkpoints, name, log, wait)
-            elif resume:
-                self.go_on_from(resume, checkpoints, run_logs, log, wait)
-            if not self.folder:
-                _, self.folder = exclusively(os.mkdir, os.path.join(checkpoints, start))
-                self.file, self.is_new = lock(self.folder), True
-        # half-written when it was killed
-        for left in glob.glob(os.path.join(glob.escape(self.folder), "*.part")):
-            os.remove(left)
-
-    def go_on_by_name(self, checkpoints, name, log, wait):
-        folders = [
-            os.path.join(checkpoints, each)
-            for each in named(files_in(checkpoints), name)
-            if is_run(os.path.join(checkpoints, each))
-        ]
-        folders = [folder for folder in folders if not self.is_copy(folder, log)]
-        locks = {folder: lock(folder, wait) for folder in folders}
-        self.path, self.content = furthest(folders, log)
-        if self.path:
-            self.folder = os.path.dirname(self.path)
-        else:
-            self.folder = next((folder for folder in reversed(folders) if died_young(folder)), None)
-            self.is_new = self.folder is not None
-        self.file = locks.get(self.folder)
-        for file in locks.values():
-            if file is not self.file:
-                file.close()
-        log(
-            f"resuming from {self.path}"
-            if self.path
-            else f"--resume auto: {checkpoints} has no last.pth of {name}, starting afresh"
-        )
-
-    def is_copy(self, folder, log):
-        """Whether a folder holds checkpoints of a run that has another one."""
-        run = run_copied_to(folder)
-        if run:
-            log(f"{folder} is a copy of {run}: left alone")
-        return run is not None
-
-    def go_on_from(self, resume, checkpoints, run_logs, log, wait):
-        import weights
-
-        if os.path.isfile(resume) and resume.endswith((".pth", ".pt")):
-            self.path = resume
-        else:
-            self.path, self.content = furthest([to_resume(resume, checkpoints, run_logs)], log)
-        self.content = self.content or weights.load_checkpoint(self.path)
-        self.take(os.path.dirname(os.path.abspath(self.path)), log)
-        if self.folder:
-            self.folder = os.path.relpath(self.folder)
-            self.file = lock(self.folder, wait)
-
-    def take(self, folder, log):
-        """Go on in a checkpoint's own folder; a copy of it in another one is left alone, and what
-        comes of it has a folder of its own.
-        """
-        run, folder = self.content.get("run", os.path.basename(folder)), os.path.realpath(folder)
-        if run == os.path.basename(folder):
-            self.folder = folder
-        else:
-            log(
-                f"{self.path} is a copy of a checkpoint of {run}: what comes of it has a folder of"
-                f" its own, and {folder} is left alone"
-            )
-
-    @property
-    def goes_on_in_place(self):
-        return self.path is not None and os.path.realpath(
-            os.path.dirname(self.path) or "."
-        ) == os.path.realpath(self.folder)
-
-    def take_content(self):
-        """The content of the checkpoint, once: its memory is wanted."""
-        content, self.content = self.content, None
-        return content
-
-    def begin(self, log, step):
-        """List this start: the path of its log, the step it begins at and its process. What it goes
-        on from becomes last.pth; what is damaged, of a later step, on the branch that is left,
-        stays beside it under another name."""
-        last, previous, best = (
-            os.path.join(self.folder, f"{name}.pth") for name in ("last", "previous", "best")
-        )
-        left = os.path.join(
-            self.folder, f"left_behind_by_{os.path.basename(log).removesuffix('.log')}"
-        )
-        if self.goes_on_in_place and not (
-            os.path.isfile(last) and os.path.samefile(self.path, last)
-        ):
-            import weights
-
-            source = self.path
-            if not (os.path.isfile(previous) and os.path.samefile(source, previous)):
-                source = f"{last}.part"
-                copy_whole(self.path, source)  # before anything is moved: the disk may be full
-                if os.path.isfile(metrics := os.path.join(self.folder, "metrics.jsonl")):
-                    copy_whole(metrics, f"{left}_metrics.jsonl")
-                if os.path.isfile(previous):
-                    os.replace(previous, f"{left}_previous.pth")
-                if os.path.isfile(best) and weights.step_and_run(best)[0] > step:
-                    os.replace(best, f"{left}_best.pth")
-            if os.path.isfile(last):
-                try:
-                    os.link(last, f"{left}.pth")  # and last.pth is there all the time
-                except OSError:
-                    os.replace(last, f"{left}.pth")
-            os.replace(source, last)
-        entry = {
-            "log": os.path.relpath(log, self.folder),
-            "step": step,
-            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-            **this_process(),
-        }
-        self.file.seek(0)
-        torn = not ("\n" + self.file.read()).endswith("\n")  # by a full disk
-        self.file.write("\n" * torn + json.dumps(entry) + "\n")
-        self.file.flush()
-
-    def leave(self):
-        """A start that failed before its first checkpoint leaves no folder of its own behind."""
-        if (
-            self.is_new
-            and self.file
-            and os.path.isdir(self.folder)
-            and not any(name.endswith(".pth") for name in os.listdir(self.folder))
-        ):
-            for name in ("starts.jsonl", "metrics.jsonl"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(self.folder, name))
-            with contextlib.suppress(OSError):  # there is something else in it
-                os.rmdir(self.folder)

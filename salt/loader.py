@@ -1,0 +1,417 @@
+"""Batches: clips, masks and latents, prepared by threads. No processes: no shared memory."""
+
+import dataclasses
+import enum
+import functools
+import itertools
+import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from salt import ops
+from salt.cache import fingerprint, source_mark
+from salt.errors import InputError
+from salt.masks import Masks, sample_masks
+from salt.video import VideoError, read_row
+from salt.views import grid_of, sample_id
+
+
+def prefetch(work, jobs, threads, ahead):
+    """work(job) of each job, in order, computed on `threads` threads at most `ahead` jobs early.
+
+    Threads only: no shared memory.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        pending = deque()
+        try:
+            for job in jobs:
+                pending.append(pool.submit(work, job))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+class Videos:
+    """Clips cut from the videos of a list under one view."""
+
+    cache, latent_shape = None, None
+
+    def __init__(self, rows, view, patch, tubelet=2):
+        self.rows = rows
+        self.view = view
+        self.patch = patch
+        self.tubelet = tubelet
+        self.decodes = True
+        self.grid = grid_of(view, patch, tubelet)
+        self.patch_shape = math.prod(self.grid), 3 * tubelet * patch * patch
+
+    def __len__(self):
+        return len(self.rows)
+
+    def name(self, i):
+        """(video id, view number) of clip i."""
+        return self.rows[i].id, self.view.view
+
+    def decode(self, i, out):
+        """Write clip i's patches to the uint8 array `out` [N, P]. Raises VideoError."""
+        (clip,) = read_row(self.rows[i], [self.view])
+        ops.patchify_into(clip, out, self.patch, self.tubelet)
+
+
+class Records:
+    """Clips and latents of a cache; where it holds no clips they are decoded, from the paths of
+    `rows`.
+    """
+
+    CHECKED, CHECK_EVERY = 256, 16
+
+    def __init__(self, cache, rows=None, changed_too=False):
+        """changed_too: take rows whose file or stretch is another now, to look at their pixels."""
+        self.cache = cache
+        self.view = cache.view
+        self.patch = cache.patch
+        self.tubelet = cache.tubelet
+        self.decodes = not cache.has_patches
+        self.rows = {row.id: row for row in rows or ()}
+        if self.decodes and not self.rows:
+            raise InputError(
+                f"the cache {cache.folder} holds no clips (--clips off), so the videos are needed:"
+                " give --data"
+            )
+        self.grid = grid_of(cache.view, cache.patch, cache.tubelet)
+        self.patch_shape = tuple(cache.patch_shape)
+        self.latent_shape = cache.latent_shape
+        self.decoded = itertools.count()
+        if self.decodes and not changed_too:
+            self.refuse_changed()
+
+    def refuse_changed(self):
+        """Raises InputError where a video has another size, or a row another stretch, than the
+        cache was made from.
+        """
+        marks = {name: source_mark(row) for name, row in self.rows.items()}
+        for i, mark in enumerate(self.cache.sources.tolist()):
+            if mark and marks.get(name := self.name(i)[0], 0) not in (0, mark):
+                raise InputError(
+                    f"the video {name!r} has another size now, or its start and end were changed,"
+                    f" since the cache {self.cache.folder} was made from it: it was replaced or"
+                    f" encoded again. `python cache_latents.py --verify {self.cache.folder} --data"
+                    " ...` names all such videos; put them back, or make the cache again"
+                )
+
+    def __len__(self):
+        return len(self.cache)
+
+    def name(self, i):
+        return self.cache.ids.fields(i)
+
+    def decode(self, i, out, check=False):
+        """Write clip i's patches to the uint8 array `out` [N, P]; the first CHECKED, and one in
+        CHECK_EVERY from there on, are compared with what the cache was made from. Raises
+        VideoError, and InputError on other pixels."""
+        name, number = self.name(i)
+        row = self.rows.get(name)
+        if row is None or row.path is None:
+            raise VideoError(
+                f"the video of the id {name!r}, record {i} of {self.cache.folder}, is not in the"
+                " data folder"
+            )
+        (clip,) = read_row(row, [dataclasses.replace(self.view, view=number)])
+        ops.patchify_into(clip, out, self.patch, self.tubelet)
+        count = next(self.decoded)
+        if (check or count < self.CHECKED or count % self.CHECK_EVERY == 0) and fingerprint(
+            out
+        ) != self.cache.fingerprints[i]:
+            raise InputError(
+                f"{row.path} is not the video {name!r} that the cache {self.cache.folder} was made"
+                " from: its pixels differ, so it was replaced or encoded again since (or another"
+                f" FFmpeg decodes it). `python cache_latents.py --verify {self.cache.folder} --data"
+                " ...` names all such videos; put them back, or make the cache again"
+            )
+
+
+class Rows(enum.Flag):
+    """Which rows of a batch's patches or latents the caller will look at, of all mask families."""
+
+    NONE = 0
+    CONTEXT = 1
+    TARGET = 2
+    ALL = 4  # those in no mask, too
+
+    def wanted(self, masks, shape):
+        """bool [B, N] of these rows, which several masks may ask for; None for all of them."""
+        if self == ALL or not masks:
+            return None
+        wanted = torch.zeros(shape, dtype=torch.bool)
+        for drawn in masks:
+            if CONTEXT in self:
+                wanted.scatter_(1, drawn.context, True)
+            if TARGET in self:
+                wanted.scatter_(1, drawn.target, True)
+        return wanted
+
+
+NONE = Rows.NONE
+CONTEXT = Rows.CONTEXT
+TARGET = Rows.TARGET
+ALL = Rows.ALL
+
+
+class Batch(NamedTuple):
+    """Clips of a step, or of a part of it."""
+
+    ids: torch.Tensor  # int64 [B], sample ids
+    patches: torch.Tensor | None  # uint8 [B, N, P]
+    latents: torch.Tensor | None  # float16 [B, N, D]
+    masks: list  # Masks of these clips, one a family
+    records: np.ndarray | None = None  # int64 [B], which of the source's records these are
+
+    def part(self, few):
+        """The Batch of the clips at a slice `few`."""
+        patches, latents, records = (
+            x if x is None else x[few] for x in (self.patches, self.latents, self.records)
+        )
+        masks = [Masks(drawn.context[few], drawn.target[few], drawn.family) for drawn in self.masks]
+        return Batch(self.ids[few], patches, latents, masks, records)
+
+    def split(self, count):
+        """`count` Batches of equal size, in order."""
+        size = len(self.ids) // count
+        return [self.part(slice(i * size, (i + 1) * size)) for i in range(count)]
+
+    def to(self, device):
+        """The same on a device, copied beside what it does."""
+
+        def there(x):
+            return None if x is None else x.to(device, non_blocking=True)
+
+        # masks and ids first: out of pageable memory, these wait for the stream
+        masks = [
+            Masks(there(drawn.context), there(drawn.target), drawn.family) for drawn in self.masks
+        ]
+        return Batch(there(self.ids), there(self.patches), there(self.latents), masks, self.records)
+
+    def tensors(self):
+        masks = (x for drawn in self.masks for x in (drawn.context, drawn.target))
+        return [x for x in (self.ids, self.patches, self.latents, *masks) if x is not None]
+
+
+class Slots:
+    """Memory of one batch, used again and again: pinned where it goes on to a GPU, else numpy's,
+    which asks for large pages.
+    """
+
+    def __init__(self, source, batch_size, reads, pin):
+        def make(shape, dtype, numpys):
+            return (
+                torch.empty(batch_size, *shape, dtype=dtype, pin_memory=True)
+                if pin
+                else torch.from_numpy(np.empty((batch_size, *shape), numpys))
+            )
+
+        self.patches = make(source.patch_shape, torch.uint8, np.uint8)
+        self.latents = (
+            make(source.latent_shape, torch.float16, np.float16) if "latents" in reads else None
+        )
+        self.copied = None  # a CUDA event: the copy to the GPU that still reads these
+
+
+@functools.lru_cache
+def copy_stream(device):
+    """The stream on which batches go over to a GPU: one for all, since the memory allocator keeps a
+    pool for each.
+    """
+    return torch.cuda.Stream(device)
+
+
+class Loader:
+    """Batches of clips with their masks, prepared by threads while the caller works on the one
+    before: an iterator. No processes: no shared memory.
+
+    source       Videos or Records
+    sampler      yields (epoch, records) a batch: shuffled() or in_order()
+    families     mask families to draw, by `seed`, the batch's epoch and each clip's id
+    patches, latents  which rows the caller will look at: NONE, CONTEXT, TARGET, both, or ALL. Other
+                 rows hold what an earlier batch left there; a row that several families ask for is
+                 read once
+    threads      decoding and reading threads
+    ahead        batches prepared early; memory for one more is kept
+    device       where the batches go; to a GPU on a stream beside the caller's, whole, since PCIe
+                 has the room: 116 MB for 24 clips
+    failed       called with (record, VideoError) in the order of the batches; by default the error
+                 is raised
+    substitutes  True (training): the place of a video that cannot be decoded goes to the next
+                 readable of records i + 1, i + 2, ..., which depends on i alone. False
+                 (evaluation): it is left out of its batch
+
+    A batch's tensors are the caller's until it asks for the next. Its content depends on seed,
+    epoch and records alone. Raises InputError where TRIES videos in a row fail, and, naming shard
+    and row, where a cache cannot be read.
+    """
+
+    TRIES = 16
+
+    def __init__(
+        self,
+        source,
+        sampler,
+        families=(),
+        seed=0,
+        patches=ALL,
+        latents=ALL,
+        threads=4,
+        ahead=2,
+        device="cpu",
+        failed=None,
+        substitutes=False,
+    ):
+        self.source = source
+        self.families = families
+        self.seed = seed
+        self.rows = {"patches": patches, "latents": latents}
+        self.threads = threads
+        self.ahead = ahead
+        self.failed = failed
+        self.substitutes, self.device = substitutes, torch.device(device)
+        self.side = copy_stream(self.device) if self.device.type == "cuda" else None
+        stored = {
+            "patches": not source.decodes,
+            "latents": source.latent_shape is not None,
+        }
+        self.reads = [kind for kind in stored if stored[kind] and self.rows[kind] != NONE]
+        self.decodes = source.decodes and patches != NONE
+        self.stream = self.run(sampler)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.stream)
+
+    def close(self):
+        """Stop preparing batches."""
+        self.stream.close()
+
+    def run(self, sampler):
+        """The batches in order: up to `ahead` of them in the making while the caller has one."""
+        decoders, assembler, planner = map(ThreadPoolExecutor, (self.threads, 1, 1))
+        free = deque()
+        pending = deque()
+        made = 0
+        try:
+            for epoch, records in sampler:
+                records = np.asarray(records)
+                if made <= self.ahead:
+                    free.append(Slots(self.source, len(records), self.reads, self.side is not None))
+                    made += 1
+                while not free:
+                    slots, future = pending.popleft()
+                    batch = self.hand_over(slots, future.result())
+                    if batch:
+                        yield batch
+                    free.append(slots)
+                slots = free.popleft()
+                planned = planner.submit(self.plan_ahead, epoch, records) if self.reads else None
+                decoding = [
+                    decoders.submit(self.decode, slots, place, record)
+                    for place, record in enumerate(records.tolist() if self.decodes else ())
+                ]
+                job = assembler.submit(self.assemble, slots, epoch, records, decoding, planned)
+                pending.append((slots, job))
+            while pending:
+                slots, future = pending.popleft()
+                batch = self.hand_over(slots, future.result())
+                if batch:
+                    yield batch
+        finally:
+            pools = (assembler, decoders, planner)
+            for pool in pools:
+                pool.shutdown(wait=False, cancel_futures=True)
+            for pool in pools:
+                pool.shutdown()  # waits: no thread is left behind
+
+    def plan(self, epoch, records):
+        """(sample ids, [Masks], {kind: rows to read, bool [B, N], or None for all}) of a batch."""
+        ids = torch.tensor([sample_id(*self.source.name(int(record))) for record in records])
+        grid = self.source.grid
+        masks = [sample_masks(ids, epoch, self.seed, family, grid) for family in self.families]
+        shape = len(ids), self.source.patch_shape[0]
+        return ids, masks, {kind: self.rows[kind].wanted(masks, shape) for kind in self.reads}
+
+    def plan_ahead(self, epoch, records):
+        """The plan, while the disk begins to read."""
+        self.source.cache.advise(records, self.reads)
+        return self.plan(epoch, records)
+
+    def decode(self, slots, place, i):
+        """Fill a place with clip i, or in training with the next readable one: (the record or None,
+        the first error or None).
+        """
+        if slots.copied:
+            slots.copied.synchronize()
+        first = None
+        for step in range(self.TRIES if self.substitutes else 1):
+            record = (i + step) % len(self.source) if self.substitutes else i
+            try:
+                self.source.decode(record, slots.patches[place].numpy())
+                return record, first
+            except VideoError as error:
+                first = first or error
+        return None, first
+
+    def assemble(self, slots, epoch, records, decoding, planned):
+        """(Batch or None, [(record, error)]) of one batch."""
+        if slots.copied:
+            slots.copied.synchronize()
+        kept, errors = self.decoded(slots, records, decoding) if decoding else (records, [])
+        if not len(kept):
+            return None, errors
+        ids, masks, wanted = self.plan(epoch, kept) if errors or not planned else planned.result()
+        for kind in self.reads:
+            out = getattr(slots, kind)[: len(ids)]
+            self.source.cache.read_rows(kind, kept, out, wanted[kind], self.threads)
+        patches = None if self.rows["patches"] == NONE else slots.patches[: len(ids)]
+        latents = None if slots.latents is None else slots.latents[: len(ids)]
+        batch = Batch(ids, patches, latents, masks, np.asarray(kept, np.int64))
+        if self.side:
+            with torch.cuda.stream(self.side):
+                batch = batch.to(self.device)
+                slots.copied = self.side.record_event()
+        return batch, errors
+
+    def decoded(self, slots, records, decoding):
+        """(records whose clips now lie one after another, [(record, error)])."""
+        results = [future.result() for future in decoding]
+        errors = [(i, error) for i, (_, error) in zip(records, results) if error]
+        good = [place for place, (record, _) in enumerate(results) if record is not None]
+        if self.substitutes and len(good) < len(records):
+            first = next(error for record, error in results if record is None)
+            raise InputError(
+                f"{self.TRIES} videos in a row could not be decoded; the first: {first}"
+            )
+        for place, full in enumerate(good):
+            if place != full:
+                slots.patches[place] = slots.patches[full]
+        return [results[place][0] for place in good], errors
+
+    def hand_over(self, slots, made):
+        """The Batch, or None where none of its clips could be had, now the caller's."""
+        batch, errors = made
+        for record, error in errors:
+            if self.failed is None:
+                raise error
+            self.failed(int(record), error)
+        if batch and self.side:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(slots.copied)
+            for x in batch.tensors():
+                x.record_stream(stream)
+        return batch

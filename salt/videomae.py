@@ -1,0 +1,373 @@
+"""VideoMAE's weights in its two formats, in and out.
+
+The readers give weights under the names of model.Encoder, and the fields of its EncoderConfig;
+model.py builds the module.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from salt.errors import InputError
+from salt.torch_files import load_pickle, whole
+
+SAVED_NAMES = {  # original VideoMAE names -> ours, after the block number
+    "norm1.": "norm1.",
+    "norm2.": "norm2.",
+    "attn.qkv.weight": "attn.qkv.weight",
+    "attn.q_bias": "attn.q_bias",
+    "attn.v_bias": "attn.v_bias",
+    "attn.proj.": "attn.proj.",
+    "mlp.fc1.": "fc1.",
+    "mlp.fc2.": "fc2.",
+}
+# names of it that are known; the last five are no encoder's
+BESIDE_BLOCKS = (
+    "patch_embed.proj.",
+    "norm.",
+    "head.",
+    "fc_norm.",
+    "decoder.",
+    "mask_token",
+    "encoder_to_decoder.",
+)
+TRANSFORMERS_NAMES = {  # ours -> `transformers`, after the block number
+    "norm1.": "layernorm_before.",
+    "norm2.": "layernorm_after.",
+    "attn.proj.": "attention.output.dense.",
+    "fc1.": "intermediate.dense.",
+    "fc2.": "output.dense.",
+    "attn.q_bias": "attention.attention.q_bias",
+    "attn.v_bias": "attention.attention.v_bias",
+}
+
+
+# that may say mean and std
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+
+
+def read_json(path):
+    """The content of a small JSON file."""
+    if path.stat().st_size > 1 << 24:
+        raise InputError(f"{path} has {path.stat().st_size} bytes; configurations are small")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_transformers(folder):
+    """What a VideoMAE folder in `transformers` format holds; transformers is not imported.
+
+    Returns (EncoderConfig fields, weights under our names, weights file, View fields or None,
+    whether they are those of its training clips, which a processor does not say in full).
+    """
+    config, pixels = read_configuration(folder)
+    state, file = read_weights(folder)
+    weights = whole(state, file).items()
+    state = {
+        name.removeprefix("videomae."): tensor.float()
+        for name, tensor in weights
+        if not name.startswith("decoder")
+    }
+    projection = "embeddings.patch_embeddings.projection."
+    for name in state:
+        if name.startswith("embeddings.") and not name.startswith(projection):
+            raise InputError(
+                f"{file} has the weight {name}, which a VideoMAE encoder lacks; its positions are"
+                " sines"
+            )
+    ours = {
+        "patch_embed.weight": take(state, f"{projection}weight", file).flatten(1),
+        "patch_embed.bias": take(state, f"{projection}bias", file),
+    }
+    depth = config.get("num_hidden_layers", 12)
+    first = "encoder.layer.0.attention.attention."
+    biases = next((names for names in BIASES if first + names[0] in state), None)
+    for i in range(depth):
+        block = f"encoder.layer.{i}."
+        attention = f"{block}attention.attention."
+        parts = [take(state, f"{attention}{x}.weight", file) for x in ("query", "key", "value")]
+        ours[f"blocks.{i}.attn.qkv.weight"] = torch.cat(parts)
+        for mine, name in zip(("q_bias", "v_bias"), biases or (), strict=False):
+            ours[f"blocks.{i}.attn.{mine}"] = take(state, attention + name, file)
+        for mine, name in TRANSFORMERS_NAMES.items():
+            for kind in ("weight", "bias") if name.endswith(".") else ():
+                ours[f"blocks.{i}.{mine}{kind}"] = take(state, f"{block}{name}{kind}", file)
+    final_norm = not config.get("use_mean_pooling", True)
+    for kind in ("weight", "bias") if final_norm else ():
+        ours[f"norm.{kind}"] = take(state, f"layernorm.{kind}", file)
+    fields = {
+        "dim": config.get("hidden_size", 768),
+        "depth": depth,
+        "heads": config.get("num_attention_heads", 12),
+        "mlp_dim": config.get("intermediate_size", 3072),
+        "frames": config.get("num_frames", 16),
+        "size": square(config.get("image_size", 224), folder),
+        "patch": square(config.get("patch_size", 16), folder),
+        "tubelet": config.get("tubelet_size", 2),
+        "eps": config.get("layer_norm_eps", 1e-12),
+        "qkv_bias": biases is not None,
+        "final_norm": final_norm,
+        **normalisation(pixels, folder),
+    }
+    view = config.get("salt_view")
+    return fields, ours, file, view or view_of(pixels, fields), view is not None
+
+
+BIASES = (("q_bias", "v_bias"), ("query.bias", "value.bias"))  # older and newer `transformers`
+
+
+def read_configuration(folder):
+    """(config.json, what a processor's file says of pixels or {}) of a VideoMAE folder."""
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+        said = [read_json(folder / name) for name in PROCESSORS if (folder / name).is_file()]
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} has no config.json; a teacher folder holds config.json and model.safetensors"
+            " or pytorch_model.bin"
+        ) from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"a JSON file in {folder} is malformed: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no JSON object")
+    if config.get("model_type") != "videomae":
+        raise InputError(
+            f"{path} describes the model type {config.get('model_type')!r}; a teacher is a videomae"
+        )
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise InputError(
+            f"{path}: hidden_act is {config['hidden_act']!r}; only exact gelu is supported"
+        )
+    # of processor_config.json
+    said = [each.get("video_processor", each.get("image_processor", each)) for each in said]
+    return config, next((each for each in said if "image_mean" in each), said[0] if said else {})
+
+
+def read_weights(folder):
+    """({name: tensor}, the file that they are in) of a folder in `transformers` format."""
+    file = folder / "model.safetensors"
+    if file.is_file():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file), file
+        except SafetensorError as error:
+            raise InputError(f"{file} is damaged: {error}") from None
+    file = folder / "pytorch_model.bin"
+    if not file.is_file():
+        raise InputError(f"{folder} has no model.safetensors and no pytorch_model.bin")
+    return load_pickle(file), file
+
+
+def square(value, folder):
+    """The side of an image or patch, which may be given twice."""
+    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+        return value[0]
+    if not isinstance(value, int):
+        raise InputError(
+            f"{folder / 'config.json'}: images and patches must be square, not {value}"
+        )
+    return value
+
+
+def normalisation(pixels, folder):
+    """{'mean', 'std'} of a processor, as far as it says."""
+    scale = pixels.get("rescale_factor", 1 / 255)
+    if pixels.get("do_rescale") is False or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
+        raise InputError(
+            f"{folder} scales pixels otherwise than by 1/255 (do_rescale, rescale_factor, of its"
+            f" {' or '.join(PROCESSORS)}); write the same scale into image_mean and image_std"
+        )
+    if pixels.get("do_normalize") is False:
+        return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    names = (("mean", "image_mean"), ("std", "image_std"))
+    return {mine: pixels[theirs] for mine, theirs in names if theirs in pixels}
+
+
+def view_of(pixels, fields):
+    """View fields of a processor's resizing and cropping to the encoder's frames, as far as a View
+    can say it; None where it cannot, or nothing is said.
+
+    VideoMAE's defaults: the short side resized to 224 by bilinear interpolation, the middle 224 x
+    224 of it.
+    """
+    side, edges = fields["size"], pixels.get("size", 224)
+    edges = edges if isinstance(edges, dict) else {"shortest_edge": edges}
+    kept = pixels.get("crop_size", 224) if pixels.get("do_center_crop") is not False else side
+    kept = kept if isinstance(kept, dict) else {"height": kept, "width": kept}
+    how = {0: None, 2: "bilinear", 3: "bicubic", 4: "area"}.get(pixels.get("resample", 2))
+    if (
+        not pixels.keys() & {"size", "crop_size", "resample", "do_center_crop"}
+        or not how
+        or set(kept.values()) != {side}
+    ):
+        return None
+    if "shortest_edge" in edges:
+        cut = (
+            {"short_side": edges["shortest_edge"], "crop": "center"}
+            if pixels.get("do_center_crop") is not False
+            else None
+        )
+    else:
+        cut = (
+            {"short_side": side, "crop": "squash"}
+            if (edges.get("height"), edges.get("width")) == (side, side)
+            else None
+        )
+    return cut and {"frames": fields["frames"], "size": side, "interpolation": how, **cut}
+
+
+def take(state, name, path):
+    if name not in state:
+        raise InputError(f"{path} lacks the weight {name}; is it a VideoMAE model?")
+    return state[name]
+
+
+def read_videomae(saved, path, heads_of):
+    """(EncoderConfig fields, weights under our names) of an original VideoMAE .pth.
+
+    heads_of(width, depth) gives the heads, which it does not state; frames and size come from its
+    arguments, else are 16 and 224.
+    """
+    arguments = saved.get("args") or {}
+    arguments = arguments if isinstance(arguments, dict) else vars(arguments)
+    state = next(
+        (
+            saved[key]
+            for key in ("model", "module", "state_dict")
+            if isinstance(saved.get(key), dict)
+        ),
+        saved,
+    )
+    state = {name.removeprefix("module."): tensor for name, tensor in whole(state, path).items()}
+    if any(name.startswith("encoder.") for name in state):
+        state = {
+            name.removeprefix("encoder."): tensor
+            for name, tensor in state.items()
+            if name.startswith("encoder.")
+        }
+    kernel = take(state, "patch_embed.proj.weight", path)  # [D, 3, tubelet, patch, patch]
+    dim = kernel.shape[0]
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    ours = {
+        "patch_embed.weight": kernel.flatten(1).float(),
+        "patch_embed.bias": take(state, "patch_embed.proj.bias", path).float(),
+    }
+    for name, tensor in state.items():
+        if name.startswith("blocks."):
+            _, number, rest = name.split(".", 2)
+            mine = next((new for old, new in SAVED_NAMES.items() if rest.startswith(old)), None)
+            if mine is None:
+                raise InputError(f"{path} has the weight {name}, which a VideoMAE encoder lacks")
+            ours[
+                f"blocks.{number}.{mine}{rest.rsplit('.', 1)[1] if mine.endswith('.') else ''}"
+            ] = tensor.float()
+        elif not name.startswith(BESIDE_BLOCKS):
+            raise InputError(
+                f"{path} has the weight {name}, which a VideoMAE encoder lacks; its positions are"
+                " sines"
+            )
+    final_norm = "norm.weight" in state
+    if final_norm:
+        ours["norm.weight"] = state["norm.weight"].float()
+        ours["norm.bias"] = take(state, "norm.bias", path).float()
+    fields = {
+        "dim": dim,
+        "depth": depth,
+        "heads": heads_of(dim, depth),
+        "mlp_dim": take(ours, "blocks.0.fc1.weight", path).shape[0],
+        "frames": arguments.get("num_frames", 16),
+        "size": arguments.get("input_size", 224),
+        "patch": kernel.shape[-1],
+        "tubelet": kernel.shape[2],
+        "eps": 1e-6,
+        "qkv_bias": "blocks.0.attn.q_bias" in state,
+        "final_norm": final_norm,
+    }
+    return fields, ours
+
+
+def write_transformers(c, weights, folder, view):
+    """Write an encoder's weights, of EncoderConfig c, as a VideoMAE folder of `transformers`.
+
+    view: fields of the View that its clips are cut under, kept in config.json as salt_view. The
+    processor leaves frames of that view as they are and normalises them; frames of other sizes it
+    resizes and crops, near to the view but not as swscale does.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {}
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if name == "patch_embed.weight":
+            state["embeddings.patch_embeddings.projection.weight"] = tensor.view(
+                c.dim, 3, c.tubelet, c.patch, c.patch
+            )
+        elif name == "patch_embed.bias":
+            state["embeddings.patch_embeddings.projection.bias"] = tensor
+        elif name.startswith("norm."):
+            state[f"layernorm.{name[5:]}"] = tensor
+        else:
+            _, number, rest = name.split(".", 2)
+            if rest == "attn.qkv.weight":
+                for part, rows in zip(("query", "key", "value"), tensor.chunk(3)):
+                    state[f"encoder.layer.{number}.attention.attention.{part}.weight"] = (
+                        rows.contiguous()
+                    )
+            else:
+                old, new = next(
+                    (old, new) for old, new in TRANSFORMERS_NAMES.items() if rest.startswith(old)
+                )
+                state[f"encoder.layer.{number}.{new}{rest[len(old) :]}"] = tensor
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["VideoMAEModel"],
+                "model_type": "videomae",
+                "hidden_size": c.dim,
+                "num_hidden_layers": c.depth,
+                "num_attention_heads": c.heads,
+                "intermediate_size": c.mlp_dim,
+                "num_frames": c.frames,
+                "image_size": c.size,
+                "patch_size": c.patch,
+                "tubelet_size": c.tubelet,
+                "num_channels": 3,
+                "layer_norm_eps": c.eps,
+                "qkv_bias": c.qkv_bias,
+                "use_mean_pooling": not c.final_norm,
+                "hidden_act": "gelu",
+                "salt_view": view,
+            },
+            indent=1,
+        )
+    )
+    square = {"height": c.size, "width": c.size}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "VideoMAEImageProcessor",
+                "do_resize": True,
+                "size": square if view["crop"] == "squash" else {"shortest_edge": c.size},
+                "resample": (
+                    3 if view["interpolation"] == "bicubic" else 2
+                ),  # PIL's numbers; 2 is bilinear
+                "do_center_crop": True,
+                "crop_size": square,
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": c.mean,
+                "image_std": c.std,
+            },
+            indent=1,
+        )
+    )
