@@ -30,8 +30,8 @@ class Line(NamedTuple):
 
     step: int
     values: list  # [loss, squared, spread, gradient norm] of each step since the line before
-    seconds: float  # that they took,
-    waited: float  # and were spent waiting for batches
+    seconds: float  # that one of them took on average,
+    waited: float  # and the share of it that was spent waiting for batches
     lr: float
     weight_decay: float
     features: Any  # of the last step: their moments, then the Future of health.collapse of them

@@ -61,8 +61,8 @@ def serve():
 
 def stage(words, folder, environ, out):
     """In the child: a script as __main__, and its exit code."""
-    for number, target in ((os.open(os.devnull, os.O_RDONLY), 0), (os.open(out, 577, 0o600), 1)):
-        os.dup2(number, target)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 1)
     os.dup2(1, 2)
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # what hangs ends, and says where
     os.chdir(folder)
