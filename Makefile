@@ -1,8 +1,10 @@
 # make test, make demo, make lint: each sets up .venv and the extension where that has not been
 # done, then does its job.
-# make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; make emulate: the CUDA kernels likewise, run on the
-# CPU. make cuda-check: builds the CUDA kernels with a CUDA torch of its own (no GPU needed, nvcc is). make gpu-check: on a machine with
-# a GPU, with the python3 on PATH. make faults: breaks runs and caches in every way of docs/RELIABILITY.md, in full (about 20 minutes).
+# make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer;
+# make emulate: the CUDA kernels likewise, run on the CPU.
+# make cuda-check: builds the CUDA kernels with a CUDA torch of its own (no GPU needed, nvcc is).
+# make gpu-check: on a machine with a GPU, with the python3 on PATH.
+# make faults: breaks runs and caches in every way of docs/RELIABILITY.md, in full (20 minutes).
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
 VENV := .venv
@@ -23,7 +25,8 @@ CPP := $(wildcard csrc/* tests/emulation/*) tests/sanitize.cpp
 setup: $(EXTENSION)
 
 test: setup $(TEST_REQUIREMENTS)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile \
+	  --no-loadscope-reorder tests
 
 lint: setup $(TEST_REQUIREMENTS)
 	$(VENV)/bin/ruff format --check
@@ -36,25 +39,37 @@ faults: setup $(TEST_REQUIREMENTS)
 	SALT_FAULTS=full $(PY) -m pytest -q tests/faults
 	$(PY) -m tests.faults.harness
 
-SANITIZE := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off \
+  -fsanitize=address,undefined -fno-sanitize-recover=all
+ROUNDS ?= 100
+SANITIZED := $(patsubst csrc/%.cpp,build/sanitized/%.o,csrc/cpu.cpp csrc/files.cpp csrc/amx.cpp)
+EMULATED := build/emulation/masks.cpp build/emulation/rows.cpp build/emulation/loss.cpp
 
 sanitize: build/sanitize
-	SALT_SIMD=avx512 build/sanitize 100
-	SALT_SIMD=avx2 build/sanitize 100
-	SALT_SIMD=baseline build/sanitize 100
+	SALT_SIMD=avx512 build/sanitize $(ROUNDS)
+	SALT_SIMD=avx2 build/sanitize $(ROUNDS)
+	SALT_SIMD=baseline build/sanitize $(ROUNDS)
 
-build/sanitize: tests/sanitize.cpp $(wildcard csrc/*.h) csrc/cpu.cpp csrc/files.cpp csrc/amx.cpp Makefile
-	mkdir -p build
-	$(SANITIZE) -o $@ tests/sanitize.cpp csrc/cpu.cpp csrc/files.cpp csrc/amx.cpp -pthread
+build/sanitize: tests/sanitize.cpp $(SANITIZED)
+	$(SANITIZE) -o $@ $^ -pthread
+
+build/sanitized/%.o: csrc/%.cpp $(wildcard csrc/*.h) Makefile
+	mkdir -p build/sanitized
+	$(SANITIZE) -c -o $@ $<
 
 emulate: build/emulation/run
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/emulation/run 1
 
-build/emulation/run: $(wildcard tests/emulation/*) $(wildcard csrc/*) tests/sanitize.cpp Makefile
+build/emulation/run: tests/sanitize.cpp $(EMULATED) $(SANITIZED) $(wildcard tests/emulation/*)
+	$(SANITIZE) -DSALT_EMULATE -Itests/emulation -Icsrc -o $@ $(filter %.cpp %.o,$^) -pthread
+
+# kernel<<<blocks, threads>>>(...) as a call of the emulation's
+build/emulation/%.cpp: csrc/%.cu $(wildcard csrc/*.h csrc/*.cuh) Makefile
 	mkdir -p build/emulation
-	for kernels in masks rows loss; do sed -E -e 's/([A-Za-z0-9_]+(<[^<>()]*>)?)<<<([^;]*)>>>\(/salt_launch((\1), \3)(/' -e 's/__shared__ /static /' \
-	  -e 's/extern static uint64_t shared_scratch\[\];/uint64_t* shared_scratch = emulation::shared.data();/' csrc/$$kernels.cu > build/emulation/$$kernels.cpp || exit 1; done
-	$(SANITIZE) -DSALT_EMULATE -Itests/emulation -Icsrc -o $@ tests/sanitize.cpp csrc/cpu.cpp csrc/files.cpp csrc/amx.cpp build/emulation/*.cpp -pthread
+	sed -E -e 's/([A-Za-z0-9_]+(<[^<>()]*>)?)<<<([^;]*)>>>\(/salt_launch((\1), \3)(/' \
+	  -e 's/__shared__ /static /' \
+	  -e 's/extern static uint64_t shared_scratch\[\];/uint64_t* shared_scratch = emulation::shared.data();/' \
+	  $< > $@
 
 cuda-check: $(CUDA_VENV)/stamp
 	rm -rf $(CUDA_BUILD) && mkdir -p $(CUDA_BUILD)/tests
@@ -62,7 +77,7 @@ cuda-check: $(CUDA_VENV)/stamp
 	cp tests/__init__.py tests/conftest.py tests/test_ops.py tests/test_masks.py tests/test_rows.py tests/test_gpu.py $(CUDA_BUILD)/tests
 	cd $(CUDA_BUILD) && NVCC_APPEND_FLAGS="-Xptxas -v" ../../$(CUDA_VENV)/bin/python setup.py build_ext > build.log 2>&1 && ! grep '^setup.py:' build.log || (tail -40 build.log; false)
 	$(CUDA_VENV)/bin/python tests/ptxas_report.py $(CUDA_BUILD)/build.log
-	cd $(CUDA_BUILD) && ../../$(CUDA_VENV)/bin/python -c 'from salt import ops; print(ops.extension_line()); assert "cuda" in ops.EXTENSION["devices"]'
+	cd $(CUDA_BUILD) && ../../$(CUDA_VENV)/bin/python -c 'from salt import extension, ops; print(extension.describe()); assert "cuda" in ops.EXTENSION["devices"]'
 	cd $(CUDA_BUILD) && ../../$(CUDA_VENV)/bin/python -m pytest -q tests
 
 $(CUDA_VENV)/stamp:

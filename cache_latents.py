@@ -11,7 +11,6 @@ Interrupt it when you like: the same command continues at the next shard, and th
 to the bit.
 """
 
-import dataclasses
 import itertools
 import json
 import os
@@ -24,7 +23,7 @@ from datetime import timedelta
 from typing import Literal
 
 from salt import config, errors
-from salt.errors import InputError
+from salt.errors import InputError, VideoError
 
 # ----------------------------------------------------------------------------------------- settings
 data: str | None = None  # data folder (or CSV file): videos and their lists
@@ -68,18 +67,12 @@ repair: bool = False  # check the cache at --out first, and rebuild what is brok
 # instead: join these caches of one view and teacher into --out; files are linked where they can be
 merge: list[str] = []
 # -------------------------------------------------------------------------------------------------
-config.apply(
+settings = config.apply(
     globals(),
-    least={
-        "batch_size": 1,
-        "threads": 1,
-        "limit": 1,
-        "views": 1,
-        "frames": 1,
-        "resolution": 1,
-        "patch": 1,
-        "stride": 1,
-    },
+    least=dict.fromkeys(
+        "batch_size threads limit views frames resolution patch stride".split(),
+        1,
+    ),
 )
 config.check_paths(
     data=data,
@@ -91,310 +84,105 @@ import numpy as np  # after the settings, so that --help and a mistyped flag ans
 import torch
 from tqdm import tqdm
 
-import model
 from benchmarks import budget
-from salt import cache, cache_writer, ops, ranks, upkeep
-from salt.cache_writer import Writer, begun_plan, from_stored, list_digest, to_stored
+from salt import cache_merge, cache_repair, caching, extension, ranks, teachers, upkeep
+from salt.cache import open_cache
+from salt.cache_format import shard_names
+from salt.cache_writer import SHARD_ROWS, Writer, begun_plan
 from salt.loader import prefetch
+from salt.odd_videos import odd_videos
 from salt.ranks import rank, world
-from salt.splits import load_split
-from salt.video import VideoError, odd_videos, read_row
-from salt.views import View, grid_of
+from salt.stored import from_stored, to_stored
 
 
-def files_bar(files):
-    return tqdm(files, unit="file", dynamic_ncols=True)
+def bar(items, unit="file"):
+    return tqdm(items, unit=unit, dynamic_ncols=True)
 
 
+# ---- instead of making one: check a cache, or join several
 if verify:
-    unused = sorted(config.given - {"verify", "data", "splits_dir", "threads"})
-    if unused:
-        raise InputError(
-            f"--verify only looks; leave {', '.join(f'--{name}' for name in unused)} out"
-        )
-    problems, bad = upkeep.verify(verify, files_bar)
-    remedy = problems and upkeep.remedy(verify, problems)
-    if data and not problems:
-        rows = load_split(data, cache.open_cache(verify).metadata["split"], splits_dir, print)
-
-        def clips_bar(records):
-            return tqdm(records, unit="clip", dynamic_ncols=True)
-
-        problems = upkeep.verify_clips(verify, rows, threads, clips_bar)
-        remedy = f"put back the videos that it was made from, or delete {verify} and make it again"
-    for problem in problems:
-        print(f"{verify}: {problem}")
-    if bad:
-        print(
-            f"{verify}: to rebuild: shards {', '.join(map(str, bad))}"
-            f" ({cache_writer.SHARD_ROWS} rows of the list each)"
-        )
-    found = (
-        f"problems: {len(problems)}; {remedy}" if problems else "every checksum, count and id fits"
-    )
-    print(f"{verify}: {found}")
-    sys.exit(1 if problems else 0)
+    config.refuse_others("--verify only looks", {"verify", "data", "splits_dir", "threads"})
+    sys.exit(upkeep.report(verify, data, splits_dir, threads, bar))
 if merge:
     if out is None or len(merge) < 2:
         raise InputError("--merge takes two caches or more, and --out the one to make")
-    unused = sorted(config.given - {"merge", "out"})
-    if unused:
-        raise InputError(
-            "--merge joins caches as they are; leave"
-            f" {', '.join(f'--{name}' for name in unused)} out"
-        )
-    metadata = upkeep.merge(merge, out, files_bar)
-    print(
-        f"{out}: {metadata['count']} records of {len(merge)} caches, {metadata['failures']}"
-        " failures"
-    )
+    config.refuse_others("--merge joins caches as they are", {"merge", "out"})
+    metadata = cache_merge.merge(merge, out, bar)
+    made_of = f"{metadata['count']} records of {len(merge)} caches"
+    print(f"{out}: {made_of}, {metadata['failures']} failures")
     sys.exit(0)
 
+# ---- what is worked on
+caching.refuse(settings)
 log = print if rank == 0 else lambda *line, **how: None
-if out is None or teacher == "" or (data is None and clips_from is None):
-    raise InputError(
-        "give --out, --teacher (or --teacher none) and --data (or --clips_from); see --help"
-    )
 # ranks wait for the slowest one's last shard
-device = ranks.pick_device(ranks.start(device, timedelta(days=7)))
-log(ops.extension_line(device), flush=True)
+place = ranks.pick_device(ranks.start(device, timedelta(days=7)))
+log(extension.describe(place), flush=True)
 odd_videos.watch(longest_seconds, tqdm.write)
+work = caching.Work(settings, place, log)
+encoder, ids = work.encoder, work.ids
+slow = encoder and budget.slow_bf16(place, dtype)
+if slow:
+    log(slow)
 
-if clips == "off" and teacher.lower() == "none":
-    raise InputError("--teacher none keeps nothing but clips; leave --clips off out")
-if latents == "i8" and teacher.lower() == "none":
-    raise InputError("--teacher none keeps no latents; leave --latents out")
-of_clips = (
-    "data",
-    "frames",
-    "resolution",
-    "patch",
-    "sampling",
-    "stride",
-    "crop",
-    "interpolation",
-    "limit",
-)
-shared = {"split", "views"} & config.given | {
-    name for name in of_clips if globals()[name] is not None
-}
-if clips_from and (shared or clips == "on"):
-    names = ", ".join(f"--{name}" for name in sorted(shared)) or "--clips on"
-    raise InputError(f"--clips_from takes clips, ids and view from {clips_from}; leave {names} out")
-
-# ---- the teacher, the view, the rows
-encoder = None if teacher.lower() == "none" else model.load_teacher(teacher, device, dtype)
-if encoder and (faster := budget.slow_bf16(device, dtype)):
-    log(faster)
-source = cache.open_cache(clips_from) if clips_from else None
-shape = encoder.config if encoder else None
-if source:
-    view = source.view
-    patch = source.patch
-    tubelet = source.tubelet
-else:
-    size = resolution or (shape.size if shape else 224)
-    view = View(frames or (shape.frames if shape else 16), size, size)
-    if encoder:  # a checkpoint of train.py says how its clips were cut
-        view = view.cut_as(encoder.view)
-    asked = {"sampling": sampling, "stride": stride, "crop": crop, "interpolation": interpolation}
-    view = dataclasses.replace(
-        view, **{name: value for name, value in asked.items() if value is not None}
-    )
-    patch, tubelet = patch or (shape.patch if shape else 16), shape.tubelet if shape else 2
-if shape:
-    takes = {
-        "frames": shape.frames,
-        "resolution": shape.size,
-        "patch": shape.patch,
-        "tubelet": shape.tubelet,
-    }
-    have = {"frames": view.frames, "resolution": view.size, "patch": patch, "tubelet": tubelet}
-    for name in takes:
-        if takes[name] != have[name]:
-            raise InputError(
-                f"the teacher {teacher} takes {name} {takes[name]}, but the clips have"
-                f" {have[name]}; change {'--clips_from' if source else f'--{name}'}"
-            )
-    line = encoder.other_view(view)
-    if line:
-        log(line)
-tokens = int(torch.tensor(grid_of(view, patch, tubelet)).prod())
-patch_dim = 3 * tubelet * patch * patch
-
-if source:
-    ids, views = [source.ids.fields(row) for row in range(len(source))], source.metadata["views"]
-    if not source.has_patches:
-        raise InputError(
-            f"the cache {clips_from} holds no clips (--clips off) to take; give --data instead"
-        )
-else:
-    videos = load_split(data, split, splits_dir, log)[:limit]
-    # a video's views lie side by side, and are cut from one decode
-    ids = [(video.id, number) for video in videos for number in range(views)]
 
 # ---- what is decided once, by rank 0: whether clips are kept, whether the disk has room, which
 # shards are to be made
-kept_bytes = {"f16": 2 * shape.dim, "i8": shape.dim}[latents] if encoder else 0
-# a record
-latent_bytes = tokens * kept_bytes + (
-    4 * (shape.dim + tokens) if encoder and latents == "i8" else 0
-)
-clip_bytes = tokens * patch_dim
-
-
-def rows_of(number):
-    return range(
-        number * cache_writer.SHARD_ROWS, min((number + 1) * cache_writer.SHARD_ROWS, len(ids))
-    )
-
-
-def clips_of(together):
-    """[patches uint8 [N, P] or VideoError] of rows of one video."""
-    if source:
-        return [source.checked_patches(row) for row in together]
-    video = videos[together[0] // views]
-    try:
-        cut = read_row(video, [dataclasses.replace(view, view=ids[row][1]) for row in together])
-    except VideoError as error:
-        return [error] * len(together)
-    patches = [np.empty((tokens, patch_dim), np.uint8) for _ in cut]
-    for clip, made in zip(cut, patches):
-        ops.patchify_into(clip, made, patch, tubelet)
-    return patches
-
-
-def check_disk_space(rows, keep_clips, free):
-    # of each shard, until the cache is whole
-    statistics = -(-rows // cache_writer.SHARD_ROWS) * 8 * tokens * shape.dim if encoder else 0
-    needed = rows * (latent_bytes + keep_clips * clip_bytes) + statistics
-    log(
-        f"disk: {needed / 1e9:.2f} GB needed ({rows * latent_bytes / 1e9:.2f} latents,"
-        f" {rows * keep_clips * clip_bytes / 1e9:.2f} clips, {statistics / 1e9:.2f} while it is"
-        f" being made), {free / 1e9:.1f} GB free"
-    )
-    if needed > free:
-        raise InputError(
-            f"{out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; free"
-            " some, or try --latents i8, --clips off or --limit"
-        )
-
-
-def plan_with(keep_clips):
-    return {
-        "split": source.metadata["split"] if source else split,
-        "list_count": len(ids),
-        "list_sha256": list_digest(ids),
-        "teacher": encoder and {"name": encoder.name, "dim": shape.dim, **encoder.identity},
-        "view": view.to_dict(),
-        "view_hash": view.hash(),
-        "views": views,
-        "patch": patch,
-        "tubelet": tubelet,
-        "dtype": {"f16": "float16", "i8": "int8"}[latents],
-        "batch_size": batch_size,
-        "latent_shape": [tokens, shape.dim] if shape else None,
-        "patch_shape": [tokens, patch_dim],
-        "clips": bool(keep_clips),
-        "clips_from": (
-            os.path.relpath(os.path.realpath(str(clips_from)), os.path.realpath(str(out)))
-            if source
-            else None
-        ),
-    }
-
-
-def check_sources(made):
-    """Raises InputError where a video was replaced, or its stretch changed, since its record was
-    made. Files that are gone now tell nothing.
-    """
-    now = [cache.source_mark(video) for video in videos]
-    changed = [row for row, mark in made if mark and now[row // views] not in (0, mark)]
-    if changed:
-        raise InputError(
-            f"{out} holds {len(changed)} records of videos whose file has another size now, or"
-            f" whose start and end were changed, {ids[changed[0]][0]!r} among them: bring back what"
-            " they were made from, or delete the cache and make it again"
-        )
-
-
 def decide():
     """(whether clips are kept, numbers of the shards to make or None where the cache is whole)."""
     begun, at = begun_plan(out), os.path.abspath(str(out))
     while not os.path.exists(at):
         at = os.path.dirname(at)
     free = shutil.disk_usage(at).free
-    if source or not shape:
-        keep_clips = not source
-    elif clips == "auto":
-        keep_clips = (
-            begun["clips"] if begun else len(ids) * (latent_bytes + clip_bytes) < 0.95 * free
-        )
-    else:
-        keep_clips = clips == "on"
-    if source:
-        log(f"clips: those of {clips_from}")
-    else:
-        log(f"clips: {'kept' if keep_clips else 'left out, training will decode the videos'}")
+    keep_clips = work.keeps_clips(begun, free)
+    where = "kept" if keep_clips else "left out, training will decode the videos"
+    log(f"clips: {f'those of {clips_from}' if work.source else where}")
     if not begun:
-        check_disk_space(len(ids), keep_clips, free)
-    writer = Writer(out, plan_with(keep_clips), files_bar)
+        work.check_disk_space(len(ids), keep_clips, free)
+    writer = Writer(out, work.plan(keep_clips), bar)
+    writers.append(writer)
     if repair or writer.partial.is_dir():
         writer.lock()
-    if begun and not source:
-        check_sources(writer.made())
+    if begun:
+        work.check_sources(writer.made())
     if repair:
-        problems = upkeep.reopen(
-            writer, ids, lambda row: not isinstance(clips_of([row])[0], VideoError)
-        )
+        problems = cache_repair.reopen(writer, ids, work.can_be_decoded)
         for problem in problems:
             log(f"{out}: {problem}")
-        log(
-            f"{out}: problems to repair: {len(problems)}"
-            if problems
-            else f"{out}: every checksum, count and id fits; nothing to repair"
-        )
+        found = "every checksum, count and id fits; nothing to repair"
+        log(f"{out}: {f'problems to repair: {len(problems)}' if problems else found}")
     writer.tidy()
     missing = None if writer.finished else writer.missing()
     if begun and missing:  # what is there is replaced, a shard a rank at a time
-        new = [
-            number
-            for number in missing
-            if not any((writer.folder / name).exists() for name in cache.shard_names(number))
-        ]
-        replaced = min(world, len(missing) - len(new)) * min(cache_writer.SHARD_ROWS, len(ids))
-        check_disk_space(sum(len(rows_of(number)) for number in new) + replaced, keep_clips, free)
-    locks.append(writer)
+        there = [any((writer.folder / name).exists() for name in shard_names(k)) for k in missing]
+        new = sum(len(work.rows_of(k)) for k, is_there in zip(missing, there) if not is_there)
+        replaced = min(world, sum(there)) * min(SHARD_ROWS, len(ids))
+        work.check_disk_space(new + replaced, keep_clips, free)
     return keep_clips, missing
 
 
-locks = []  # rank 0's Writer, whose lock lasts as long as it does
-keep_clips, missing = ranks.first(decide)
+writers = []  # rank 0's, whose lock lasts as long as it does
+keep_clips, missing = ranks.from_rank_0(decide)
 if missing is None:
-    whole = cache.open_cache(out)
-    left = (
-        f"; {whole.metadata['failures']} were left out: --repair takes up those that can be"
-        " decoded now"
-        if whole.metadata["failures"]
-        else ""
-    )
-    log(f"{out} is already whole: {len(whole)} records{left}")
+    whole = open_cache(out)
+    lost = whole.metadata["failures"]
+    left = f"; {lost} were left out: --repair takes up those that can be decoded now"
+    log(f"{out} is already whole: {len(whole)} records{left if lost else ''}")
     ranks.leave()
 
 # ---- make the missing shards
-writer = locks[0] if rank == 0 else Writer(out, plan_with(keep_clips))
-errors.started = True
-to_make = sum(len(rows_of(number)) for number in missing)
+writer = writers[0] if rank == 0 else Writer(out, work.plan(keep_clips))
+errors.started = True  # each rank says its own from here on
 if encoder:
-    log(f"teacher {teacher}: {encoder.takes(view)}")
+    log(f"teacher {teacher}: {encoder.takes(work.view)}")
     if "config" not in writer.plan["teacher"]:
         log(
             f"{out} was begun by an older version, which did not note the shape of its teacher: it"
             " cannot be compared"
         )
 log(
-    f"teacher {teacher} on {device}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)}"
-    f" to make; view {view.hash()}",
+    f"teacher {teacher} on {place}; {len(ids)} rows in {writer.shard_count} shards, {len(missing)}"
+    f" to make; view {work.view.hash()}",
     flush=True,
 )
 mine = missing[rank::world]
@@ -403,8 +191,22 @@ mine = missing[rank::world]
 def groups():
     """Rows that are decoded together: the views of one video, as far as they lie in one shard."""
     for number in mine:
-        for _, together in itertools.groupby(rows_of(number), lambda row: row // views):
+        for _, together in itertools.groupby(work.rows_of(number), lambda row: row // work.views):
             yield list(together)
+
+
+def latents_of(clips, names):
+    """(what a cache stores of a teacher batch; of each clip the squared error that int8 makes).
+
+    clips: patches uint8 [N, P] each; names: of their videos
+    """
+    batch = torch.from_numpy(np.stack(clips)).to(place)
+    made = teachers.teacher_latents(encoder, batch)  # [b, N, D]
+    stored = to_stored(made, writer.plan["dtype"], names)
+    if latents == "f16":
+        return stored, [0.0] * len(clips)
+    error = torch.from_numpy(from_stored(stored)).to(place) - made
+    return stored, error.double().square().sum((1, 2)).tolist()
 
 
 def keep(shard, rows, clips, stored, lost):
@@ -413,32 +215,26 @@ def keep(shard, rows, clips, stored, lost):
     for row, clip in zip(rows, clips):
         if isinstance(clip, VideoError):
             shard.fail(row, *ids[row], str(clip))
-        else:
-            shard.add(
-                *ids[row],
-                clip,
-                stored and {kind: array[done] for kind, array in stored.items()},
-                lost[done],
-                0 if source else cache.source_mark(videos[row // views]),
-            )
-            done += 1
+            continue
+        its_latents = stored and {kind: array[done] for kind, array in stored.items()}
+        shard.add(*ids[row], clip, its_latents, lost[done], work.source_of(row))
+        done += 1
 
 
 # Decoding, the teacher, writing, and flushing with its checksum each have threads of their own;
 # this one sees to the teacher.
-share = sum(len(rows_of(number)) for number in mine)
+to_make = sum(len(work.rows_of(number)) for number in missing)
 done_before = len(ids) - to_make if world == 1 else 0
-bar = tqdm(
-    total=share + done_before,
+progress = tqdm(
+    total=sum(len(work.rows_of(number)) for number in mine) + done_before,
     initial=done_before,
     unit="clip",
     dynamic_ncols=True,
     disable=rank > 0,
     desc=f"rank 0 of {world}" if world > 1 else None,
 )
-stream = itertools.chain.from_iterable(
-    prefetch(clips_of, groups(), threads, max(threads, 2 * batch_size // views))
-)
+ahead = max(threads, 2 * batch_size // work.views)
+clips_in_order = itertools.chain.from_iterable(prefetch(work.clips_of, groups(), threads, ahead))
 begin = time.perf_counter()
 waited = 0.0
 shard = None
@@ -448,34 +244,22 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
         for number in mine:
             shard, writing = writer.shard(number), deque()
             # a teacher batch: these rows and no others, wherever a run began
-            for start in rows_of(number)[::batch_size]:
-                rows = range(start, min(start + batch_size, rows_of(number).stop))
+            for start in work.rows_of(number)[::batch_size]:
+                rows = range(start, min(start + batch_size, work.rows_of(number).stop))
                 tick = time.perf_counter()
-                batch = [next(stream) for _ in rows]
+                batch = [next(clips_in_order) for _ in rows]
                 waited += time.perf_counter() - tick
-                good = [clip for clip in batch if not isinstance(clip, VideoError)]
+                good = [i for i, clip in enumerate(batch) if not isinstance(clip, VideoError)]
                 stored, lost = None, [0.0] * len(good)
                 if encoder and good:
-                    # [b, N, D]
-                    made = model.teacher_latents(
-                        encoder, torch.from_numpy(np.stack(good)).to(device)
-                    )
-                    names = [
-                        ids[row][0]
-                        for row, clip in zip(rows, batch)
-                        if not isinstance(clip, VideoError)
-                    ]
-                    stored = to_stored(made, writer.plan["dtype"], names)
-                    if latents == "i8":
-                        error = torch.from_numpy(from_stored(stored)).to(device) - made
-                        lost = error.double().square().sum((1, 2)).tolist()
+                    names = [ids[rows[i]][0] for i in good]
+                    stored, lost = latents_of([batch[i] for i in good], names)
                 writing.append(keeper.submit(keep, shard, rows, batch, stored, lost))
                 if len(writing) > 2:
                     writing.popleft().result()
-                bar.update(len(rows))
-                bar.set_postfix_str(
-                    f"waiting for video {waited / (time.perf_counter() - begin):.0%}", refresh=False
-                )
+                progress.update(len(rows))
+                share = waited / (time.perf_counter() - begin)
+                progress.set_postfix_str(f"waiting for video {share:.0%}", refresh=False)
             for job in writing:
                 job.result()
             if finishing:
@@ -484,13 +268,15 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
         if finishing:
             finishing.result()
     finally:
-        stream = None
+        clips_in_order = None
         if shard:
             keeper.shutdown(cancel_futures=True)
             shard.discard()
-bar.close()
+progress.close()
 taken = time.perf_counter() - begin
 broken = set().union(*ranks.gather(odd_videos.broken))  # every shard is there
+
+# ---- the end
 if to_make:
     log(
         f"{to_make / (time.perf_counter() - begin):.1f} clips/s; rank 0 waited for video"
@@ -505,19 +291,17 @@ if rank == 0:
             " per-position mean: a perfect prediction of what is kept has R2"
             f" {1 - metadata['lost_variance']:.6f} on the exact ones"
         )
-    log(
+    said = (
         f"{out}: {metadata['count']} records of {len(ids)} rows, {size:.2f} GB, latent_shape"
         f" {json.dumps(metadata['latent_shape'])}"
-        + (
-            f"; {metadata['failures']} records left out, see {writer.folder / 'failures.jsonl'}"
-            if metadata["failures"]
-            else ""
-        )
-        + (
+    )
+    if metadata["failures"]:
+        where = writer.folder / "failures.jsonl"
+        said += f"; {metadata['failures']} records left out, see {where}"
+    if broken:
+        said += (
             f"; {len(broken)} videos end long before what they, or the list, say, have holes or are"
             " damaged"
-            if broken
-            else ""
         )
-    )
+    log(said)
 ranks.leave()

@@ -18,7 +18,7 @@ import math
 import os
 from typing import Literal
 
-from salt import config, runs
+from salt import config, errors, runs
 from salt.errors import InputError
 from salt.files import prepare_file, write_whole
 
@@ -55,13 +55,13 @@ from tqdm import tqdm
 
 import model
 from benchmarks import budget
-from salt import heldout, ops, ranks, score, task
-from salt.cache import fingerprint
+from salt import extension, heldout, ranks, score, task, teachers
+from salt.cache_format import fingerprint
 from salt.comparison import Table
-from salt.loader import ALL, CONTEXT, NONE, TARGET, Loader
+from salt.loader import Loader, rows_to_read
 from salt.masks import in_order, keyed_sample
+from salt.odd_videos import odd_videos
 from salt.ranks import rank, world
-from salt.video import odd_videos
 
 if not checkpoint or not (cache or data):
     raise InputError("give --checkpoint and either --cache or --data with --teacher; see --help")
@@ -73,7 +73,7 @@ if cache and unused:
     )
 place = ranks.pick_device(ranks.start(device))
 log = functools.partial(print, flush=True) if rank == 0 else lambda line: None
-log(ops.extension_line(place))
+log(extension.describe(place))
 slow = budget.slow_bf16(place, dtype)
 if slow:
     log(slow)
@@ -92,10 +92,10 @@ seen_by = {path: saved.get("trained_on") for path, (_, _, saved) in loaded.items
 allowed, measured_on = np.arange(len(clips)), "held-out"
 for path, seen in seen_by.items():
     where = f"--cache {cache}" if cache else f"--data {data} --split {split}"
-    records, kind, lines = heldout.records_to_measure(clips, seen, where, training_videos)
+    records, kind, line = heldout.records_to_measure(clips, seen, where, training_videos)
     allowed = np.intersect1d(allowed, records)
     measured_on = kind if kind == "training" else measured_on
-    for line in lines:
+    if line:
         log(f"{path}: {line}")
 
 # ---- each batch once, through every checkpoint
@@ -104,20 +104,16 @@ for salt, _, _ in loaded.values():
     model.cast_matrices(salt, dtype)
 kept = allowed[keyed_sample(len(allowed), max_batches * batch_size, eval_seed)]
 mine = itertools.islice(in_order(kept, batch_size), rank, None, world)
-# the targets of the context, too: their mean is the background's guess
-looked_at = {"patches": CONTEXT, "latents": CONTEXT | TARGET}
-if not table.predicts_latents:
-    looked_at = {"patches": CONTEXT | TARGET, "latents": NONE}
-if encoder:
-    looked_at["patches"] = ALL
+target = "latents" if table.predicts_latents else "pixels"
+looked_at = rows_to_read(target, encoder, background=True)
 how = {"threads": threads, "device": place, "failed": lambda i, error: failures.append(str(error))}
 loader = Loader(clips, mine, table.families, eval_seed, **looked_at, **how)
-ranks.speak_apart()
-measured = []  # of each batch: {path: errors}, and its videos, fingerprints, which are known
+errors.started = True  # each rank says its own from here on
+measured = []  # a batch: {path: score.clip_errors}, videos, fingerprints, which are known
 count = -(-len(kept) // (batch_size * world))
 for batch in tqdm(loader, total=count, unit="batch", dynamic_ncols=True, disable=rank > 0):
     if encoder:
-        batch = batch._replace(latents=model.teacher_latents(encoder, batch.patches))
+        batch = batch._replace(latents=teachers.teacher_latents(encoder, batch.patches))
     videos = [clips.name(record)[0] for record in batch.records.tolist()]
     if cache:
         marks, twins = clips.cache.fingerprints[batch.records], np.zeros(len(videos), bool)
@@ -125,11 +121,11 @@ for batch in tqdm(loader, total=count, unit="batch", dynamic_ncols=True, disable
         marks = np.array([fingerprint(clip) for clip in batch.patches.cpu().numpy()])
         known = [heldout.among(marks, (seen or {}).get("clips")) for seen in seen_by.values()]
         twins = np.any(known, axis=0) & (measured_on == "held-out")
-    errors = {}
+    found = {}
     for path, (salt, _, _) in loaded.items():
-        found = score.clip_errors(salt, table.space, batch, table.own_space(path))
-        errors[path] = heldout.checked(found, batch, clips)
-    measured.append((errors, videos, marks.tolist(), twins.tolist()))
+        its_errors = score.clip_errors(salt, table.space, batch, table.own_space(path))
+        found[path] = heldout.checked(its_errors, batch, clips)
+    measured.append((found, videos, marks.tolist(), twins.tolist()))
 
 # ---- results: those of all ranks, in the order of the batches
 measured = ranks.in_turn(measured)
@@ -153,9 +149,9 @@ results = []
 for path, (_, _, saved) in loaded.items():
     by_family = {
         name: {kind: values[~twins] for kind, values in row.items()}
-        for name, row in score.join_errors([errors[path] for errors, *_ in measured]).items()
+        for name, row in score.join_errors([found[path] for found, *_ in measured]).items()
     }
-    rows = list(by_family.values())
+    families = list(by_family.values())
     results.append(
         {
             "checkpoint": path,
@@ -165,8 +161,8 @@ for path, (_, _, saved) in loaded.items():
             "measured_on": measured_on,
             "clips": len(videos),
             "videos": len(set(videos.tolist())),
-            **score.figures(rows),
-            "r2_ci95": score.r2_interval(rows, videos),
+            **score.figures(families),
+            "r2_ci95": score.r2_interval(families, videos),
             "families": {name: score.figures([row]) for name, row in by_family.items()},
         }
     )

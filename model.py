@@ -26,11 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from salt import ops, views
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError, nearest
-from salt.files import sha256
 from salt.masks import FAMILIES, sample_masks  # noqa: F401  public here
 from salt.score import Space
-from salt.torch_files import load_pickle, whole
-from salt.videomae import read_transformers, read_videomae, write_transformers
+from salt.torch_files import from_file, load_weights, restored
+from salt.videomae import read_transformers, write_transformers
 
 SIZES = {  # name: width, blocks, heads, patch, MLP width
     "tiny": (192, 12, 3, 16, 768),
@@ -453,150 +452,6 @@ def vicreg(prediction, eps=1e-4):
     return variance, (covariance.square().sum() - covariance.diagonal().square().sum()) / x.shape[1]
 
 
-def update(optimizer, parameters, clip, loss=None):
-    """One AdamW step with the gradients scaled down to the global norm `clip` (0: as they are);
-    none at all where a gradient, or `loss`, is not finite.
-
-    One pass over the gradients makes their norm, and one by PyTorch's fused kernel updates: it
-    takes the factor (`grad_scale`) and whether to leave everything alone (`found_inf`) from the
-    device, so that nothing waits. Gradients are dropped. Returns the norm before clipping, float32
-    scalar.
-    """
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    if hasattr(norm, "full_tensor"):
-        sharded: Any = norm
-        norm = sharded.full_tensor()  # of FSDP2's shards
-    optimizer.grad_scale = (norm / clip).clamp(min=1) if clip else torch.ones_like(norm)
-    optimizer.found_inf = (
-        ~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())
-    ).float()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-@torch.no_grad()
-def move_average(average, module, decay):
-    """average = decay * average + (1 - decay) * module, over all parameters, in place."""
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-
-
-def shard(module, device):
-    """Split a Salt over all ranks by FSDP2: each block, and what is outside of the blocks, is
-    gathered while it runs. Weights are gathered in float32.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in (*module.student.blocks, *module.predictor.blocks):
-        fully_shard(block, mesh=mesh)
-    return fully_shard(module, mesh=mesh, reshard_after_forward=True)
-
-
-def parameter_groups(module, weight_decay):
-    """AdamW groups: decay on matrices alone; biases, norms, every other 1-D parameter and the mask
-    tokens stay without.
-    """
-
-    def decayed(name, parameter):
-        return parameter.dim() >= 2 and not name.endswith("mask_tokens")
-
-    named = [
-        (name, parameter)
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
-    return [
-        {
-            "params": [p for n, p in named if decayed(n, p)],
-            "weight_decay": weight_decay,
-            "decays": True,
-        },
-        {
-            "params": [p for n, p in named if not decayed(n, p)],
-            "weight_decay": 0.0,
-            "decays": False,
-        },
-    ]
-
-
-# compute of a teacher that train.py runs on the fly: cache_latents.py's default
-TEACHER_DTYPE = "bf16"
-
-
-def load_teacher(path, device="cpu", dtype="fp32"):
-    """A frozen Encoder in eval mode that computes in `dtype`, 'fp32' or 'bf16', with .name, .sha256
-    (of its weights file) and .identity, from
-
-    - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin,
-      pre-training, fine-tuned, or written by export_transformers;
-    - an original VideoMAE .pth: the weights bare or under model, module or state_dict, with or
-      without the prefix encoder.;
-    - a checkpoint of train.py.
-    Raises InputError, naming what does not fit.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        encoder, file = encoder_of_folder(path)
-    elif path.is_file():
-        saved, file = load_pickle(path), path
-        if "salt_vla" in saved:
-            encoder = student_of(load_checkpoint(path), path)
-        else:  # 64 channels a head, but for huge and giant
-
-            def heads_of(dim, depth):
-                return next(
-                    (size[2] for size in SIZES.values() if size[:2] == (dim, depth)),
-                    max(1, dim // 64),
-                )
-
-            found = from_file(path, read_videomae, saved, path, heads_of)
-            encoder = build_encoder(path, *found)
-    else:
-        raise InputError(
-            f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json,"
-            " model.safetensors), a VideoMAE .pth or a checkpoint of train.py"
-        )
-    encoder.name, encoder.sha256 = path.name, sha256(file)
-    c = plain(encoder.config)
-    encoder.identity = {
-        "sha256": encoder.sha256,
-        "mean": list(c.pop("mean")),
-        "std": list(c.pop("std")),
-        "compute": dtype,
-        "config": c,
-    }
-    encoder = encoder.to(device).float().eval().requires_grad_(False)
-    cast_matrices(encoder, dtype)
-    return encoder
-
-
-@torch.no_grad()
-def teacher_latents(teacher, clips):
-    """A teacher's latents of uint8 clips or patches, [B, N, D]: the same in caching, training and
-    evaluation, so without TF32 whatever is set.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        return teacher.encode(clips)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def from_file(path, make, *arguments, **fields):
-    """make(...) of what a file says, with anything that does not fit as one line that names the
-    file.
-    """
-    try:
-        return make(*arguments, **fields)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, InputError) and str(path) in str(error):
-            raise
-        raise InputError(f"{path} is malformed: {error}") from None
-
-
 def load_encoder(path, device="cpu", ema=False):
     """The student of best.pth or last.pth, or what export_transformers wrote; in eval mode, fp32.
 
@@ -656,35 +511,6 @@ def export_transformers(encoder, folder):
             " new folder"
         )
     write_transformers(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
-
-
-def restored(path, state, depth, make):
-    """make(), an Encoder or Predictor, with the weights `state` of the file `path`, in float32.
-
-    No weight takes memory before names and shapes are known to fit, whatever a configuration says.
-    """
-    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    if depth > blocks:
-        raise InputError(f"{path} holds {blocks} blocks, and its configuration says {depth}")
-    with torch.device("meta"):
-        module = from_file(path, make)
-    state = {name: tensor.float() for name, tensor in whole(state, path).items()}
-    load_weights(module, state, path, assign=True)
-    return module
-
-
-def load_weights(module, state, path, assign=False):
-    """load_state_dict, with what does not fit in one line; assign: without copies."""
-    expected = module.state_dict()
-    for name in expected:
-        if name not in state:
-            raise InputError(f"{path} lacks the weight {name}")
-        if state[name].shape != expected[name].shape:
-            raise InputError(
-                f"{path}: {name} has shape {list(state[name].shape)}, expected"
-                f" {list(expected[name].shape)}"
-            )
-    module.load_state_dict({name: state[name] for name in expected}, assign=assign)
 
 
 def plain(config):

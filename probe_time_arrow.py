@@ -83,15 +83,17 @@ from tqdm import tqdm
 
 import model
 from benchmarks import budget
-from salt import heldout, ops, ranks
-from salt.cache import fingerprint
+from salt import extension, heldout, ops, ranks
+from salt.cache_format import fingerprint
 from salt.checkpoint import load_checkpoint
+from salt.errors import VideoError
 from salt.loader import prefetch
 from salt.masks import permute
+from salt.odd_videos import odd_videos
 from salt.ops import patchify
 from salt.score import interval, show_interval
 from salt.splits import load_split, overlap
-from salt.video import VideoError, odd_videos, read_row
+from salt.video import read_row
 from salt.views import MirroredView, View, random_half
 
 if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -118,7 +120,7 @@ path = (
 device = ranks.pick_device(device)
 ops.return_freed_memory()
 odd_videos.watch(math.inf, tqdm.write)
-print(ops.extension_line(device), flush=True)
+print(extension.describe(device), flush=True)
 faster = budget.slow_bf16(device, dtype)
 if faster:
     print(faster)

@@ -129,12 +129,12 @@ import torch  # after the settings, so that --help and a mistyped flag answer at
 
 import model
 from benchmarks import budget
-from salt import health, heldout, journal, ops, ranks, schedule, score, task
-from salt.checkpoint import Run
-from salt.loader import ALL, CONTEXT, NONE, TARGET, Loader
+from salt import errors, health, heldout, journal, ops, optimiser, ranks, schedule, score, task
+from salt.loader import Loader, rows_to_read
 from salt.masks import in_order, keyed_sample, shuffled
 from salt.meter import Meter
 from salt.ranks import rank, world
+from salt.run import Run
 
 # ---- log and device
 task.refuse(settings)
@@ -164,10 +164,10 @@ if run.saved:
         model.load_both(averaged, run.saved["ema"], run.origin)
 for network in networks:
     if fsdp:
-        model.shard(network, place)  # before it goes to the GPU, since the whole need not fit there
+        ranks.shard(network, place)  # before it goes to the GPU, since the whole need not fit there
     network.to(place)
 parameters = list(salt.parameters())
-groups = model.parameter_groups(salt, weight_decay)
+groups = optimiser.parameter_groups(salt, weight_decay)
 optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 # with FSDP2 the casts of all matrices would be kept for the backward pass, on each rank
 salt.student.recompute = salt.predictor.recompute = recompute or fsdp
@@ -186,12 +186,10 @@ if run.saved:
     run.restore(optimizer, place)
     run.leave_if_finished(total_steps)
 
-# ---- batches, and the rows of them that are looked at; a teacher on the fly needs every patch
+# ---- batches, with the rows of them that a step looks at
 clips_a_pass = batch_size // world // accumulate
-seen = {"patches": ALL if work.teacher else CONTEXT, "latents": TARGET}
-seen_held_out = {"patches": CONTEXT, "latents": CONTEXT | TARGET}  # to guess by their mean, too
-if target == "pixels":
-    seen = seen_held_out = {"patches": CONTEXT | TARGET, "latents": NONE}
+rows = rows_to_read(target, work.teacher)
+rows_held_out = rows_to_read(target, background=True)
 reading = {"threads": threads, "device": place}
 
 
@@ -199,22 +197,21 @@ def training_batches(steps):
     """The batch of each step in `steps`, counted from 0; this rank's part of it."""
     order = shuffled(len(clips), batch_size, seed, steps, rank, world)
     failed = functools.partial(run.failed, "training")
-    loader = Loader(clips, order, masks, seed, **seen, **reading, failed=failed, substitutes=True)
-    return work.with_latents(loader)
+    return Loader(clips, order, masks, seed, **rows, **reading, failed=failed, substitutes=True)
 
 
 def whole_batches(records):
     """Every row of some training clips; those that cannot be decoded are left out."""
     loader = Loader(clips, in_order(records, clips_a_pass), **reading, failed=lambda *error: None)
     count = -(-len(records) // clips_a_pass)
-    return work.with_latents(journal.bar(loader, "statistics", count))
+    return map(work.with_latents, journal.bar(loader, "statistics", count))
 
 
 # ---- the space of the targets, and the per-position mean that R2 is measured from
 if run.saved:
     space, stats = score.Space(**run.saved["space"]), run.saved["stats"]
 else:
-    space, stats = ranks.first(lambda: score.target_space(settings, work, whole_batches, log))
+    space, stats = ranks.from_rank_0(lambda: score.target_space(settings, work, whole_batches, log))
 space = space.to(place)
 
 
@@ -227,19 +224,19 @@ def evaluate(step):
     turn, turns = (0, 1) if fsdp else (rank, world)  # with FSDP2 all ranks run each batch together
     mine = itertools.islice(in_order(kept, clips_a_pass), turn, None, turns)
     failed = functools.partial(run.failed, "held-out")
-    how = {**seen_held_out, **reading, "failed": failed}
+    how = {**rows_held_out, **reading, "failed": failed}
     loader = Loader(work.held_out, mine, masks, eval_seed, **how)
     for network in networks:
         model.cast_matrices(network, dtype)
     parts = []
     batches = journal.bar(loader, f"{work.measured_on} R2", -(-len(kept) // (clips_a_pass * turns)))
     for batch in batches:
-        errors = [score.clip_errors(network, space, batch) for network in networks]
-        parts.append([heldout.checked(each, batch, work.held_out) for each in errors])
+        found = [score.clip_errors(network, space, batch) for network in networks]
+        parts.append([heldout.checked(each, batch, work.held_out) for each in found])
     for network in networks:
         model.cast_matrices(network, "fp32")
     entry = score.evaluation(step, parts if fsdp else ranks.in_turn(parts), work.measured_on)
-    entry = ranks.first(lambda: entry)  # what is best, all must see alike
+    entry = ranks.from_rank_0(lambda: entry)  # what is best, all must see alike
     log(score.evaluation_line(entry, len(kept)))
     metrics.write(entry)
     history.append(entry)
@@ -248,7 +245,7 @@ def evaluate(step):
 
 
 def state(step):
-    """What best.pth keeps."""
+    """What best.pth keeps. Waits for every step, and writes the line that is open."""
     content = {
         **model.weights_of(salt),
         "encoder_config": model.plain(work.encoder),
@@ -282,7 +279,7 @@ def loss_of(network, batch, weight=1.0):
 @torch.compiler.set_stance("force_eager")
 def diagnose(step):
     """Where the numbers of a step that are not finite come from: it is done again, clip by clip."""
-    batch = next(training_batches([step - 1]))
+    batch = work.with_latents(next(training_batches([step - 1])))
     model.cast_matrices(salt, dtype)
     return health.diagnose(salt, space, clips, batch, functools.partial(loss_of, salt))
 
@@ -290,15 +287,17 @@ def diagnose(step):
 # ---- the run
 step, history = run.step, run.history  # history: held-out evaluations
 due = schedule.Due(stop, total_steps, epoch_length, settings, evaluates=bool(work.held_out))
+# lists this start in the folder; run.saved is gone from here on
 run.begin(first_evaluation=min(due.eval_every if work.held_out else epoch_length, total_steps))
 metrics = journal.open_metrics(run, settings)
-meter = Meter(run, log, metrics, due, settings, optimizer, flops / full_rate / world, diagnose)
+clip_share = flops / full_rate / world
+meter = Meter(run, log, metrics, due, settings, optimizer, clip_share=clip_share, diagnose=diagnose)
 log.at_end = meter.at_end
 if work.held_out and not history:
     evaluate(step)
 if not run.in_place:
     run.save("last.pth", resumable_state(step))  # what resumes a run; its disk has room, as is seen
-ranks.speak_apart()
+errors.started = True  # a signal is waited for and saves; each rank says its own errors
 batches = training_batches(range(step, total_steps))
 meter.start_clock()
 while step < total_steps and not due.stopping:
@@ -306,30 +305,33 @@ while step < total_steps and not due.stopping:
         group["lr"] = schedule.rate(step, total_steps, lr, lr_end, warmup_steps)
         decay = schedule.cosine(weight_decay, weight_decay_end, step / total_steps)
         group["weight_decay"] = decay * group["decays"]  # matrices alone
-    batch = meter.waiting_for(batches)
-    model.cast_matrices(salt, dtype)  # copies of the float32 weights, for the products
+    batch = work.with_latents(meter.waiting_for(batches))  # on the device; this rank's part
+    model.cast_matrices(salt, dtype)  # bf16 copies, whose gradients go to the float32 weights
     step += 1
-    with meter.watch(salt.student, step):
+    with meter.measuring(salt.student, step):
         for number, part in enumerate(batch.split(accumulate), 1):
-            ranks.sync_gradients(net, number == accumulate)  # DDP sums with the last part
-            weighted_loss, errors = loss_of(net, part, 1 / accumulate)
+            ranks.sync_gradients(net, number == accumulate)  # DDP averages with the last part
+            weighted_loss, sums = loss_of(net, part, 1 / accumulate)
             weighted_loss.backward()
-            meter.add(errors)
-    norm = model.update(optimizer, parameters, grad_clip, meter.loss)  # not finite: skipped
+            meter.add(sums)
+    meter.reduce()  # over the ranks
+    norm = optimiser.update(optimizer, parameters, grad_clip, meter.loss)  # not finite: skipped
     if ema:
-        model.move_average(averaged, salt, ema)
-    meter.end_step(norm)  # read a step late on a GPU; stops after skip_limit
-    if due.evaluation(step):
-        run.keep_best(evaluate(step), max, functools.partial(state, step))
+        optimiser.move_average(averaged, salt, ema)  # after a skipped step, too
+    # a GPU's line comes a step or more later, or with an evaluation or save; stops at skip_limit
+    meter.end_step(norm)
+    if due.to_evaluate(step):
+        figure = evaluate(step)
+        run.keep_best(figure, max, functools.partial(state, step))
     elif due.epoch_end(step) and not work.held_out:
         run.keep_best(meter.average(epoch_length), min, functools.partial(state, step))
-    if due.save(step):  # by steps, minutes or a signal, as all ranks agree
+    if due.to_save(step):  # by steps, minutes or a signal (due.stopping), as all ranks agree
         run.save("last.pth", resumable_state(step))
 
 # ---- the end
 batches.close()
 meter.close()
-run.end(functools.partial(state, step), functools.partial(resumable_state, step))
+run.end(lambda: state(step), lambda: resumable_state(step))  # where one is not there yet
 metrics.close()
 log.status = "stopped" if due.stopping and step < total_steps else "finished"
 log(f"checkpoints in {run.folder}")

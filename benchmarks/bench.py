@@ -64,6 +64,7 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
     import torch
 
     from salt import cache_writer
+    from salt.stored import to_stored
     from salt.views import View
 
     view = View()
@@ -104,7 +105,7 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
             with writer.shard(number) as shard:
                 for row in range(number * shard_rows, min((number + 1) * shard_rows, records)):
                     clip = random.integers(0, 256, (tokens, 1536), dtype=np.uint8)
-                    stored = cache_writer.to_stored(latents.roll(row, 0)[None], dtype)
+                    stored = to_stored(latents.roll(row, 0)[None], dtype)
                     shard.add(
                         f"v{row}", 0, clip, {kind: array[0] for kind, array in stored.items()}
                     )

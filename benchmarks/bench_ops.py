@@ -47,7 +47,7 @@ import numpy as np  # after the settings, so that --help is quick
 import torch
 import torch.nn.functional as F
 
-from salt import ops
+from salt import extension, ops
 from salt.masks import FAMILIES, mask_counts, sample_masks
 
 if device == "cuda" and not torch.cuda.is_available():
@@ -57,7 +57,7 @@ if device == "cuda" and not torch.cuda.is_available():
     )
 if not ops.has_kernel(torch.empty(0, device=device)):
     raise InputError(
-        f"there is nothing of our own to measure on {device}: {ops.extension_line(device)}"
+        f"there is nothing of our own to measure on {device}: {extension.describe(device)}"
     )
 if threads:
     torch.set_num_threads(threads)

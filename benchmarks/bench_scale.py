@@ -46,7 +46,7 @@ _settings = config.apply(globals(), least={"rounds": 3})
 import numpy as np  # after the settings, so that --help is quick
 import torch  # noqa: F401  its import is not what is measured
 
-from salt import cache, cache_writer
+from salt import cache, cache_format, cache_writer
 from salt.cache_writer import npy_header
 from salt.loader import Records
 from salt.masks import mask_counts, permute, shuffled
@@ -103,7 +103,7 @@ def make_index(where, count):
         rows, entry = min(cache_writer.SHARD_ROWS, count - number * cache_writer.SHARD_ROWS), {}
         for kind, (shape, dtype) in formats.items():
             header = npy_header((rows, *shape), dtype)
-            with open(where / cache.shard_name(kind, number), "wb") as file:
+            with open(where / cache_format.shard_name(kind, number), "wb") as file:
                 file.write(header)
                 file.truncate(len(header) + rows * cache.record_bytes(shape, dtype))
             entry[kind] = {
@@ -123,7 +123,7 @@ def make_index(where, count):
     )
     (where / "ids.txt").write_text("".join(f"{i}\t0\n" for i in range(count)))
     metadata = {
-        "format_version": cache.FORMAT_VERSION,
+        "format_version": cache_format.FORMAT_VERSION,
         "split": "train",
         "list_count": count,
         "list_sha256": "",
@@ -154,7 +154,7 @@ def make_index(where, count):
         "fingerprints_sha256": sha256(where / "fingerprints.npy"),
         "shards": shards,
     }
-    metadata["checksum"] = cache.metadata_digest(metadata)
+    metadata["checksum"] = cache_format.metadata_digest(metadata)
     (where / "metadata.json").write_text(json_format.dumps(metadata, indent=1))
 
 

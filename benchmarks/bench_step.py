@@ -68,7 +68,7 @@ import torch.nn.functional as F
 
 import model
 from benchmarks import budget
-from salt import cache, ops
+from salt import cache, ops, optimiser
 from salt.loader import CONTEXT, TARGET, Batch, Loader, Records
 from salt.masks import mask_counts, sample_masks, shuffled
 from salt.score import Space
@@ -233,7 +233,7 @@ class Ours:
     def __init__(self, salt):
         self.salt, self.parameters = salt, list(salt.parameters())
         self.optimizer = torch.optim.AdamW(
-            model.parameter_groups(salt, 0.04), lr=1e-4, betas=(0.9, 0.95), fused=True
+            optimiser.parameter_groups(salt, 0.04), lr=1e-4, betas=(0.9, 0.95), fused=True
         )
         self.space = Space("latents", "none", None, None, torch.zeros(N, D, device=device))
 
@@ -268,7 +268,7 @@ class Ours:
             ) / len(FAMILIES)
         else:
             error = self.forward_backward(batch, 1, mark)
-        model.update(self.optimizer, self.parameters, 0.02)
+        optimiser.update(self.optimizer, self.parameters, 0.02)
         mark("norm and AdamW")
         wait()
         return time.perf_counter() - start, error, phases

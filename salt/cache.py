@@ -27,11 +27,9 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import resource
-import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -39,17 +37,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from salt.cache_format import (
+    check_header,
+    check_size,
+    content_digest,
+    fingerprint,
+    read_metadata,
+    record_bytes,
+    row_formats,
+    same_clips,
+    shard_name,
+)
 from salt.errors import InputError
-from salt.files import sha256
 from salt.rows import File, RowError, advise, read_rows
 from salt.views import IMAGENET_MEAN, IMAGENET_STD, View
-
-# 1 and 2 cut other pixels under the same view, and 2 did not keep what tells them apart
-FORMAT_VERSION = 3
-
-
-KINDS = ("latents", "scales", "tokens", "patches")
-
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -123,73 +124,21 @@ class Cache:
                 " cache again"
             )
         self.metadata = read_metadata(self.folder)
-        m = self.metadata
         try:
-            try:
-                self.view = View.from_dict(m["view"])
-            except InputError as error:
-                raise InputError(
-                    f"{self.folder / 'metadata.json'} is damaged ({error}); make the cache again"
-                ) from None
-            self.patch, self.tubelet = m["patch"], m["tubelet"]
-            self.teacher = m["teacher"]
-            self.latent_shape = m["latent_shape"]
-            self.patch_shape = m["patch_shape"]
-            self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
-            if self.teacher is not None:
-                self.mean, self.std = self.teacher_identity["mean"], self.teacher_identity["std"]
-            self.first_rows = np.cumsum([0] + [shard["rows"] for shard in m["shards"]])
-            for fits, problem in (
-                (self.view.hash() == m["view_hash"], "the view does not fit its hash"),
-                (m["dtype"] in ("float16", "int8"), f"latents of dtype {m['dtype']}"),
-                (
-                    (self.teacher is None) == (self.latent_shape is None),
-                    "latents without a teacher, or the reverse",
-                ),
-                (self.first_rows[-1] == m["count"], "the shard table does not add up to the count"),
-            ):
-                if not fits:
-                    raise InputError(
-                        f"{self.folder / 'metadata.json'} is damaged: {problem}; make the cache"
-                        " again"
-                    )
-            self.formats = row_formats(m)  # {kind: (shape of a record, dtype)}
-            self.clips = self
-            if m["clips_from"]:
-                self.clips = Cache(
-                    self.folder / m["clips_from"], (*above, os.path.realpath(folder))
-                )
-                if self.clips.view != self.view or not same_clips(m, self.clips.metadata):
-                    raise InputError(
-                        f"{self.clips.folder}, whose clips {self.folder} uses, is not the cache it"
-                        " was made from: it holds other videos' clips now; put that one back, or"
-                        f" make {self.folder} again"
-                    )
-            self.has_latents = self.latent_shape is not None
-            self.has_patches = self.clips is not self or (
-                len(m["shards"]) > 0 and "patches" in m["shards"][0]
-            )
-            with os.scandir(self.folder) as entries:
-                sizes = {
-                    entry.name: entry.stat().st_size
-                    for entry in entries
-                    if entry.name.endswith(".npy")
-                }
-            for name, shape, dtype, entry in self.files():
-                check_size(self.folder / name, shape, dtype, entry["bytes"], sizes.get(name))
-            for name, shape, dtype, entry in itertools.islice(self.files(), self.HEADERS):
-                check_header(self.folder / name, shape, dtype, entry["bytes"])
+            self.read_shapes()
+            self.clips = self.open_clips((*above, os.path.realpath(folder)))
+            first_shard = next(iter(self.metadata["shards"]), ())
+            self.has_patches = self.clips is not self or "patches" in first_shard
+            sizes = self.check_files()
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{self.folder / 'metadata.json'} is damaged ({error!r}); make the cache again"
-            ) from None
+            raise self.damaged(repr(error)) from None
         self.ids = Ids(self.folder / "ids.txt")
-        if len(self.ids) != m["count"]:
+        if len(self.ids) != self.metadata["count"]:
             raise InputError(
                 f"{self.folder / 'ids.txt'} has {len(self.ids)} lines, metadata.json says"
-                f" {m['count']}; make the cache again, or mend it with --repair"
+                f" {self.metadata['count']}; make the cache again, or mend it with --repair"
             )
-        if self.ids.digest.hexdigest() != m["ids_sha256"]:
+        if self.ids.digest.hexdigest() != self.metadata["ids_sha256"]:
             raise InputError(
                 f"{self.folder / 'ids.txt'} does not have its checksum; make the cache again, or"
                 " mend it with --repair"
@@ -197,6 +146,64 @@ class Cache:
         self.stats = self.read_stats() if self.has_latents else None
         largest = max((entry["bytes"] for _, _, _, entry in self.files()), default=1)
         self.open_shard = functools.lru_cache(open_at_once(len(sizes), largest))(self.open_shard)
+
+    def damaged(self, why):
+        return InputError(
+            f"{self.folder / 'metadata.json'} is damaged ({why}); make the cache again"
+        )
+
+    def read_shapes(self):
+        """What metadata says of a record: its view, shapes and dtypes."""
+        m = self.metadata
+        try:
+            self.view = View.from_dict(m["view"])
+        except InputError as error:
+            raise self.damaged(error) from None
+        self.patch, self.tubelet = m["patch"], m["tubelet"]
+        self.teacher = m["teacher"]
+        self.latent_shape = m["latent_shape"]
+        self.patch_shape = m["patch_shape"]
+        self.has_latents = self.latent_shape is not None
+        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+        if self.teacher is not None:
+            self.mean, self.std = self.teacher_identity["mean"], self.teacher_identity["std"]
+        self.first_rows = np.cumsum([0] + [shard["rows"] for shard in m["shards"]])
+        if self.view.hash() != m["view_hash"]:
+            raise self.damaged("the view does not fit its hash")
+        if m["dtype"] not in ("float16", "int8"):
+            raise self.damaged(f"latents of dtype {m['dtype']}")
+        if (self.teacher is None) == self.has_latents:
+            raise self.damaged("latents without a teacher, or the reverse")
+        if self.first_rows[-1] != m["count"]:
+            raise self.damaged("the shard table does not add up to the count")
+        self.formats = row_formats(m)  # {kind: (shape of a record, dtype)}
+
+    def open_clips(self, above):
+        """The Cache whose clips are this one's: itself, or another (--clips_from)."""
+        if not self.metadata["clips_from"]:
+            return self
+        clips = Cache(self.folder / self.metadata["clips_from"], above)
+        if clips.view != self.view or not same_clips(self.metadata, clips.metadata):
+            raise InputError(
+                f"{clips.folder}, whose clips {self.folder} uses, is not the cache it was made"
+                " from: it holds other videos' clips now; put that one back, or make"
+                f" {self.folder} again"
+            )
+        return clips
+
+    def check_files(self):
+        """{name: bytes} of the .npy files that are there: sizes of all that the metadata names are
+        compared, and the first HEADERS' headers.
+        """
+        with os.scandir(self.folder) as entries:
+            sizes = {
+                entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".npy")
+            }
+        for name, _, _, entry in self.files():
+            check_size(self.folder / name, entry["bytes"], sizes.get(name))
+        for name, shape, dtype, entry in itertools.islice(self.files(), self.HEADERS):
+            check_header(self.folder / name, shape, dtype, entry["bytes"])
+        return sizes
 
     def files(self):
         """(name, shape, dtype, entry of the shard table) of every shard file."""
@@ -426,97 +433,6 @@ def open_cache(folder):
     return Cache(folder)
 
 
-def read_metadata(folder):
-    path = folder / "metadata.json"
-    if not path.is_file():
-        unfinished = (folder / "partial").is_dir()
-        raise InputError(
-            f"{folder} is an unfinished cache; run the same cache_latents.py command again to"
-            " finish it"
-            if unfinished
-            else (
-                f"{folder} is no cache: it has no metadata.json; make one with cache_latents.py"
-                f" --out {folder}"
-            )
-        )
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-        version = metadata["format_version"]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} cannot be used ({error!r}); if another program wrote this cache, make it"
-            " again: the view of its clips is unknown"
-        ) from None
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        raise InputError(
-            f"{folder} was made by {'a newer' if newer else 'an older'} version of this code: it"
-            f" has cache format {version}, this code reads {FORMAT_VERSION};"
-            f" {'update the code' if newer else 'make the cache again'}"
-        )
-    if metadata.get("checksum") != metadata_digest(metadata):
-        raise InputError(
-            f"{path} does not have its checksum: it was changed or damaged; put back the one that"
-            " was made with the files, or make the cache again"
-        )
-    return metadata
-
-
-def content_digest(value):
-    """SHA-256 of a value of plain types."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def agree_on(saved, now):
-    """Whether two identities say the same, as far as both say it: one that an older version wrote
-    lacks what was added since. Of different kinds are two that have nothing in common."""
-    if isinstance(saved, dict) and isinstance(now, dict) and saved.keys() & now.keys():
-        return all(agree_on(saved[name], now[name]) for name in saved.keys() & now.keys())
-    return saved == now
-
-
-def metadata_digest(metadata):
-    """The same of metadata but for its own checksum."""
-    return content_digest({name: value for name, value in metadata.items() if name != "checksum"})
-
-
-def fingerprint(record):
-    """The first 8 bytes of SHA-256 over a record, contiguous, as a signed number.
-
-    A clip's is over its patches, uint8 [N, P]: the same pixels, the same number.
-    """
-    return int.from_bytes(hashlib.sha256(record).digest()[:8], "little", signed=True)
-
-
-def source_mark(row):
-    """A number, never 0, of what a splits.Row is cut from: its stretch and its file's size; 0 where
-    the file is not there.
-    """
-    try:
-        return fingerprint(f"{row.start} {row.end} {os.path.getsize(row.path)}".encode()) or 1
-    except (OSError, TypeError):
-        return 0
-
-
-def sources_of(folder, metadata):
-    """Cache.sources, a list, of a cache that may be broken elsewhere; 0 of each record where the
-    file itself is.
-    """
-    path = folder / "sources.npy"
-    return (
-        np.load(path).tolist()
-        if path.is_file() and sha256(path) == metadata.get("sources_sha256")
-        else [0] * metadata["count"]
-    )
-
-
-def same_clips(metadata, other):
-    """Whether two caches hold the same clips of the same ids, record for record."""
-    return all(metadata[name] == other[name] for name in ("ids_sha256", "fingerprints_sha256"))
-
-
 def open_at_once(files, largest):
     """How many of a cache's files to keep open: all, as far as a quarter of the process's limit on
     files allows, which is raised as far as it may be, and their page tables (1/512 of what was read
@@ -529,67 +445,3 @@ def open_at_once(files, largest):
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(16, min(files, soft // 4, memory // 100 // max(4096, largest // 512)))
-
-
-def row_formats(metadata):
-    """{kind: (shape of a record, dtype)} of the files that a cache with this metadata or plan
-    holds.
-    """
-    formats = {}
-    if metadata["latent_shape"]:
-        formats["latents"] = tuple(metadata["latent_shape"]), np.dtype(metadata["dtype"])
-        if metadata["dtype"] == "int8":
-            formats["scales"] = (1, metadata["latent_shape"][1]), np.dtype(np.float32)
-            formats["tokens"] = (metadata["latent_shape"][0], 1), np.dtype(np.float32)
-    if metadata["clips"]:
-        formats["patches"] = tuple(metadata["patch_shape"]), np.dtype(np.uint8)
-    return formats
-
-
-def record_bytes(shape, dtype):
-    return math.prod(shape) * dtype.itemsize
-
-
-def check_size(path, shape, dtype, size, found):
-    if found is None:
-        raise InputError(f"{path} is missing; make the cache again, or mend it with --repair")
-    if found != size:
-        raise InputError(
-            f"{path} has {found} bytes, metadata.json says {size}; make the cache again, or mend it"
-            " with --repair"
-        )
-
-
-def check_header(path, shape, dtype, size):
-    try:
-        with open(path, "rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("not the expected .npy version")
-            header = np.lib.format.read_array_header_1_0(file)
-            if file.tell() + math.prod(shape) * dtype.itemsize != size:
-                raise ValueError("the header has another length")
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing; make the cache again, or mend it with --repair"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    # all that numpy's parser has been seen to raise
-    except (ValueError, SyntaxError, TypeError, MemoryError, tokenize.TokenError) as error:
-        raise InputError(
-            f"{path} has a broken header ({' '.join(str(error).split())}); make the cache again, or"
-            " mend it with --repair"
-        ) from None
-    if header != (shape, False, dtype):
-        raise InputError(
-            f"{path} holds {header[2]} {list(header[0])}, metadata.json says {dtype} {list(shape)};"
-            " make the cache again, or mend it with --repair"
-        )
-
-
-def shard_name(kind, number):
-    return f"{kind}-{number:05d}.npy"
-
-
-def shard_names(number):
-    return [shard_name(kind, number) for kind in KINDS]

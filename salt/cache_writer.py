@@ -11,10 +11,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from salt import ops
-from salt.cache import (
+from salt.cache_format import (
     FORMAT_VERSION,
     agree_on,
     fingerprint,
@@ -27,9 +25,14 @@ from salt.cache import (
 )
 from salt.errors import InputError
 from salt.files import sha256, write_whole
+from salt.stored import Moments, from_stored, join_statistics, load_moments
 
 SHARD_ROWS = 512
-FLOAT16_MAX = 65504.0
+
+
+def shard_rows(number, count):
+    """Rows of a list of `count` that a shard is made of."""
+    return range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, count))
 
 
 def list_digest(ids):
@@ -198,17 +201,20 @@ class Writer:
     def shard_count(self):
         return -(-self.plan["list_count"] // SHARD_ROWS)
 
+    def rows(self, number):
+        """Rows of the list that a shard is made of."""
+        return shard_rows(number, self.plan["list_count"])
+
+    def part(self, kind, number):
+        """Where partial/ keeps what a shard adds ('shard'), its moments ('stats'), or what it must
+        hold again ('held').
+        """
+        return self.partial / f"{kind}-{number:05d}.{'npz' if kind == 'stats' else 'json'}"
+
     def missing(self):
         """Numbers of the shards still to make."""
-        return (
-            []
-            if self.finished
-            else [
-                k
-                for k in range(self.shard_count)
-                if not (self.partial / f"shard-{k:05d}.json").is_file()
-            ]
-        )
+        numbers = () if self.finished else range(self.shard_count)
+        return [number for number in numbers if not self.part("shard", number).is_file()]
 
     def made(self):
         """[(row of the list, source_mark)] of the records that are made already; none of a finished
@@ -228,12 +234,10 @@ class Writer:
             )
         found = []
         for number in set(range(self.shard_count)) - set(self.missing()):
-            shard = json.loads((self.partial / f"shard-{number:05d}.json").read_text())
+            shard = json.loads(self.part("shard", number).read_text())
             lost = {failure["row"] for failure in shard["failures"]}
-            rows = range(
-                number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, self.plan["list_count"])
-            )
-            found += zip((row for row in rows if row not in lost), shard.get("sources", ()))
+            kept = (row for row in self.rows(number) if row not in lost)
+            found += zip(kept, shard.get("sources", ()))
         return found
 
     def shard(self, number):
@@ -245,10 +249,7 @@ class Writer:
 
         Raises InputError where no video could be decoded, or a shard's file is gone or cut short.
         """
-        done = [
-            json.loads((self.partial / f"shard-{k:05d}.json").read_text())
-            for k in range(self.shard_count)
-        ]
+        done = [json.loads(self.part("shard", k).read_text()) for k in range(self.shard_count)]
         for number, shard in enumerate(done):
             for kind, entry in shard["files"].items():
                 path = self.folder / shard_name(kind, number)
@@ -339,9 +340,7 @@ class Writer:
                 return
         # by a repair
         left_alone = [
-            number
-            for number in range(len(shards))
-            if not (self.partial / f"stats-{number:05d}.npz").is_file()
+            number for number in range(len(shards)) if not self.part("stats", number).is_file()
         ]
         for number in self.progress(left_alone) if left_alone else ():
             moments = Moments(self.plan["latent_shape"])
@@ -354,12 +353,12 @@ class Writer:
                 moments.add(
                     from_stored({kind: np.array(array[row]) for kind, array in rows.items()})
                 )
-            moments.save(self.partial / f"stats-{number:05d}.npz")
+            moments.save(self.part("stats", number))
         content = io.BytesIO()
         np.savez(
             content,
             **join_statistics(
-                load_moments(self.partial / f"stats-{k:05d}.npz") for k in range(self.shard_count)
+                load_moments(self.part("stats", number)) for number in range(self.shard_count)
             ),
         )
         write_whole(path, content.getvalue())
@@ -370,76 +369,6 @@ def brief(value, other):
     if isinstance(value, dict) and isinstance(other, dict):
         value = {name: entry for name, entry in value.items() if other.get(name) != entry}
     return str(value)[:100]
-
-
-def to_stored(latents, dtype, names=None):
-    """Latents float [B, N, D], on any device, of the videos `names`, as a cache of `dtype` keeps
-    them.
-
-    Returns numpy arrays by kind: latents float16 [B, N, D]; or latents int8 [B, N, D] with tokens
-    float32 [B, N, 1], the root mean square of each token, and scales float32 [B, 1, D], the largest
-    magnitude of a channel over its tokens' / 127, so that neither a token that is large in every
-    channel nor a channel that is large in every token takes the others' digits (docs/DATA.md has
-    figures).
-    Raises InputError on a latent beyond float16, which is never stored as infinity.
-    """
-    latents = latents.float()
-    largest = latents.abs().amax(1, keepdim=True)  # [B, 1, D]
-    if not (top := largest.max().item()) <= FLOAT16_MAX:
-        worst = [
-            f" of the video {name!r}"
-            for name, value in zip(names or (), largest.amax((1, 2)).tolist())
-            if not value <= FLOAT16_MAX
-        ]
-        raise InputError(
-            f"the teacher's latents{worst[0] if worst else ''} reach {top}, beyond float16"
-            f" ({FLOAT16_MAX:.0f}); check the teacher's weights, or its compute (--dtype)"
-        )
-    if dtype == "float16":
-        return {"latents": latents.half().cpu().numpy()}
-    tokens = latents.square().mean(2, keepdim=True).sqrt()
-    tokens = torch.where(tokens > 0, tokens, 1.0)
-    scales = (latents / tokens).abs().amax(1, keepdim=True) / 127
-    scales = torch.where(scales > 0, scales, 1.0)
-    entries = (latents / (scales * tokens)).round().clamp(-127, 127).to(torch.int8)
-    return {
-        "latents": entries.cpu().numpy(),
-        "scales": scales.cpu().numpy(),
-        "tokens": tokens.cpu().numpy(),
-    }
-
-
-def from_stored(stored):
-    """float16 [..., N, D]: latents as a reader gets them, from what to_stored gives, of a batch or
-    of one clip.
-    """
-    if "scales" not in stored:
-        return stored["latents"]
-    parts = {kind: torch.from_numpy(array).float() for kind, array in stored.items()}
-    return (parts["latents"] * parts["scales"] * parts["tokens"]).half().numpy()
-
-
-class Moments:
-    """Count, mean and summed squared deviations of latents, float64, clip after clip."""
-
-    def __init__(self, shape):
-        self.count = 0
-        self.sum = np.zeros(shape)
-        self.squares = np.zeros(shape)
-
-    def add(self, latents):
-        ops.add_moments(latents[None], self.sum, self.squares)
-        self.count += 1
-
-    def save(self, path):
-        content, mean = io.BytesIO(), self.sum / max(1, self.count)
-        np.savez(
-            content,
-            mean=mean.astype(np.float32),
-            m2=np.maximum(0, self.squares - self.count * mean * mean).astype(np.float32),
-            count=self.count,
-        )
-        write_whole(path, content.getvalue())
 
 
 class ShardWriter:
@@ -458,7 +387,7 @@ class ShardWriter:
         self.formats, self.files = row_formats(writer.plan), {}
         self.moments = Moments(writer.plan["latent_shape"]) if "latents" in self.formats else None
         # of a repair: what this shard must hold again
-        held = writer.partial / f"held-{number:05d}.json"
+        held = writer.part("held", number)
         self.held = (
             {(name, view): mark for name, view, mark in json.loads(held.read_text())}
             if held.is_file()
@@ -523,10 +452,9 @@ class ShardWriter:
             file.discard()
 
     def finish(self):
-        partial = self.writer.partial
         try:
             if self.moments:
-                self.moments.save(partial / f"stats-{self.number:05d}.npz")
+                self.moments.save(self.writer.part("stats", self.number))
             files = {name: file.finish() for name, file in self.files.items()}
         finally:
             self.discard()
@@ -540,25 +468,4 @@ class ShardWriter:
         if "scales" in self.formats:
             entry["lost"] = self.lost
         # last: the shard counts from here on
-        write_whole(partial / f"shard-{self.number:05d}.json", json.dumps(entry).encode())
-
-
-def load_moments(path):
-    with np.load(path) as part:
-        return int(part["count"]), part["mean"].astype(np.float64), part["m2"].astype(np.float64)
-
-
-def join_statistics(parts):
-    """Mean and variance of all parts (count, mean, m2), by Chan, Golub and LeVeque's update (1979),
-    in order and float64.
-    """
-    count = 0
-    mean = 0.0
-    m2 = 0.0
-    for n, part_mean, part_m2 in parts:
-        if n:
-            delta, total = part_mean - mean, count + n
-            mean = mean + delta * (n / total)
-            m2 = m2 + part_m2 + delta * delta * (count * n / total)
-            count = total
-    return {"mean": np.float32(mean), "variance": np.float32(m2 / count), "count": np.int64(count)}
+        write_whole(self.writer.part("shard", self.number), json.dumps(entry).encode())

@@ -4,7 +4,7 @@ one set of masks, and one per-position mean that R2 starts from.
 
 import torch
 
-from salt.cache import agree_on
+from salt.cache_format import agree_on
 from salt.errors import InputError
 from salt.views import View
 

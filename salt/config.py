@@ -54,6 +54,13 @@ NOT_THERE = {  # what to say of a path that a flag names and that is not there
 }
 
 
+def refuse_others(why, allowed):
+    """Raises InputError where other settings than the `allowed` are given."""
+    others = sorted(given - allowed)
+    if others:
+        raise InputError(f"{why}; leave {', '.join(f'--{name}' for name in others)} out")
+
+
 def check_paths(**flags):
     """Raises InputError where a path that is given is not there: at once, and not after torch was
     imported, which takes ten seconds.

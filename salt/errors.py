@@ -78,3 +78,7 @@ def report_in_one_line(kind, error, traceback):
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+class VideoError(InputError):
+    """A video that gives no clip; the message says which and why."""

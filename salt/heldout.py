@@ -75,8 +75,8 @@ def among(numbers, known):
 
 
 def records_to_measure(source, seen, what, allowed):
-    """(int64 records of `source` that a model may be measured on, 'held-out' or 'training', lines
-    for the log).
+    """(int64 records of `source` that a model may be measured on, 'held-out' or 'training', a line
+    for the log or None).
 
     source   loader.Videos or loader.Records
     seen     trained_on() of the model; None: of a checkpoint that does not say
@@ -85,18 +85,17 @@ def records_to_measure(source, seen, what, allowed):
     A clip whose pixels are those of a training clip under another id is left out. Raises InputError
     where training videos are among them and that is not allowed, or nothing is left.
     """
-    everything = np.arange(len(source))
+    kept, kind, line = np.arange(len(source)), "held-out", None
     if seen is None:
-        return (
-            everything,
-            "held-out",
-            [
-                f"whether videos of {what} were trained on is unknown: the checkpoint is of an"
-                " older version"
-            ],
+        line = (
+            f"whether videos of {what} were trained on is unknown: the checkpoint is of an older"
+            " version"
         )
+        return kept, kind, line
     ids, clips = numbers_of(source)
     known = among(ids, seen["ids"])
+    # a video's other views are cut by its id, so their pixels differ
+    twins = np.isin(ids, ids[among(clips, seen["clips"])]) if clips is not None else known
     if known.any():
         name = source.name(int(np.flatnonzero(known)[0]))[0]
         if not allowed:
@@ -105,44 +104,29 @@ def records_to_measure(source, seen, what, allowed):
                 f" trained on, {name!r} among them; R2 on those says nothing of new videos. Give"
                 " held-out ones, or --training_videos, and the figures are called training R2"
             )
-        return (
-            everything,
-            "training",
-            [
-                f"{what}: {int(known.sum())} of {len(source)} clips are of training videos: what"
-                " follows is training R2"
-            ],
+        kind = "training"
+        line = (
+            f"{what}: {int(known.sum())} of {len(source)} clips are of training videos: what"
+            " follows is training R2"
         )
-    if seen["clips"] is None:
-        return (
-            everything,
-            "held-out",
-            [
-                f"{what}: no id was trained on; copies under other ids cannot be told, since"
-                " training decoded its clips and kept no fingerprints"
-            ],
+    elif seen["clips"] is None:
+        line = (
+            f"{what}: no id was trained on; copies under other ids cannot be told, since training"
+            " decoded its clips and kept no fingerprints"
         )
-    if clips is None:  # decoded: eval_distill.py compares them as they come
-        return everything, "held-out", []
-    twins = among(clips, seen["clips"])
-    # a video's other views are cut by its id, so their pixels differ
-    twins = np.isin(ids, ids[twins])
-    if not twins.any():
-        return everything, "held-out", []
-    names = ", ".join(repr(source.name(int(i))[0]) for i in np.flatnonzero(twins)[:3])
-    if twins.all():
-        raise InputError(
-            f"{what}: every clip is a training clip under another id ({names}, ...); give held-out"
-            " videos"
-        )
-    return (
-        everything[~twins],
-        "held-out",
-        [
+    elif twins.any():  # where clips are decoded, eval_distill.py compares them as they come
+        names = ", ".join(repr(source.name(int(i))[0]) for i in np.flatnonzero(twins)[:3])
+        if twins.all():
+            raise InputError(
+                f"{what}: every clip is a training clip under another id ({names}, ...); give"
+                " held-out videos"
+            )
+        kept = kept[~twins]
+        line = (
             f"{what}: {int(twins.sum())} clips are training clips under other ids ({names}):"
             " left out"
-        ],
-    )
+        )
+    return kept, kind, line
 
 
 def copies(ids, clips, name):

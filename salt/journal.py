@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from salt import config, ops, ranks, runs
+from salt import config, extension, ranks, runs
 from salt.errors import InputError, report_in_one_line
 from salt.files import write_whole
 from salt.ranks import rank, world
@@ -92,7 +92,7 @@ def introduce(log, s, place):
             f"{world} ranks{again}; {'FSDP2' if s.fsdp else 'DDP'}: each takes"
             f" {s.batch_size // world} of the {s.batch_size} clips"
         )
-    log(ops.extension_line(place))
+    log(extension.describe(place))
     where = f"cpu, {torch.get_num_threads()} threads"
     if place.type == "cuda":
         where = torch.cuda.get_device_name(place)
@@ -180,7 +180,7 @@ def without_infinities(entry):
 
 
 def open_metrics(run, s):
-    """The Metrics of a checkpoint.Run, which trackers follow; what its file lacks is said."""
+    """The Metrics of a run.Run, which trackers follow; what its file lacks is said."""
     step = run.step if run.origin else -1
     metrics = Metrics(run.folder, step, run.history)
     if metrics.damaged:
@@ -192,7 +192,7 @@ def open_metrics(run, s):
             f"{metrics.path} was cut or replaced: {metrics.restored} evaluations are written again"
             f" from the checkpoint; lines of steps up to step {told} are lost"
         )
-    ranks.first(lambda: metrics.follow(run.name, s, run.folder, s.wandb, s.tensorboard))
+    ranks.from_rank_0(lambda: metrics.follow(run.name, s, run.folder, s.wandb, s.tensorboard))
     return metrics
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from salt import ops
-from salt.cache import fingerprint, source_mark
-from salt.errors import InputError
+from salt.cache_format import fingerprint, source_mark
+from salt.errors import InputError, VideoError
 from salt.masks import Masks, sample_masks
-from salt.video import VideoError, read_row
+from salt.video import read_row
 from salt.views import grid_of, sample_id
 
 
@@ -165,6 +165,19 @@ TARGET = Rows.TARGET
 ALL = Rows.ALL
 
 
+def rows_to_read(target, teacher=None, background=False):
+    """{'patches': Rows, 'latents': Rows} that a step looks at, for a Loader.
+
+    target      'latents' or 'pixels'
+    teacher     one that runs on the fly, which needs every patch, or None
+    background  the context's latents, too, whose mean is a guess at the others
+    """
+    if target == "pixels":
+        return {"patches": CONTEXT | TARGET, "latents": NONE}
+    latents = CONTEXT | TARGET if background else TARGET
+    return {"patches": ALL if teacher else CONTEXT, "latents": latents}
+
+
 class Batch(NamedTuple):
     """Clips of a step, or of a part of it."""
 
@@ -176,11 +189,8 @@ class Batch(NamedTuple):
 
     def part(self, few):
         """The Batch of the clips at a slice `few`."""
-        patches, latents, records = (
-            x if x is None else x[few] for x in (self.patches, self.latents, self.records)
-        )
-        masks = [Masks(drawn.context[few], drawn.target[few], drawn.family) for drawn in self.masks]
-        return Batch(self.ids[few], patches, latents, masks, records)
+        records = None if self.records is None else self.records[few]
+        return self.map(lambda x: x[few])._replace(records=records)
 
     def split(self, count):
         """`count` Batches of equal size, in order."""
@@ -190,14 +200,19 @@ class Batch(NamedTuple):
     def to(self, device):
         """The same on a device, copied beside what it does."""
 
-        def there(x):
-            return None if x is None else x.to(device, non_blocking=True)
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
-        # masks and ids first: out of pageable memory, these wait for the stream
+    def map(self, change):
+        """The same with each tensor changed: masks and ids first, since out of pageable memory
+        these wait for a copy's stream.
+        """
         masks = [
-            Masks(there(drawn.context), there(drawn.target), drawn.family) for drawn in self.masks
+            Masks(change(drawn.context), change(drawn.target), drawn.family) for drawn in self.masks
         ]
-        return Batch(there(self.ids), there(self.patches), there(self.latents), masks, self.records)
+        ids, patches, latents = (
+            x if x is None else change(x) for x in (self.ids, self.patches, self.latents)
+        )
+        return Batch(ids, patches, latents, masks, self.records)
 
     def tensors(self):
         masks = (x for drawn in self.masks for x in (drawn.context, drawn.target))
@@ -305,19 +320,13 @@ class Loader:
         decoders, assembler, planner = map(ThreadPoolExecutor, (self.threads, 1, 1))
         free = deque()
         pending = deque()
-        made = 0
         try:
             for epoch, records in sampler:
                 records = np.asarray(records)
-                if made <= self.ahead:
-                    free.append(Slots(self.source, len(records), self.reads, self.side is not None))
-                    made += 1
-                while not free:
-                    slots, future = pending.popleft()
-                    batch = self.hand_over(slots, future.result())
-                    if batch:
-                        yield batch
-                    free.append(slots)
+                yield from self.finished(pending, free, self.ahead)
+                if not free:
+                    pin = self.side is not None
+                    free.append(Slots(self.source, len(records), self.reads, pin))
                 slots = free.popleft()
                 planned = planner.submit(self.plan_ahead, epoch, records) if self.reads else None
                 decoding = [
@@ -326,17 +335,24 @@ class Loader:
                 ]
                 job = assembler.submit(self.assemble, slots, epoch, records, decoding, planned)
                 pending.append((slots, job))
-            while pending:
-                slots, future = pending.popleft()
-                batch = self.hand_over(slots, future.result())
-                if batch:
-                    yield batch
+            yield from self.finished(pending, free, 0)
         finally:
             pools = (assembler, decoders, planner)
             for pool in pools:
                 pool.shutdown(wait=False, cancel_futures=True)
             for pool in pools:
                 pool.shutdown()  # waits: no thread is left behind
+
+    def finished(self, pending, free, left):
+        """The oldest batches, until `left` are in the making; their memory is free once the caller
+        asks for the next.
+        """
+        while len(pending) > left:
+            slots, job = pending.popleft()
+            batch = self.hand_over(slots, job.result())
+            if batch:
+                yield batch
+            free.append(slots)
 
     def plan(self, epoch, records):
         """(sample ids, [Masks], {kind: rows to read, bool [B, N], or None for all}) of a batch."""

@@ -9,7 +9,8 @@ import torch
 
 from salt import ops
 from salt.errors import InputError
-from salt.ops import constant, has_kernel
+from salt.extension import constant
+from salt.ops import has_kernel
 
 # Streams of one (seed, epoch, sample id), 0 to 15: a use of random numbers each, so that no two
 # uses share any. A mask family's stands in FAMILIES.

@@ -34,14 +34,15 @@ class Line(NamedTuple):
     waited: float  # and the share of it that was spent waiting for batches
     lr: float
     weight_decay: float
-    features: Any  # of the last step: their moments, then the Future of health.collapse of them
+    moments: torch.Tensor  # health.moments of the last step's features
     update: torch.Tensor  # health.update_ratio of its update
+    collapse: Any = None  # the Future of health.collapse of these moments, on rank 0
 
 
 class Meter:
     """Watches the steps of a run, and writes its lines.
 
-    run           checkpoint.Run, whose steps so far it goes on from
+    run           run.Run, whose steps so far it goes on from
     log, metrics  journal.Log and journal.Metrics
     due           schedule.Due: when a line is due
     optimizer     whose rate, decay and moments are read
@@ -70,14 +71,15 @@ class Meter:
         self.bad = 0  # steps in a row, up to here, that were not finite
         for loss in (*self.losses, *(values.sum().item() for values in self.pending)):
             self.bad = 0 if math.isfinite(loss) else self.bad + 1
-        self.features, self.sums = [], 0
+        self.moments = []  # health.moments of each part of a step whose line is due
+        self.sums = 0  # [loss, squared, spread] of the step under way
         self.scale = torch.tensor([s.accumulate * world, 1, 1], device=self.device)
         # singular values take 0.1 s of a line's step, beside which the GPU must not wait
         self.analyst = ThreadPoolExecutor(1)
         self.start_clock()
 
     def start_clock(self):
-        """Time and steps of the next line count from here."""
+        """Time and steps of the next line count from here: evaluations do not, saves do."""
         self.clock = time.perf_counter()
         self.waited = 0.0
         self.timed_step = self.step
@@ -92,27 +94,29 @@ class Meter:
         return batch
 
     @contextlib.contextmanager
-    def watch(self, student, step):
+    def measuring(self, student, step):
         """Forward and backward passes of a step; where its line is due, with what the student
         gives looked at.
         """
         self.step = step
         self.sums = 0
         hook = None
-        self.due.stop.step = step
-        if self.due.log(step):
+        if self.due.to_log(step):
             hook = student.register_forward_hook(
-                lambda module, inputs, output: self.features.append(health.moments(output))
+                lambda module, inputs, output: self.moments.append(health.moments(output))
             )
         yield
         if hook:
             hook.remove()
+
+    def add(self, sums):
+        """[loss, squared, spread] of a part of the batch, as model.salt_loss gives them."""
+        self.sums = self.sums + sums.float() / self.scale
+
+    def reduce(self):
+        """The whole batch's, of this rank's part."""
         if world > 1:
             dist.all_reduce(self.sums)
-
-    def add(self, errors):
-        """[loss, squared, spread] of a part of the batch, as model.salt_loss gives them."""
-        self.sums = self.sums + errors.float() / self.scale
 
     @property
     def loss(self):
@@ -122,7 +126,7 @@ class Meter:
     def end_step(self, norm):
         """norm: of the gradient, float32 scalar on the device."""
         self.pending.append(self.to_host(torch.cat([self.sums, norm[None]])))
-        due = self.due.log(self.step)
+        due = self.due.to_log(self.step)
         line = self.line_of_step() if due else None
         mark = None
         if self.on_gpu:
@@ -130,11 +134,10 @@ class Meter:
             torch.cuda.current_stream(self.device).record_event(mark)
         self.queued.append((self.pending[-1], mark))
         if line and rank == 0:
-            features = self.analyst.submit(features_of_step, mark, line.features)
-            line = line._replace(features=features)
+            line = line._replace(collapse=self.analyst.submit(collapse_of, mark, line.moments))
         self.say_when_the_next_line_comes()
-        self.settle(keep=self.on_gpu)  # on a GPU one step is queued while one runs
-        if self.line and (due or rank or self.line.features.done()):
+        self.settle(keep=1 if self.on_gpu else 0)  # one step is queued while one runs
+        if self.line and (due or rank or self.line.collapse.done()):
             self.write_line()
         if line:
             self.line, self.pending = line, []
@@ -143,12 +146,12 @@ class Meter:
 
     def line_of_step(self):
         """The Line of the steps up to this one, with what it needs of the device under way."""
-        features = sum(self.features)
+        moments = sum(self.moments)
         update = health.update_ratio(self.optimizer)
         now = time.perf_counter()
-        self.features.clear()
+        self.moments.clear()
         if world > 1:
-            dist.all_reduce(features)
+            dist.all_reduce(moments)
         if self.s.fsdp:
             dist.all_reduce(update)
         group = self.optimizer.param_groups[0]
@@ -160,7 +163,7 @@ class Meter:
             waited / seconds,
             group["lr"],
             group["weight_decay"],
-            self.to_host(features),
+            self.to_host(moments),
             self.to_host(update),
         )
         self.start_clock()
@@ -175,7 +178,7 @@ class Meter:
 
     def say_when_the_next_line_comes(self):
         seconds = time.perf_counter() - self.clock
-        if self.step == self.first_step + 1 and not self.due.log(self.step) and seconds > 1:
+        if self.step == self.first_step + 1 and not self.due.to_log(self.step) and seconds > 1:
             line = self.due.next_line(self.step)
             left = timedelta(seconds=int((line - self.step) * seconds))
             self.log(
@@ -251,7 +254,7 @@ class Meter:
 
     def entry(self, line, taken):
         """The Line as an entry of metrics.jsonl. taken: float64 [steps, 4], those not skipped."""
-        deviation, effective_rank = line.features.result()
+        deviation, effective_rank = line.collapse.result()
         clips_per_s = 1 / line.seconds * self.s.batch_size
         clipped = (taken[:, 3] > self.s.grad_clip).double().mean().item()
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -286,14 +289,14 @@ class Meter:
         }
         path = os.path.join(self.run.folder, "diagnosis.json")
         content = json.dumps({"step": step, **found}, indent=1).encode()
-        ranks.first(functools.partial(write_whole, path, content))
+        ranks.from_rank_0(functools.partial(write_whole, path, content))
         if rank:
             os._exit(1)
         raise InputError(
             f"the loss or its gradient was not finite in {self.s.skip_limit} steps in a row, the"
             f" last of them step {step} (loss {loss:.4g}, gradient norm {norm:.4g}):"
-            f" {health.in_words(found, loss)}. More is in {path}; the weights were left alone all"
-            " that time"
+            f" {health.in_words(found, loss)}. More is in {path}; in these steps the weights were"
+            " left alone"
         )
 
     def at_end(self):
@@ -310,7 +313,7 @@ class Meter:
         return summary([*self.losses, *losses], self.due.epoch_length)
 
 
-def features_of_step(mark, moments):
+def collapse_of(mark, moments):
     """health.collapse of features that a GPU may still be making."""
     if mark:
         mark.synchronize()

@@ -1,4 +1,4 @@
-"""The one door to csrc/: every op beside its plain reference, and the drawing of masks.
+"""The one door to csrc/: every op beside its plain reference.
 
 Where the extension `salt_ops` is built (`python setup.py build_ext`) and the tensors are on a
 device it was built for, it does the work; elsewhere the reference does, with the same results.
@@ -7,7 +7,6 @@ SALT_OPS=reference in the environment forces the reference.
 
 import ctypes
 import functools
-import os
 import sys
 
 import numpy as np
@@ -15,121 +14,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from salt import source_digest
 from salt.errors import InputError
-
-for _name, _allowed in (
-    ("SALT_OPS", ("", "reference")),
-    ("SALT_SIMD", ("", "avx512", "avx2", "baseline")),
-):
-    if os.environ.get(_name, "") not in _allowed:
-        raise InputError(
-            f"{_name} is {os.environ[_name]!r} in the environment; it takes"
-            f" {', '.join(_allowed[1:])}, or is left out"
-        )
-try:
-    if os.environ.get("SALT_OPS") == "reference":
-        raise ImportError("SALT_OPS=reference is set")
-    import salt_ops
-
-    if salt_ops.build_info().get("sources") != (
-        source_digest() or salt_ops.build_info().get("sources")
-    ):
-        raise ImportError("salt_ops was built from other sources than csrc/")
-    # {"devices": ["cpu", "cuda"], "architectures": "8.0;...;12.0+PTX", "simd": "avx512" | "avx2" |
-    # "baseline", "amx": bool, "sources": SHA-256}
-    EXTENSION = salt_ops.build_info()
-    MISSING = None
-except ImportError as error:
-    salt_ops = None
-    EXTENSION = {
-        "devices": [],
-        "architectures": "",
-        "simd": "none",
-        "amx": False,
-        "sources": None,
-    }
-    MISSING = str(error)
-
-
-def covers(architectures, capability):
-    """Whether code built for `architectures` ("8.0;9.0;12.0+PTX") runs on a GPU of compute
-    capability (major, minor).
-
-    Machine code runs on its own major version from its minor on, PTX on everything newer.
-    """
-    for name in filter(None, architectures.replace(" ", ";").split(";")):
-        if not name[0].isdigit():  # a name such as Hopper: whoever gave it knows
-            return True
-        built = tuple(int(part.rstrip("af")) for part in name.removesuffix("+PTX").split("."))
-        if name.endswith("a"):  # for that GPU alone
-            if built == capability:
-                return True
-        elif (
-            built[0] == capability[0]
-            and built[1] <= capability[1]
-            or name.endswith("+PTX")
-            and built <= capability
-        ):
-            return True
-    return False
-
-
-def constant(function):
-    """torch.compiler.assume_constant_result: a compiled caller keeps what it returned.
-
-    That one imports the whole compiler, half of the time that a stage takes to start.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
-_runs_on = {}
-
-
-@constant
-def runs_on(gpu):
-    """Whether the extension was built for the GPU of this number.
-
-    Asked when a tensor is on one, so that a CPU run never wakes CUDA.
-    """
-    if gpu not in _runs_on:
-        _runs_on[gpu] = covers(EXTENSION["architectures"], torch.cuda.get_device_capability(gpu))
-    return _runs_on[gpu]
+from salt.extension import EXTENSION, runs_on, salt_ops
 
 
 def has_kernel(x):
     where = x.device
     return where.type in EXTENSION["devices"] and (where.type != "cuda" or runs_on(where.index))
-
-
-def extension_line(device="cpu"):
-    """One line for a script's start: what the extension was built for, or that the reference runs
-    in its place on `device`.
-    """
-    if MISSING:
-        return (
-            f"salt_ops is not in use ({MISSING}): running on the plain PyTorch reference; build it"
-            " with `python setup.py build_ext`"
-        )
-    built = ", ".join(EXTENSION["devices"]) + (
-        f" ({EXTENSION['architectures']})" if EXTENSION["architectures"] else ""
-    )
-    advice, device = "", torch.device(device)
-    if device.type == "cuda" and "cuda" not in EXTENSION["devices"]:
-        advice = (
-            "; on the GPU the plain PyTorch reference runs: install the CUDA toolkit (nvcc) and run"
-            " `python setup.py build_ext` again"
-        )
-    elif device.type == "cuda" and not runs_on(device.index or 0):
-        advice = (
-            "; not for this GPU, where the plain PyTorch reference runs: `python setup.py"
-            " build_ext` here builds for it"
-        )
-    return (
-        f"salt_ops: built for {built}; SIMD"
-        f" {EXTENSION['simd']}{', AMX' if EXTENSION['amx'] else ''}{advice}"
-    )
 
 
 def check_devices(name, first, *others):
@@ -325,17 +216,8 @@ def masked_mse(
     order that does not depend on the thread count. Raises InputError on shapes and dtypes that do
     not fit, IndexError on an index outside [0, N) (a device assert on a GPU).
     """
-    check_loss(prediction, target, index, kind, normalise, mean, rstd)
-    target, mean, rstd = (x if x is None else x.detach() for x in (target, mean, rstd))
-    if has_kernel(prediction) and kind in KINDS:
-        # a kernel cannot see it
-        need_gradient = torch.is_grad_enabled() and prediction.requires_grad
-        loss, tokens, _ = torch.ops.salt_ops.masked_mse(
-            prediction, target, index, kind, normalise, mean, rstd, 1.0, need_gradient
-        )
-    else:
-        loss, tokens = masked_mse_reference(prediction, target, index, kind, normalise, mean, rstd)
-    return (loss, tokens.detach()) if per_token else loss
+    loss, _, tokens = mean_error(prediction, target, index, kind, normalise, mean, rstd, 1.0)
+    return (loss, tokens) if per_token else loss
 
 
 def weighted_mse(
@@ -346,17 +228,23 @@ def weighted_mse(
     The kernel makes the gradient in the forward pass, with the weight in it, so that the backward
     pass costs nothing where what comes in is 1, as it is in `(a + b).backward()`.
     """
+    return mean_error(prediction, target, index, kind, normalise, mean, rstd, weight)[:2]
+
+
+def mean_error(prediction, target, index, kind, normalise, mean, rstd, weight):
+    """(weight * loss, to call backward() on; the loss, and [B, K] its tokens', no gradient)."""
     check_loss(prediction, target, index, kind, normalise, mean, rstd)
     target, mean, rstd = (x if x is None else x.detach() for x in (target, mean, rstd))
     if not has_kernel(prediction) or kind not in KINDS:
-        loss, _ = masked_mse_reference(prediction, target, index, kind, normalise, mean, rstd)
-        return loss * weight, loss.detach()
-    wanted = torch.is_grad_enabled() and prediction.requires_grad
-    loss, _, _ = torch.ops.salt_ops.masked_mse(
+        loss, tokens = masked_mse_reference(prediction, target, index, kind, normalise, mean, rstd)
+        return loss * weight, loss.detach(), tokens.detach()
+    wanted = torch.is_grad_enabled() and prediction.requires_grad  # which a kernel cannot see
+    loss, tokens, _ = torch.ops.salt_ops.masked_mse(
         prediction, target, index, kind, normalise, mean, rstd, weight, wanted
     )
-    # loss gives the weighted gradient already: its value alone is still to be weighted
-    return loss + loss.detach() * (weight - 1), loss.detach()
+    # its gradient has the weight in it; only its value is still to be weighted
+    weighted = loss if weight == 1 else loss + loss.detach() * (weight - 1)
+    return weighted, loss.detach(), tokens.detach()
 
 
 def masked_mse_reference(
@@ -532,111 +420,6 @@ def add_moments(rows, total, squares):
             wide = row.astype(np.float64)
             total += wide
             squares += wide * wide
-
-
-if EXTENSION["devices"]:
-
-    @torch.library.register_fake("salt_ops::masked_gather")
-    def _(x, index):
-        return x.new_empty(x.shape[0], index.shape[1], x.shape[2])
-
-    @torch.library.register_fake("salt_ops::masked_scatter")
-    def _(x, index, n):
-        return x.new_empty(x.shape[0], n, x.shape[2])
-
-    @torch.library.register_fake("salt_ops::patch_normalise")
-    def _(patches, index, scale, shift, dtype):
-        return patches.new_empty(
-            patches.shape[0],
-            (patches if index is None else index).shape[1],
-            patches.shape[2],
-            dtype=dtype,
-        )
-
-    @torch.library.register_fake("salt_ops::masked_mse")
-    def _(prediction, target, index, kind, normalise, mean, rstd, weight, need_gradient):
-        wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
-        return (
-            prediction.new_empty((), dtype=wide),
-            prediction.new_empty(prediction.shape[:2], dtype=wide),
-            prediction.new_empty(prediction.shape if need_gradient else (0,)),
-        )
-
-    @torch.library.register_fake("salt_ops::sample_masks")
-    def _(sample_ids, epoch, seed, grid, counts, *how):
-        return tuple(sample_ids.new_empty(sample_ids.shape[0], count) for count in counts)
-
-    @torch.library.register_fake("salt_ops::attention")
-    def _(qkv, lengths):
-        b, n, _, h, d = qkv.shape
-        return qkv.new_empty(b, n, h, d), qkv.new_empty(b, h, n, dtype=torch.float32)
-
-    @torch.library.register_fake("salt_ops::attention_backward")
-    def _(gradient, qkv, out, lse, lengths):
-        return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-    @torch.library.register_fake("salt_ops::transpose_and_sum")
-    def _(x):
-        return x.new_empty(x.shape[1], x.shape[0]), x.new_empty(x.shape[1], dtype=torch.float32)
-
-    def save_attention(ctx, inputs, output):
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], *output)
-        ctx.lengths = inputs[1]
-
-    @torch.autograd.function.once_differentiable
-    def attention_backward(ctx, gradient, _lse):
-        return (
-            None
-            if gradient is None
-            else torch.ops.salt_ops.attention_backward(gradient, *ctx.saved_tensors, ctx.lengths)
-        ), None
-
-    torch.library.register_autograd(
-        "salt_ops::attention", attention_backward, setup_context=save_attention
-    )
-
-    def save_index(ctx, inputs, output):
-        ctx.save_for_backward(inputs[1])
-        ctx.rows = inputs[0].shape[1]
-
-    def gather_backward(ctx, g):
-        return torch.ops.salt_ops.masked_scatter(g, ctx.saved_tensors[0], ctx.rows), None
-
-    def scatter_backward(ctx, g):
-        return torch.ops.salt_ops.masked_gather(g, ctx.saved_tensors[0]), None, None
-
-    torch.library.register_autograd(
-        "salt_ops::masked_gather", gather_backward, setup_context=save_index
-    )
-    torch.library.register_autograd(
-        "salt_ops::masked_scatter", scatter_backward, setup_context=save_index
-    )
-
-    def save_gradient(ctx, inputs, output):
-        # or zeros as large as the predictions are made for the outputs that get no gradient
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1], output[2])
-        ctx.save_for_backward(output[2])
-
-    @torch.autograd.function.once_differentiable
-    def scale_gradient(ctx, scale, _tokens, _gradient):
-        if scale is None:
-            return (None,) * 9
-        (gradient,) = ctx.saved_tensors  # written by the forward pass, and never changed in place
-        # a compiler's trace has no values; it fuses this with what comes next
-        if type(scale) is not torch.Tensor:
-            gradient = (gradient * scale.reshape(1, 1, 1)).to(gradient.dtype)
-        # a GPU's value costs a wait, so it is read there, in one pass
-        elif scale.device.type != "cpu" or scale.item() != 1:
-            # not 0-dim, which torch would round to bfloat16
-            gradient = torch.mul(gradient, scale.reshape(1, 1, 1), out=torch.empty_like(gradient))
-        return (gradient,) + (None,) * 8
-
-    torch.library.register_autograd(
-        "salt_ops::masked_mse", scale_gradient, setup_context=save_gradient
-    )
 
 
 def patchify(clip, patch=16, tubelet=2):

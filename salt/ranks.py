@@ -1,8 +1,8 @@
 """Several processes under torchrun: who is who, which device is whose, and what they tell each
 other.
 
-With one process nothing here does anything. Collectives of tensors on a GPU go through NCCL, all
-others (and what the hosts agree on) through gloo.
+With one process what they tell each other costs nothing. Collectives of tensors on a GPU go
+through NCCL, all others (and what the hosts agree on) through gloo.
 """
 
 import atexit
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from salt import errors
 from salt.errors import InputError
 
 
@@ -135,7 +134,7 @@ def fresh_store(timeout):
 
 def compute_on(place, threads, deterministic):
     """Set torch up for training: threads of a CPU (None: torch's choice), and on a GPU whether each
-    run gives the same bits. A teacher's products are set by model.teacher_latents.
+    run gives the same bits. A teacher's products are set by teachers.teacher_latents.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -169,11 +168,6 @@ def sync_gradients(net, whether):
         net.require_backward_grad_sync = whether
 
 
-def speak_apart():
-    """From here on ranks do different things, and each says its own errors."""
-    errors.started = True
-
-
 def in_turn(parts):
     """Lists of which each rank made every world-th entry, as the one list in its order."""
     turns = itertools.zip_longest(*gather(parts))
@@ -194,7 +188,7 @@ def leave(code=0):
     os._exit(code)
 
 
-def first(work):
+def from_rank_0(work):
     """What work() returns on rank 0, on every rank.
 
     Where it fails there, rank 0 says why and the others end without a word.
@@ -275,3 +269,16 @@ def split_like(optimizer, state):
             for name, x in entry.items()
         }
     return {**state, "state": made}
+
+
+def shard(module, device):
+    """Split a Salt over all ranks by FSDP2: each block, and what is outside of the blocks, is
+    gathered while it runs. Weights are gathered in float32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in (*module.student.blocks, *module.predictor.blocks):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(module, mesh=mesh, reshard_after_forward=True)

@@ -197,36 +197,65 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
     path = os.path.abspath(os.path.expanduser(word))
     of_folder = path.endswith(".pth") or os.path.basename(path) in ("metrics.jsonl", "starts.jsonl")
     if os.path.isfile(path) and of_folder:
-        return with_log(os.path.dirname(path), run_logs)
+        return *with_log(os.path.dirname(path), run_logs), None
     if os.path.isfile(path):  # another .jsonl, too: a copy, or of other code
         folder = folder_of_log(path, checkpoints)
         latest = with_log(folder, run_logs)[1] if folder else None
-        return (
-            folder,
-            latest or word,
-            (
-                f"its latest log is {latest}"
-                if latest and not os.path.samefile(latest, path)
-                else None
-            ),
-        )
+        is_latest = not latest or os.path.samefile(latest, path)
+        return folder, latest or word, None if is_latest else f"its latest log is {latest}"
     if os.path.isdir(path) and is_run(path):
-        return with_log(os.path.expanduser(word), run_logs)
+        return *with_log(os.path.expanduser(word), run_logs), None
     folders = [name for name in files_in(checkpoints) if is_run(os.path.join(checkpoints, name))]
     logs = [name.removesuffix(".log") for name in files_in(run_logs) if name.endswith(".log")]
+    candidates, others = of_name(word, folders, logs, checkpoints, run_logs)
+    for i, (folder, log) in enumerate(candidates):
+        if accept(folder, log):
+            note = None
+            if i:
+                passed = " or ".join(each or log for each, log in candidates[:i])
+                note = f"not {passed}, which {'has' if i == 1 else 'have'} none yet"
+            elif len(candidates) > 1:
+                note = f"of {len(candidates)} runs named {word} that with the latest date"
+            return folder, log, note
+    if candidates:
+        return *candidates[0], None
+    if others:
+        raise InputError(
+            f"{word} was the --run_name of a start that went on with the run {others[0]}; give that"
+            " name"
+        )
+    refuse_no_run(word, path)
+    known = [
+        *(os.path.join(os.path.dirname(word), name) for name in files_in(os.path.dirname(path))),
+        *folders,
+        *logs,
+    ]
+    known += sorted({re.sub(STAMP + "$", "", name) for name in (*folders, *logs)})
+    raise InputError(
+        "there is no log, folder or run"
+        f" {word}{nearest(word, known) or f'; runs are looked up in {checkpoints} and {run_logs}'}"
+    )
+
+
+def of_name(word, folders, logs, checkpoints, run_logs):
+    """([(folder or None, latest log)] of the runs that a name means, the latest first; names of the
+    runs that starts of this --run_name went on with).
+
+    folders, logs: names of all that there are.
+    """
     starts = [word] if word in (*folders, *logs) else named({*folders, *logs}, word)
     candidates, others = [], []
     for name in reversed(starts):
         log = os.path.join(run_logs, f"{name}.log")
-        folder = (
-            os.path.join(checkpoints, name) if name in folders else folder_of_log(log, checkpoints)
-        )
+        folder = os.path.join(checkpoints, name)
+        if name not in folders:
+            folder = folder_of_log(log, checkpoints)
         if folder and word not in starts and not named([os.path.basename(folder)], word):
             # under another --run_name, that start went on with a run that is called otherwise
             others.append(os.path.basename(folder))
             continue
         # a start that was refused leaves a log, too
-        candidates.append(with_log(folder, run_logs)[:2] if folder else (None, log))
+        candidates.append(with_log(folder, run_logs) if folder else (None, log))
     candidates = list(dict.fromkeys(candidates))  # several starts of one run
     if word not in starts and len(candidates) > 1:
         originals = [
@@ -235,30 +264,11 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
             if not folder or not run_copied_to(folder, run_logs)
         ]
         candidates = originals or candidates
-    for i, (folder, log) in enumerate(candidates):
-        if accept(folder, log):
-            passed = [each or log for each, log in candidates[:i]]
-            note = (
-                f"of {len(candidates)} runs named {word} that with the latest date"
-                if len(candidates) > 1
-                else None
-            )
-            return (
-                folder,
-                log,
-                (
-                    f"not {' or '.join(passed)}, which {'has' if i == 1 else 'have'} none yet"
-                    if passed
-                    else note
-                ),
-            )
-    if candidates:
-        return *candidates[0], None
-    if others:
-        raise InputError(
-            f"{word} was the --run_name of a start that went on with the run {others[0]}; give that"
-            " name"
-        )
+    return candidates, others
+
+
+def refuse_no_run(word, path):
+    """Raises InputError where the path is there, but is neither a run's nor a log."""
     if os.path.isdir(path):
         runs = [
             name
@@ -274,21 +284,12 @@ def find(word, checkpoints="checkpoints", run_logs="run_logs", accept=lambda fol
         raise InputError(
             f"{word} is neither a file nor a folder; give a log, a run's folder or its name"
         )
-    known = [
-        *(os.path.join(os.path.dirname(word), name) for name in files_in(os.path.dirname(path))),
-        *folders,
-        *logs,
-    ]
-    known += sorted({re.sub(STAMP + "$", "", name) for name in (*folders, *logs)})
-    raise InputError(
-        "there is no log, folder or run"
-        f" {word}{nearest(word, known) or f'; runs are looked up in {checkpoints} and {run_logs}'}"
-    )
 
 
 def with_log(folder, run_logs):
+    """(folder, the run's latest log or None)."""
     logs = logs_of_folder(folder, run_logs)
-    return folder, logs[-1] if logs else None, None
+    return folder, logs[-1] if logs else None
 
 
 def checkpoint_of(word, name="best.pth", checkpoints="checkpoints", run_logs="run_logs"):

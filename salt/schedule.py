@@ -17,7 +17,6 @@ class Stop:
 
     def __init__(self, log):
         self.log, self.number, self.since = log, None, None  # number: of the signal that came
-        self.step = 0  # that is under way
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, self.on_signal)
@@ -27,7 +26,7 @@ class Stop:
             os.write(2, b"training has not begun: leaving at once\n")
         elif self.since is None:
             self.number, self.since = number, time.monotonic()
-            said = f"saving after step {self.step + 1} or its evaluation, then leaving"
+            said = "saving after the step under way or its evaluation, then leaving"
             os.write(2, f"{said}; once more to leave at once\n".encode())
             return
         elif time.monotonic() <= self.since + 2:
@@ -61,17 +60,17 @@ class Due:
     def epoch_end(self, step):
         return step == self.total_steps or step % self.epoch_length == 0
 
-    def evaluation(self, step):
+    def to_evaluate(self, step):
         return self.evaluates and (step == self.total_steps or step % self.eval_every == 0)
 
-    def log(self, step):
+    def to_log(self, step):
         """By the step alone, so that a resumed run writes the same lines."""
-        return step % self.log_every == 0 or self.epoch_end(step) or self.evaluation(step)
+        return step % self.log_every == 0 or self.epoch_end(step) or self.to_evaluate(step)
 
     def next_line(self, step):
-        return next(s for s in range(step, self.total_steps + 1) if self.log(s))
+        return next(s for s in range(step, self.total_steps + 1) if self.to_log(s))
 
-    def save(self, step):
+    def to_save(self, step):
         """By steps, minutes and signals. Called once a step: a signal from here on lets one more
         step run, and that one saves.
         """

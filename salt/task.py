@@ -8,16 +8,17 @@ from typing import NamedTuple
 import numpy as np
 
 import model
-from salt import config, heldout, ranks
-from salt.cache import agree_on, content_digest, open_cache
+from salt import config, heldout, ranks, teachers
+from salt.cache import open_cache
+from salt.cache_format import agree_on, content_digest
 from salt.errors import InputError
 from salt.files import prepare_folder
 from salt.journal import trackers
 from salt.loader import Records, Videos
 from salt.masks import check_batch
+from salt.odd_videos import odd_videos
 from salt.ranks import rank, world
 from salt.splits import load_split
-from salt.video import odd_videos
 from salt.views import IMAGENET_MEAN, IMAGENET_STD, View
 
 
@@ -35,13 +36,11 @@ class Task(NamedTuple):
     identity: dict  # what a resumed run must have in common with this one
     stats: dict | None  # Cache.stats of the latents to predict, where they are cached
 
-    def with_latents(self, batches):
-        """Batches with the latents of the teacher that runs on the fly, as caching makes them."""
-        for batch in batches:
-            if self.teacher:
-                latents = model.teacher_latents(self.teacher, batch.patches)
-                batch = batch._replace(latents=latents)
-            yield batch
+    def with_latents(self, batch):
+        """A batch with the latents of the teacher that runs on the fly, as caching makes them."""
+        if not self.teacher:
+            return batch
+        return batch._replace(latents=teachers.teacher_latents(self.teacher, batch.patches))
 
     def hashes(self, pixels):
         """{what: 12 hex digits} of the content of the paths, so that runs can be told apart that
@@ -156,10 +155,10 @@ def open_training(s, device, log):
         )
     else:
         if s.teacher and s.target == "latents":
-            teacher = model.load_teacher(s.teacher, device, model.TEACHER_DTYPE)
+            teacher = teachers.load_teacher(s.teacher, device, teachers.TEACHER_DTYPE)
         clips = clips_of_videos(s, teacher, log)
     shape = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    dim = identity = None
+    dim = teacher_identity = None
     if clips.cache and clips.cache.has_latents:
         if s.teacher and s.target == "latents":
             raise InputError(
@@ -167,22 +166,23 @@ def open_training(s, device, log):
                 " without latents"
             )
         shape = {"mean": clips.cache.mean, "std": clips.cache.std}
-        dim, identity = clips.cache.latent_shape[1], clips.cache.teacher_identity
+        dim, teacher_identity = clips.cache.latent_shape[1], clips.cache.teacher_identity
     elif s.target == "latents":
         teacher = teacher_of(s, clips, teacher, device, log)
         shape = {"mean": teacher.config.mean, "std": teacher.config.std}
-        dim, identity = teacher.config.dim, teacher.identity
-    held_out = held_out_clips(s, clips, identity, log)
+        dim, teacher_identity = teacher.config.dim, teacher.identity
+    held_out = held_out_clips(s, clips, teacher_identity, log)
     refuse_optimisation(s)
     check_batch(len(clips), s.batch_size)
-    seen = ranks.first(functools.partial(heldout.trained_on, clips))
+    seen = ranks.from_rank_0(functools.partial(heldout.trained_on, clips))
     measured, measured_on = None, "held-out"
     if held_out:
-        measured, measured_on = records_to_measure(s, held_out, seen, log)
+        measured, measured_on = measured_records(s, held_out, seen, log)
 
     view = clips.view
-    shape |= {"frames": view.frames, "size": view.size, "patch": clips.patch}
-    shape |= {"tubelet": clips.tubelet} | ({"depth": s.depth} if s.depth else {})
+    shape |= {"frames": view.frames, "size": view.size}
+    shape |= {"patch": clips.patch, "tubelet": clips.tubelet}
+    shape |= {"depth": s.depth} if s.depth else {}
     encoder = model.config_of_size(s.size, **shape)
     predictor = {
         "dim_in": encoder.dim,
@@ -195,21 +195,21 @@ def open_training(s, device, log):
     }
     identity = {
         "train": clips.cache.identity if clips.cache else identity_of_list(clips.rows),
-        "teacher": identity,
+        "teacher": teacher_identity,
         "held_out": held_out.cache.identity if held_out else None,
     }
     stats = clips.cache.stats if clips.cache and s.target == "latents" else None
     return Task(
-        clips,
-        teacher,
-        held_out,
-        measured,
-        measured_on,
-        encoder,
-        predictor,
-        seen,
-        identity,
-        stats,
+        clips=clips,
+        teacher=teacher,
+        held_out=held_out,
+        measured=measured,
+        measured_on=measured_on,
+        encoder=encoder,
+        predictor=predictor,
+        trained_on=seen,
+        identity=identity,
+        stats=stats,
     )
 
 
@@ -265,7 +265,7 @@ def teacher_of(s, clips, teacher, device, log):
             "there are no cached latents to predict: give a --cache that has them, or --teacher, or"
             " train on pixels with --target pixels"
         )
-    teacher = teacher or model.load_teacher(s.teacher, device, model.TEACHER_DTYPE)
+    teacher = teacher or teachers.load_teacher(s.teacher, device, teachers.TEACHER_DTYPE)
     shape, view = teacher.config, clips.view
     has = view.frames, view.size, clips.patch, clips.tubelet
     if (shape.frames, shape.size, shape.patch, shape.tubelet) != has:
@@ -306,13 +306,13 @@ def held_out_clips(s, clips, teacher_identity, log):
     return records_of(cache, s, log)
 
 
-def records_to_measure(s, held_out, seen, log):
+def measured_records(s, held_out, seen, log):
     """(records that R2 is measured on, "held-out" or "training"), with what is odd about them."""
-    measured, measured_on, lines = heldout.records_to_measure(
+    measured, measured_on, said = heldout.records_to_measure(
         held_out, seen, f"--val_cache {s.val_cache}", s.training_videos
     )
     copies = heldout.copies(*heldout.numbers_of(held_out), lambda i: held_out.name(i)[0])
-    for line in (*lines, copies):
+    for line in (said, copies):
         if line:
             log(line)
     return measured, measured_on
@@ -356,7 +356,7 @@ def open_held_out(s, table, device, log):
         return clips, None
     if not s.teacher:
         raise InputError("without --cache the targets come from the teacher: give --teacher")
-    teacher = model.load_teacher(s.teacher, device, table.teacher.get("compute", "fp32"))
+    teacher = teachers.load_teacher(s.teacher, device, table.teacher.get("compute", "fp32"))
     if not agree_on(table.teacher, teacher.identity):
         raise InputError(
             f"{s.teacher} is not the teacher that {first} was trained on: SHA-256 of the weights"

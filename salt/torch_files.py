@@ -93,3 +93,44 @@ def whole(state, path):
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"{path}: {name} states {list(tensor.shape)}, more than is there")
     return found
+
+
+def from_file(path, make, *arguments, **fields):
+    """make(...) of what a file says, with anything that does not fit as one line that names the
+    file.
+    """
+    try:
+        return make(*arguments, **fields)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, InputError) and str(path) in str(error):
+            raise
+        raise InputError(f"{path} is malformed: {error}") from None
+
+
+def restored(path, state, depth, make):
+    """make(), an Encoder or Predictor, with the weights `state` of the file `path`, in float32.
+
+    No weight takes memory before names and shapes are known to fit, whatever a configuration says.
+    """
+    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    if depth > blocks:
+        raise InputError(f"{path} holds {blocks} blocks, and its configuration says {depth}")
+    with torch.device("meta"):
+        module = from_file(path, make)
+    state = {name: tensor.float() for name, tensor in whole(state, path).items()}
+    load_weights(module, state, path, assign=True)
+    return module
+
+
+def load_weights(module, state, path, assign=False):
+    """load_state_dict, with what does not fit in one line; assign: without copies."""
+    expected = module.state_dict()
+    for name in expected:
+        if name not in state:
+            raise InputError(f"{path} lacks the weight {name}")
+        if state[name].shape != expected[name].shape:
+            raise InputError(
+                f"{path}: {name} has shape {list(state[name].shape)}, expected"
+                f" {list(expected[name].shape)}"
+            )
+    module.load_state_dict({name: state[name] for name in expected}, assign=assign)

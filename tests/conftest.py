@@ -23,9 +23,28 @@ def pytest_configure(config):
     settings.load_profile("salt")
 
 
+# files of minutes, which begin first, so that no process is left alone with one at the end
+LONG = "test_kernels test_stages test_ranks test_runs test_environment test_step".split()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """tests.stages.make_world, once for all; tests add files of their own and change none."""
     from tests.stages import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The lines that the watcher of odd videos says, which begins anew."""
+    from salt.odd_videos import OddVideos, odd_videos
+
+    lines = []
+    monkeypatch.setattr(odd_videos, "__dict__", vars(OddVideos()))
+    odd_videos.watch(60.0, lines.append)
+    return lines

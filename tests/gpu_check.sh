@@ -9,7 +9,7 @@ trap 'rm -f "$log"' EXIT
 "$PYTHON" -c 'import sys, importlib.util as u; missing = [m for m in ("torch", "numpy", "pytest") if not u.find_spec(m)]; sys.exit(missing and f"gpu-check: {sys.executable} lacks {missing}; install them, or give PYTHON=...")'
 
 TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') "$PYTHON" setup.py -q build_ext
-"$PYTHON" -c 'import sys; from salt import ops; print(ops.extension_line("cuda")); sys.exit("cuda" not in ops.EXTENSION["devices"] and "gpu-check: the extension has no CUDA kernels: see above")'
+"$PYTHON" -c 'import sys; from salt import extension, ops; print(extension.describe("cuda")); sys.exit("cuda" not in ops.EXTENSION["devices"] and "gpu-check: the extension has no CUDA kernels: see above")'
 "$PYTHON" -c 'import einops' 2> /dev/null || echo "gpu-check: einops is not installed (PYTHONPATH may name a copy), so the tests of batches and steps on the GPU and benchmarks/bench.py step are skipped"
 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
 "$PYTHON" benchmarks/bench.py ops --device cuda --json --compiled 768 "$@"

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,28 +17,12 @@ import numpy as np
 
 import model
 from tests.test_data import write_video
-from tests.warm import Server
+from tests.warm import Process, Server
 
 ROOT = Path(model.__file__).resolve().parent
-VIEW = ["--frames", "4", "--resolution", "48"]
-SMALL = [
-    "--size",
-    "tiny",
-    "--depth",
-    "1",
-    "--predictor_dim",
-    "32",
-    "--predictor_depth",
-    "1",
-    "--predictor_heads",
-    "2",
-    "--batch_size",
-    "4",
-    "--log_every",
-    "2",
-    "--dtype",
-    "fp32",
-]
+VIEW = "--frames 4 --resolution 48".split()
+SMALL = """--size tiny --depth 1 --predictor_dim 32 --predictor_depth 1 --predictor_heads 2
+--batch_size 4 --log_every 2 --dtype fp32 --matrix_rate 1""".split()
 
 
 def path_of(script):
@@ -68,26 +53,58 @@ def start(words, folder, limit=300, before=None, **environ):
     """A process whose output comes by a pipe; it and its children are killed after `limit` seconds,
     so that what hangs fails. before() runs in it first.
     """
-    process = subprocess.Popen(
-        [*map(str, words)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        preexec_fn=before,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-    )
+    words, environ = [*map(str, words)], {"OMP_NUM_THREADS": "1", **environ}
+    is_script = words[0] == sys.executable and words[1].endswith(".py")
+    if is_script and not before and can_be_warm(environ):
+        process = Process(warm_server(), words[1:], folder, [{**os.environ, **environ}])
+    else:
+        process = subprocess.Popen(
+            words,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=before,
+            env={**os.environ, **environ},
+        )
+    return watched(process, [process.pid], limit)
 
+
+def can_be_warm(environ):
+    """Whether nothing in it counts when Python starts or torch is loaded."""
+    full = os.environ.get("SALT_FAULTS") == "full"
+    return not full and environ["OMP_NUM_THREADS"] == "1" and "PYTHONPATH" not in environ
+
+
+def watched(process, pids, limit):
     def end():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
     watchdog = threading.Timer(limit, end)
     watchdog.daemon = True
     watchdog.start()
     return process
+
+
+def start_ranks(count, words, folder, limit=300):
+    """`count` ranks of a script, as torchrun starts them, that share a pipe; without torchrun's
+    looking after them.
+    """
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    shared |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    environs = [
+        {**os.environ, **{name: str(value) for name, value in own.items()}}
+        for own in ({**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count))
+    ]
+    process = Process(warm_server(), words, folder, environs)
+    return watched(process, process.pids, limit)
 
 
 def stopped_at(beginning, words, folder, number=signal.SIGTERM, **environ):
@@ -158,16 +175,7 @@ def make_world(folder):
     run(
         folder,
         "train",
-        "--target",
-        "pixels",
-        "--masks",
-        "ratio",
-        "--cache",
-        "clips",
-        "--max_steps",
-        "6",
-        "--run_name",
-        "teacher",
+        *"""--target pixels --masks ratio --cache clips --max_steps 6 --run_name teacher""".split(),
         *SMALL,
     )
     teacher = next(folder.glob("checkpoints/teacher_*/best.pth"))
@@ -175,10 +183,7 @@ def make_world(folder):
     run(
         folder,
         "cache_latents",
-        "--data",
-        "data",
-        "--split",
-        "validation",
+        *"--data data --split validation".split(),
         "--teacher",
         teacher,
         "--out",
@@ -187,14 +192,7 @@ def make_world(folder):
     run(
         folder,
         "train",
-        "--cache",
-        "latents",
-        "--val_cache",
-        "held_out",
-        "--epochs",
-        "4",
-        "--run_name",
-        "student",
+        *"--cache latents --val_cache held_out --epochs 4 --run_name student".split(),
         *SMALL,
     )
     return folder

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from salt import cache, cache_writer, ops, upkeep
+from salt import cache, cache_format, cache_merge, cache_repair, cache_writer, ops, upkeep
 from salt.cache import open_cache
-from salt.cache_writer import Writer, from_stored, list_digest, to_stored
+from salt.cache_writer import Writer, list_digest
 from salt.errors import InputError
 from salt.files import sha256
 from salt.rows import RowError
+from salt.stored import from_stored, to_stored
 from salt.views import View
 
 VIEW = View(frames=4, size=32, short_side=32)
@@ -240,7 +241,7 @@ def damage(folder, name, change):
     if name == "metadata":
         metadata = json.loads((folder / "metadata.json").read_text())
         change(metadata)
-        metadata["checksum"] = cache.metadata_digest(metadata)
+        metadata["checksum"] = cache_format.metadata_digest(metadata)
         (folder / "metadata.json").write_text(json.dumps(metadata))
     else:
         content = bytearray((folder / name).read_bytes())
@@ -340,7 +341,7 @@ def test_verify_finds_a_flipped_bit_and_repair_puts_it_right(made, copy, name, b
     assert problems == [f"{name} does not have its checksum"] and found == bad
     writer = Writer(copy, PLAN)
     writer.lock()
-    assert upkeep.reopen(writer, LIST) == problems and writer.missing() == bad
+    assert cache_repair.reopen(writer, LIST) == problems and writer.missing() == bad
     if name not in ("ids.txt", "stats.npz"):
         assert len(open_cache(copy)) == 1096  # until it is repaired the cache is what it was
     writer = Writer(copy, PLAN)  # the repair dies, and is taken up again
@@ -351,7 +352,7 @@ def test_verify_finds_a_flipped_bit_and_repair_puts_it_right(made, copy, name, b
         # its reasons are lost
         if name != "failures.jsonl" or path.name not in ("failures.jsonl", "metadata.json"):
             assert path.read_bytes() == (copy / path.name).read_bytes(), path.name
-    assert upkeep.verify(copy) == ([], []) and upkeep.reopen(Writer(copy, PLAN), LIST) == []
+    assert upkeep.verify(copy) == ([], []) and cache_repair.reopen(Writer(copy, PLAN), LIST) == []
 
 
 def test_verify_compares_ids_with_the_list(copy):
@@ -370,7 +371,7 @@ def test_a_repair_on_other_hardware_makes_statistics_that_fit(made, copy):
     )
     writer = Writer(copy, PLAN)
     writer.lock()
-    upkeep.reopen(writer, LIST)
+    cache_repair.reopen(writer, LIST)
     with writer.shard(1) as shard:
         for row in range(512, 1024):
             if row in FAILING:
@@ -397,7 +398,7 @@ def test_what_a_broken_shard_held_must_be_there_again(made, copy):
     broken = (copy / "latents-00001.npy").read_bytes()
     writer = Writer(copy, PLAN)
     writer.lock()
-    upkeep.reopen(writer, LIST)
+    cache_repair.reopen(writer, LIST)
     for _ in range(2):
         with (
             pytest.raises(
@@ -428,15 +429,15 @@ def test_what_was_held_is_kept_through_interrupted_repairs_and_in_unfinished_cac
     damage(copy, "latents-00000.npy", flip)
     writer = Writer(copy, PLAN)
     writer.lock()
-    upkeep.reopen(writer, LIST)
+    cache_repair.reopen(writer, LIST)
     damage(copy, "latents-00001.npy", flip)  # while the repair is under way
-    assert upkeep.reopen(writer, LIST) == [
+    assert cache_repair.reopen(writer, LIST) == [
         "latents-00001.npy does not have its checksum"
     ] and writer.missing() == [0, 1]
     unfinished = Writer(tmp_path / "c", PLAN)
     fill(unfinished, shards=2)
     damage(tmp_path / "c", "latents-00001.npy", flip)
-    upkeep.reopen(unfinished, LIST)
+    cache_repair.reopen(unfinished, LIST)
     for each in (writer, unfinished):
         with pytest.raises(InputError, match="held the video 'v600'"), each.shard(1) as shard:
             shard.fail(600, "v600", 0, "gone")
@@ -450,7 +451,7 @@ def test_a_file_that_is_gone_is_made_again(made, copy, name):
     writer = Writer(copy, PLAN)
     writer.lock()
     assert (
-        upkeep.reopen(writer, LIST) == [f"{name} cannot be read: No such file or directory"]
+        cache_repair.reopen(writer, LIST) == [f"{name} cannot be read: No such file or directory"]
         and writer.missing() == []
     )
     writer.finish()
@@ -477,7 +478,7 @@ def test_verify_finds_metadata_that_does_not_fit_its_files(copy, change):
         and "--repair" not in upkeep.remedy(copy, problems)
     )
     with pytest.raises(InputError, match="does not fit its files"):
-        upkeep.reopen(
+        cache_repair.reopen(
             Writer(
                 copy, {**PLAN, "view": json.loads((copy / "metadata.json").read_text())["view"]}
             ),
@@ -495,7 +496,7 @@ def test_broken_statistics_are_one_line(made, copy, tmp_path):
     with pytest.raises(InputError, match="stats.npz cannot be read"):
         open_cache(copy)
     with pytest.raises(InputError, match="stats.npz cannot be read"):
-        upkeep.merge([copy, made], tmp_path / "all")
+        cache_merge.merge([copy, made], tmp_path / "all")
     assert not (tmp_path / "all").exists()
 
 
@@ -525,7 +526,7 @@ def test_a_repair_with_other_pixels_is_refused(copy):
     )
     writer = Writer(copy, PLAN)
     writer.lock()
-    upkeep.reopen(writer, LIST)
+    cache_repair.reopen(writer, LIST)
     shard = writer.shard(1)
     with pytest.raises(InputError, match="shard 1 of .* held other pixels of the video 'v513'"):
         shard.add("v513", 0, patches_of(1), half(latents_of(513)))
@@ -651,7 +652,7 @@ def test_a_repair_takes_up_videos_that_are_back(made, tmp_path):
     writer.finish()
     writer = Writer(tmp_path / "c", PLAN)
     writer.lock()
-    assert upkeep.reopen(writer, LIST, lambda row: row == 600) == [
+    assert cache_repair.reopen(writer, LIST, lambda row: row == 600) == [
         "the video 'v600', which was left out, can be decoded now"
     ] and writer.missing() == [1]
     fill(writer)
@@ -671,7 +672,7 @@ def test_a_repair_of_an_unfinished_cache_looks_at_what_is_done(made, tmp_path):
         "patches-00000.npy",
         lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
     )
-    assert upkeep.reopen(writer, LIST) == [
+    assert cache_repair.reopen(writer, LIST) == [
         "patches-00000.npy does not have its checksum"
     ] and writer.missing() == [0, 2]
     fill(writer)
@@ -684,7 +685,7 @@ def test_a_repair_of_an_unfinished_cache_looks_at_what_is_done(made, tmp_path):
         ),
     ):
         writer.finish()
-    upkeep.reopen(writer, LIST)
+    cache_repair.reopen(writer, LIST)
     fill(writer)
     writer.finish()
     assert all(
@@ -746,7 +747,7 @@ def test_killed_at_any_change_to_the_disk(tmp_path, monkeypatch):
         if repair or writer.partial.is_dir():
             writer.lock()
         if repair:
-            upkeep.reopen(writer, ids)
+            cache_repair.reopen(writer, ids)
         writer.tidy()
         if not writer.finished:
             for number in writer.missing():
@@ -789,13 +790,13 @@ def test_killed_at_any_change_to_the_disk(tmp_path, monkeypatch):
             shard.add(f"w{row}", 0, patches_of(row), half(latents_of(row)))
     writer.finish()
     both = [tmp_path / "whole", tmp_path / "other"]
-    upkeep.merge(both, tmp_path / "merged")
+    cache_merge.merge(both, tmp_path / "merged")
     expected = everything_in(tmp_path / "merged")
     for number in itertools.count(1):
         folder = tmp_path / f"merged-{number}"
-        killed = killed_at(number, lambda: upkeep.merge(both, folder))
+        killed = killed_at(number, lambda: cache_merge.merge(both, folder))
         if not (folder / "metadata.json").is_file():
-            upkeep.merge(both, folder)
+            cache_merge.merge(both, folder)
         assert everything_in(folder) == expected, number
         points += killed
         if not killed:
@@ -823,7 +824,7 @@ def test_a_merge_that_copies_is_checked(made, tmp_path, monkeypatch, same_disk):
             failures_sha256=sha256(other / "failures.jsonl"),
         ),
     )
-    upkeep.merge([made, other], tmp_path / "all")
+    cache_merge.merge([made, other], tmp_path / "all")
     assert upkeep.verify(tmp_path / "all") == ([], []) and not list(
         (tmp_path / "all").glob("*.part")
     )
@@ -841,7 +842,7 @@ def test_a_merge_that_copies_is_checked(made, tmp_path, monkeypatch, same_disk):
             InputError,
             match="patches-00001.npy does not have its checksum; repair that cache first",
         ):
-            upkeep.merge([made, other], tmp_path / "again")
+            cache_merge.merge([made, other], tmp_path / "again")
         assert not list((tmp_path / "again").glob("*.part"))
 
 
@@ -897,7 +898,7 @@ def test_merging(made, tmp_path):
                 else:
                     shard.add(f"w{row}", 0, patches_of(row), half(latents_of(row + 5000)))
     other.finish()
-    metadata = upkeep.merge([made, tmp_path / "b"], tmp_path / "all")
+    metadata = cache_merge.merge([made, tmp_path / "b"], tmp_path / "all")
     assert (
         metadata["count"] == 1096 + 599
         and metadata["split"] == "train+extra"
@@ -916,18 +917,18 @@ def test_merging(made, tmp_path):
     np.testing.assert_allclose(merged.stats["mean"], everything.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(merged.stats["variance"], everything.var(0), rtol=1e-4)
     with pytest.raises(InputError, match="'v0' .view 0. is in .* caches of different videos"):
-        upkeep.merge([made, made], tmp_path / "twice")
+        cache_merge.merge([made, made], tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
     with pytest.raises(
         InputError, match="was merged from c, b; repair c and b, delete .*all, and merge them again"
     ):
-        upkeep.reopen(Writer(tmp_path / "all", {name: metadata[name] for name in PLAN}), LIST)
+        cache_repair.reopen(Writer(tmp_path / "all", {name: metadata[name] for name in PLAN}), LIST)
     with pytest.raises(InputError, match="is a cache already"):
-        upkeep.merge([made, tmp_path / "b"], tmp_path / "all")
+        cache_merge.merge([made, tmp_path / "b"], tmp_path / "all")
     third = shutil.copytree(tmp_path / "b", tmp_path / "third")
     damage(third, "metadata", lambda m: m["teacher"].update(sha256="ff"))
     with pytest.raises(InputError, match="another teacher: {'sha256': 'ab'} and {'sha256': 'ff'}"):
-        upkeep.merge([made, third], tmp_path / "never")
+        cache_merge.merge([made, third], tmp_path / "never")
 
 
 SHAPES = ({"heads": 4}, {"heads": 8}, None)  # of a teacher; older versions did not note it
@@ -954,10 +955,10 @@ def test_what_is_not_known_of_a_teacher_stays_so(tmp_path):
     four, eight, old = (of_shape(tmp_path, name, shape) for name, shape in zip("abc", SHAPES))
     for folders in ([old, four, eight], [eight, old, four]):
         with pytest.raises(InputError, match="another teacher: .*heads"):
-            upkeep.merge(folders, tmp_path / "never")
+            cache_merge.merge(folders, tmp_path / "never")
     for number, folders in enumerate(([four, old], [old, four])):
-        assert "config" not in upkeep.merge(folders, tmp_path / f"both{number}")["teacher"]
-    assert upkeep.merge([four], tmp_path / "one")["teacher"]["config"] == {"heads": 4}
+        assert "config" not in cache_merge.merge(folders, tmp_path / f"both{number}")["teacher"]
+    assert cache_merge.merge([four], tmp_path / "one")["teacher"]["config"] == {"heads": 4}
     plan = {name: json.loads((old / "metadata.json").read_text())[name] for name in PLAN}
     writer = Writer(
         old, {**plan, "teacher": {**plan["teacher"], "name": "moved", "config": {"heads": 8}}}
@@ -1047,7 +1048,7 @@ def test_broken_fingerprints_beside_a_broken_shard_are_mended(made, copy, harm):
     harm(copy / "patches-00001.npy")
     writer = Writer(copy, PLAN)
     writer.lock()
-    upkeep.reopen(writer, LIST)
+    cache_repair.reopen(writer, LIST)
     assert writer.missing() == [1]
     fill(writer)
     writer.finish()
@@ -1085,7 +1086,7 @@ def test_what_records_were_cut_from_is_known_while_a_cache_is_made_and_afterward
     damage(tmp_path / "c", "patches-00001.npy", lambda content: content[:-1] + b"x")
     writer = Writer(tmp_path / "c", plan)
     writer.lock()
-    upkeep.reopen(writer, LIST[:600])
+    cache_repair.reopen(writer, LIST[:600])
     assert writer.missing() == [1] and writer.made() == expected(range(512))
     make(1)
     writer.finish()

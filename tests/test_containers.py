@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from salt import views
-from salt.video import OddVideos, VideoError, read_clip, read_clips
+from salt.errors import VideoError
+from salt.odd_videos import odd_videos
+from salt.video import read_clip, read_clips
 from salt.views import View
 from tests.test_data import numbered_frames, numbers_in, write_video
 
@@ -153,7 +155,7 @@ def test_the_default_track_is_the_video(tmp_path):
     "suffix, codec", [("mp4", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx")]
 )
 @pytest.mark.parametrize("share, noted", [(0.5, True), (1.0, False)])
-def test_a_video_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, codec, share, noted):
+def test_a_video_that_was_cut_short_is_named(tmp_path, said, suffix, codec, share, noted):
     """By the duration of an mp4 or webm, or the count of frames of an AVI."""
     path = tmp_path / f"v.{suffix}"
     frames = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), np.uint8)
@@ -168,12 +170,9 @@ def test_a_video_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, code
         container.mux(stream.encode(None))
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    said, watch = [], OddVideos()
-    watch.watch(60.0, said.append)
-    monkeypatch.setattr("salt.video.odd_videos", watch)
     for _ in range(2):
         read_clip(str(path), VIEWS[0])
-    assert len(said) == len(watch.broken) == noted
+    assert len(said) == len(odd_videos.broken) == noted
     if noted:
         assert f"{path} ends after " in said[0] and " of 4 s" in said[0]
 
@@ -182,9 +181,7 @@ def test_a_video_that_was_cut_short_is_named(tmp_path, monkeypatch, suffix, code
     "suffix, sound, codec",
     [("webm", "libopus", "libvpx"), ("mkv", "aac", "libvpx"), ("flv", "aac", "libx264")],
 )
-def test_a_video_with_sound_that_was_cut_short_is_named(
-    tmp_path, monkeypatch, suffix, sound, codec
-):
+def test_a_video_with_sound_that_was_cut_short_is_named(tmp_path, said, suffix, sound, codec):
     """The container's duration may be that of its sound; the track's own says it."""
     path = tmp_path / f"v.{suffix}"
     frames = np.random.default_rng(0).integers(0, 255, (80, 48, 64, 3), np.uint8)
@@ -200,21 +197,11 @@ def test_a_video_with_sound_that_was_cut_short_is_named(
             container.mux(audio.encode(samples))
         container.mux(video.encode(None))
         container.mux(audio.encode(None))
-    said, watch = [], OddVideos()
-    watch.watch(60.0, said.append)
-    monkeypatch.setattr("salt.video.odd_videos", watch)
     read_clip(str(path), VIEWS[0])
     assert said == []
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     read_clip(str(path), VIEWS[0])
     assert len(said) == 1 and re.search(r" of 8(\.\d+)? s: was it cut short, or damaged\?", said[0])
-
-
-def watched(monkeypatch):
-    said, watch = [], OddVideos()
-    watch.watch(60.0, said.append)
-    monkeypatch.setattr("salt.video.odd_videos", watch)
-    return said
 
 
 @pytest.mark.parametrize(
@@ -228,9 +215,8 @@ def watched(monkeypatch):
         ("held.mp4", [*range(20), *range(60, 80)], "libx264"),
     ],
 )
-def test_whole_videos_are_not_called_damaged(tmp_path, monkeypatch, name, times, codec):
+def test_whole_videos_are_not_called_damaged(tmp_path, said, name, times, codec):
     """Frames left out, a late beginning, a pause that is stated."""
-    said = watched(monkeypatch)
     frames = np.random.default_rng(0).integers(0, 255, (110, 48, 64, 3), np.uint8)
     with av.open(str(tmp_path / name), "w") as container:
         stream = container.add_stream(codec, rate=10)
@@ -246,8 +232,8 @@ def test_whole_videos_are_not_called_damaged(tmp_path, monkeypatch, name, times,
     assert read_clip(str(tmp_path / name), VIEWS[0]).shape[0] and said == []
 
 
-def test_a_second_video_track_is_said(tmp_path, monkeypatch):
-    said, frames = watched(monkeypatch), numbered_frames(30)
+def test_a_second_video_track_is_said(tmp_path, said):
+    frames = numbered_frames(30)
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         streams = [container.add_stream("libx264", rate=10) for _ in range(2)]
         for stream in streams:
@@ -271,7 +257,7 @@ def test_a_second_video_track_is_said(tmp_path, monkeypatch):
     "suffix, options",
     [("mp4", {}), ("mp4", {"movflags": "faststart"}), ("mkv", {}), ("ts", {}), ("flv", {})],
 )
-def test_a_video_with_a_hole_is_named(tmp_path, monkeypatch, suffix, options, where, begin, end):
+def test_a_video_with_a_hole_is_named(tmp_path, said, suffix, options, where, begin, end):
     """As a download leaves it that makes room first: of the right size, a part of it zeros."""
     path = tmp_path / f"v.{suffix}"
     frames = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), np.uint8)
@@ -283,9 +269,6 @@ def test_a_video_with_a_hole_is_named(tmp_path, monkeypatch, suffix, options, wh
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
-    said, watch = [], OddVideos()
-    watch.watch(60.0, said.append)
-    monkeypatch.setattr("salt.video.odd_videos", watch)
     read_clip(str(path), VIEWS[0], start=begin, end=end)
     assert said == []
     content, size = bytearray(path.read_bytes()), path.stat().st_size

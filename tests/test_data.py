@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from salt import ops, video
+from salt import errors, ops, video
 from salt.cache import Cache, open_cache
 from salt.cache_writer import Writer
 from salt.errors import InputError
@@ -267,12 +267,11 @@ def test_broken_videos_are_one_clear_error(tmp_path, monkeypatch):
         container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
     for name in ("empty", "noise", "head", "sound", "missing"):
-        with pytest.raises(video.VideoError, match=f"{name}.webm"):
+        with pytest.raises(errors.VideoError, match=f"{name}.webm"):
             video.read_clip(str(tmp_path / f"{name}.webm"), SMALL)
-    monkeypatch.setattr(
-        "salt.video.MAX_PIXELS", 1000
-    )  # frames this large for real would not fit a test
-    with pytest.raises(video.VideoError, match="64x48, more than 1000 pixels"):
+    # frames this large for real would not fit a test
+    monkeypatch.setattr("salt.containers.MAX_PIXELS", 1000)
+    with pytest.raises(errors.VideoError, match="64x48, more than 1000 pixels"):
         video.read_clip(good, SMALL)
 
 
@@ -617,7 +616,7 @@ class Fake:
 
     def decode(self, i, out):
         if i in self.bad:
-            raise video.VideoError(f"video {i} is broken")
+            raise errors.VideoError(f"video {i} is broken")
         out[:] = i
 
 
@@ -675,7 +674,7 @@ def test_a_broken_video_costs_only_its_own_place():
         InputError, match="16 videos in a row could not be decoded; the first: video 3"
     ):
         contents(Fake(30, range(3, 30)), [1, 3], 2, failed=listen, substitutes=True)
-    with pytest.raises(video.VideoError, match="video 1"):
+    with pytest.raises(errors.VideoError, match="video 1"):
         contents(Fake(4, {1}), range(4), 2)
     with pytest.raises(InputError, match="fewer than a batch"):
         check_batch(3, 4)
@@ -847,7 +846,7 @@ def test_a_record_that_cannot_be_read_ends_the_run_with_shard_and_row(made, tmp_
 def test_a_failing_disk_is_not_the_videos_fault(tmp_path, monkeypatch):
     path = tmp_path / "v.webm"
     path.write_bytes(b"noise")
-    with pytest.raises(video.VideoError):
+    with pytest.raises(errors.VideoError):
         video.read_clip(str(path), SMALL)
 
     def failing(*arguments, **others):

@@ -8,9 +8,9 @@ import torch
 
 from salt import cache
 from salt.checkpoint import load_checkpoint, save_checkpoint
+from salt.lists import Row
 from salt.loader import Loader, Records, Videos
 from salt.masks import keyed_sample
-from salt.splits import Row
 from tests.stages import SMALL, error_of, run
 
 
@@ -169,14 +169,7 @@ def test_views_of_a_video_are_one_unit_of_the_interval(world, trained, tmp_path)
     flags = [
         "--checkpoint",
         trained["none"],
-        "--cache",
-        "many",
-        "--dtype",
-        "fp32",
-        "--out",
-        "e.json",
-        "--eval_seed",
-        "0",
+        *"--cache many --dtype fp32 --out e.json --eval_seed 0".split(),
     ]
     run(tmp_path, "eval_distill", *flags)
     row = json.loads((tmp_path / "e.json").read_text())["results"][0]

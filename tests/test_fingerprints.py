@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from salt.cache import metadata_digest, open_cache
+from salt.cache import open_cache
+from salt.cache_format import metadata_digest
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
 from salt.loader import Records
@@ -30,18 +31,7 @@ def thin(world, tmp_path_factory):
     (home / "data" / "train.json").write_text(json.dumps([{"id": str(i)} for i in IDS]))
     teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
     shutil.copy(teacher, home / "teacher.pth")
-    run(
-        home,
-        "cache_latents",
-        "--data",
-        "data",
-        "--teacher",
-        "teacher.pth",
-        "--clips",
-        "off",
-        "--out",
-        "thin",
-    )
+    run(home, "cache_latents", *"--data data --teacher teacher.pth --clips off --out thin".split())
     metadata = json.loads((home / "thin" / "metadata.json").read_text())
     del metadata["sources_sha256"]  # sizes of files would give most of it away: here pixels must
     (home / "thin" / "metadata.json").write_text(
@@ -140,10 +130,7 @@ def test_resuming_with_other_latents_or_pixels_of_the_same_ids_is_refused(thin, 
         "cache_latents",
         "--data",
         other,
-        "--teacher",
-        "teacher.pth",
-        "--clips",
-        "on",
+        *"--teacher teacher.pth --clips on".split(),
         "--out",
         tmp_path / "others",
     )
@@ -153,10 +140,7 @@ def test_resuming_with_other_latents_or_pixels_of_the_same_ids_is_refused(thin, 
         "--cache",
         tmp_path / "others",
         *flags,
-        "--max_steps",
-        "2",
-        "--resume",
-        "auto",
+        *"--max_steps 2 --resume auto".split(),
     )
     assert (
         "trained with other training clips (--cache, --data), of other ids, pixels or latents"
@@ -166,12 +150,7 @@ def test_resuming_with_other_latents_or_pixels_of_the_same_ids_is_refused(thin, 
     run(
         thin,
         "cache_latents",
-        "--data",
-        "data",
-        "--teacher",
-        "teacher.pth",
-        "--clips",
-        "on",
+        *"--data data --teacher teacher.pth --clips on".split(),
         "--out",
         tmp_path / "same",
     )
@@ -184,10 +163,7 @@ def test_another_compute_is_another_teacher(thin, world, tmp_path):
     run(
         thin,
         "cache_latents",
-        "--clips_from",
-        "clips",
-        "--teacher",
-        "teacher.pth",
+        *"--clips_from clips --teacher teacher.pth".split(),
         "--out",
         tmp_path / "fp32",
         "--dtype",
@@ -320,19 +296,13 @@ def test_copies_of_training_videos_are_left_out(world, tmp_path):
         "data",
         "--teacher",
         teacher,
-        "--out",
-        "fly.json",
-        "--dtype",
-        "fp32",
+        *"--out fly.json --dtype fp32".split(),
     )
     assert "3 clips are training clips under other ids ('a', 'b', 'c'): left out" in said
     run(
         tmp_path,
         "cache_latents",
-        "--data",
-        "data",
-        "--split",
-        "validation",
+        *"--data data --split validation".split(),
         "--teacher",
         teacher,
         "--out",
@@ -343,12 +313,7 @@ def test_copies_of_training_videos_are_left_out(world, tmp_path):
         "eval_distill",
         "--checkpoint",
         best,
-        "--cache",
-        "cached",
-        "--out",
-        "cached.json",
-        "--dtype",
-        "fp32",
+        *"--cache cached --out cached.json --dtype fp32".split(),
     )
     assert "3 clips are training clips under other ids ('a', 'b', 'c'): left out" in said
     results = [
@@ -402,10 +367,7 @@ def test_training_that_decodes_looks_at_every_stretch_and_size(world, tmp_path):
         ".",
         "--teacher",
         next(world.glob("checkpoints/teacher_*/best.pth")),
-        "--clips",
-        "off",
-        "--out",
-        "c",
+        *"--clips off --out c".split(),
     )
     (tmp_path / "train.csv").write_text(rows(0.6))
     with pytest.raises(
@@ -424,12 +386,7 @@ def test_a_teacher_brings_the_cut_of_its_clips(world, tmp_path):
         "cache_latents",
         "--data",
         world / "data",
-        "--teacher",
-        "none",
-        "--frames",
-        "4",
-        "--resolution",
-        "48",
+        *"--teacher none --frames 4 --resolution 48".split(),
         *cut,
         "--out",
         "clips",
@@ -437,12 +394,7 @@ def test_a_teacher_brings_the_cut_of_its_clips(world, tmp_path):
     run(
         tmp_path,
         "train",
-        "--target",
-        "pixels",
-        "--masks",
-        "ratio",
-        "--cache",
-        "clips",
+        *"--target pixels --masks ratio --cache clips".split(),
         *TRAIN,
         "--run_name",
         "t",
@@ -469,12 +421,7 @@ def test_a_teacher_brings_the_cut_of_its_clips(world, tmp_path):
         world / "data",
         "--teacher",
         teacher,
-        "--crop",
-        "center",
-        "--limit",
-        "2",
-        "--out",
-        "other",
+        *"--crop center --limit 2 --out other".split(),
     )
     assert (
         "warning: the teacher's own clips were cut otherwise (crop is squash here and center there)"
@@ -488,10 +435,7 @@ def test_a_teacher_brings_the_cut_of_its_clips(world, tmp_path):
         "--teacher",
         teacher,
         *TRAIN,
-        "--stats_clips",
-        "4",
-        "--run_name",
-        "fly",
+        *"--stats_clips 4 --run_name fly".split(),
     )
     saved = load_checkpoint(next(tmp_path.glob("checkpoints/fly_*/best.pth")))
     assert View.from_dict(saved["view"]) == open_cache(tmp_path / "clips").view
@@ -525,14 +469,7 @@ def test_the_probe_knows_a_training_video_under_another_name(world, tmp_path):
     flags = [
         "--checkpoint",
         best,
-        "--data",
-        ".",
-        "--folds",
-        "2",
-        "--untrained_seeds",
-        "0",
-        "--no_pixels",
-        "--whole_videos",
+        *"--data . --folds 2 --untrained_seeds 0 --no_pixels --whole_videos".split(),
     ]
     assert "and in the split 'validation' as 'h0@0-10'" in error_of(
         tmp_path, "probe_time_arrow", *flags

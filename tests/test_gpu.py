@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from salt import masks as salt_masks
-from salt import ops
+from salt import ops, optimiser
 from salt.errors import InputError
 
 pytestmark = [
@@ -520,7 +520,7 @@ def loop(salt, steps, dtype, before=lambda step: None):
 
     device = next(salt.parameters()).device
     optimizer = torch.optim.AdamW(
-        model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), fused=True
+        optimiser.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), fused=True
     )
     space = score.Space("latents", "none", None, None, torch.zeros(144, 32, device=device))
     losses = []
@@ -539,7 +539,7 @@ def loop(salt, steps, dtype, before=lambda step: None):
         model.cast_matrices(salt, dtype)
         loss, errors = model.salt_loss(salt, batches[step], space)
         loss.backward()
-        model.update(optimizer, list(salt.parameters()), 0.02)
+        optimiser.update(optimizer, list(salt.parameters()), 0.02)
         losses.append(errors[0])
     return losses
 
@@ -561,14 +561,13 @@ def test_a_step_never_waits_for_the_gpu():
 
 def test_what_a_log_line_looks_at_never_waits_for_the_gpu():
     pytest.importorskip("einops")
-    import model
     from salt import health
 
     salt = small_salt().cuda()
-    optimizer = torch.optim.AdamW(model.parameter_groups(salt, 0.04), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(optimiser.parameter_groups(salt, 0.04), lr=1e-3, fused=True)
     for parameter in salt.parameters():
         parameter.grad = torch.randn_like(parameter)
-    model.update(optimizer, list(salt.parameters()), 0.02, torch.ones((), device="cuda"))
+    optimiser.update(optimizer, list(salt.parameters()), 0.02, torch.ones((), device="cuda"))
     features = torch.randn(4, 40, 128, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import model
-from salt import cache, health
+from salt import cache, cache_format, health, optimiser
 from salt.checkpoint import load_checkpoint
 from salt.loader import Batch
 from salt.masks import sample_masks
@@ -55,7 +55,7 @@ def test_collapsed_features_are_seen():
 def test_the_update_ratio_is_that_of_the_weights_before_and_after():
     torch.manual_seed(0)
     module = model.Block(16, 2, 32)
-    groups = model.parameter_groups(module, 0.3)
+    groups = optimiser.parameter_groups(module, 0.3)
     optimizer = torch.optim.AdamW(groups, lr=3e-3, fused=True)
     matrices = groups[0]["params"]
     assert isinstance(health.update_ratio(optimizer), int)  # before the first step there is none
@@ -63,7 +63,7 @@ def test_the_update_ratio_is_that_of_the_weights_before_and_after():
         for parameter in module.parameters():
             parameter.grad = torch.randn_like(parameter) * (math.nan if step == 2 else 1)
         before = [parameter.detach().double() for parameter in matrices]
-        model.update(optimizer, list(module.parameters()), 1.0)
+        optimiser.update(optimizer, list(module.parameters()), 1.0)
         changed, size = health.update_ratio(optimizer)
         expected = sum(
             (parameter.double() - old).square().sum() for parameter, old in zip(matrices, before)
@@ -81,10 +81,10 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_too():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([{"params": [parameter], "decays": True}], lr=0.1, fused=True)
     parameter.grad = torch.ones(3)
-    model.update(optimizer, [parameter], 0, torch.tensor(math.inf))
+    optimiser.update(optimizer, [parameter], 0, torch.tensor(math.inf))
     assert parameter.tolist() == [1, 1, 1]
     parameter.grad = torch.ones(3)
-    model.update(optimizer, [parameter], 0, torch.tensor(1.0))
+    optimiser.update(optimizer, [parameter], 0, torch.tensor(1.0))
     assert max(parameter.tolist()) < 1
 
 
@@ -170,7 +170,7 @@ def poisoned(world, folder, records, name="latents"):
     metadata = json.loads((folder / "poisoned" / "metadata.json").read_text())
     del metadata["shards"][0]["latents"]["first"]
     (folder / "poisoned" / "metadata.json").write_text(
-        json.dumps({**metadata, "checksum": cache.metadata_digest(metadata)})
+        json.dumps({**metadata, "checksum": cache_format.metadata_digest(metadata)})
     )
     latents = np.lib.format.open_memmap(folder / "poisoned" / "latents-00000.npy", mode="r+")
     for record in records:
@@ -187,10 +187,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(world, tmp_path):
         "--val_cache",
         world / "held_out",
         *SMALL,
-        "--epochs",
-        "3",
-        "--run_name",
-        "r",
+        *"--epochs 3 --run_name r".split(),
     ]
     said = run(tmp_path, "train", *flags)
     folder = next(tmp_path.glob("checkpoints/r_*"))
@@ -222,12 +219,7 @@ def test_many_of_them_in_a_row_end_the_run_with_a_diagnosis(world, tmp_path):
         "--cache",
         "poisoned",
         *SMALL,
-        "--epochs",
-        "9",
-        "--skip_limit",
-        "5",
-        "--run_name",
-        "r",
+        *"--epochs 9 --skip_limit 5 --run_name r".split(),
     )
     assert (
         "in 5 steps in a row, the last of them step 5 (loss inf, gradient norm" in line
@@ -247,16 +239,7 @@ def test_many_of_them_in_a_row_end_the_run_with_a_diagnosis(world, tmp_path):
         "--cache",
         world / "latents",
         *SMALL,
-        "--epochs",
-        "9",
-        "--lr",
-        "1e30",
-        "--warmup",
-        "0",
-        "--grad_clip",
-        "0",
-        "--run_name",
-        "lr",
+        *"--epochs 9 --lr 1e30 --warmup 0 --grad_clip 0 --run_name lr".split(),
     )
     assert (
         "in 10 steps in a row, the last of them step 11 (loss" in line
@@ -282,20 +265,8 @@ def test_the_summary_leaves_out_what_was_skipped_since_the_last_line(world, tmp_
         "--cache",
         world / "latents",
         *SMALL,
-        "--log_every",
-        "100",
-        "--epochs",
-        "9",
-        "--lr",
-        "1e30",
-        "--warmup",
-        "0",
-        "--grad_clip",
-        "0",
-        "--skip_limit",
-        "3",
-        "--run_name",
-        "r",
+        *"""--log_every 100 --epochs 9 --lr 1e30 --warmup 0 --grad_clip 0 --skip_limit 3 --run_name
+r""".split(),
         code=1,
     )
     log = next(tmp_path.glob("run_logs/r_*.log")).read_text()
@@ -332,13 +303,7 @@ def test_trackers_get_what_metrics_get(world, tmp_path):
         world / "latents",
         *held_out,
         *SMALL,
-        "--epochs",
-        "3",
-        "--run_name",
-        "r",
-        "--wandb",
-        "project",
-        "--tensorboard",
+        *"--epochs 3 --run_name r --wandb project --tensorboard".split(),
     ]
     run(tmp_path, "train", *flags, PYTHONPATH=str(tmp_path))
     folder = next(tmp_path.glob("checkpoints/r_*"))

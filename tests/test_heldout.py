@@ -7,8 +7,8 @@ import torch
 from salt import cache, heldout
 from salt.cache_writer import Writer, list_digest
 from salt.errors import InputError
+from salt.lists import Row
 from salt.loader import Records, Videos
-from salt.splits import Row
 from tests.test_cache import PLAN, VIEW, half, patches_of
 
 
@@ -52,26 +52,26 @@ def test_training_ids_are_refused_or_called_so(tmp_path):
     seen = heldout.trained_on(make(tmp_path / "train", range(40)))
     assert len(seen["ids"]) == 20 and len(seen["clips"]) == 40
     other = make(tmp_path / "other", range(100, 120))
-    records, kind, lines = heldout.records_to_measure(other, seen, "--val_cache x", False)
-    assert np.array_equal(records, np.arange(20)) and (kind, lines) == ("held-out", [])
+    records, kind, line = heldout.records_to_measure(other, seen, "--val_cache x", False)
+    assert np.array_equal(records, np.arange(20)) and (kind, line) == ("held-out", None)
     some = make(tmp_path / "some", range(38, 60), pixels=lambda row: patches_of(row + 10**5))
     with pytest.raises(
         InputError,
         match="--val_cache x holds 2 of 22 clips of videos that were trained on, 'v19' among them",
     ):
         heldout.records_to_measure(some, seen, "--val_cache x", False)
-    records, kind, lines = heldout.records_to_measure(some, seen, "--val_cache x", True)
-    assert len(records) == 22 and kind == "training" and "training R2" in lines[0]
+    records, kind, line = heldout.records_to_measure(some, seen, "--val_cache x", True)
+    assert len(records) == 22 and kind == "training" and "training R2" in line
 
 
 def test_the_same_pixels_under_another_id_are_left_out(tmp_path):
     seen = heldout.trained_on(make(tmp_path / "train", range(40)))
     mixed = make(tmp_path / "mixed", range(30, 50), prefix="copy")
-    records, kind, lines = heldout.records_to_measure(mixed, seen, "mixed", False)
+    records, kind, line = heldout.records_to_measure(mixed, seen, "mixed", False)
     assert (
         np.array_equal(records, np.arange(10, 20))
         and kind == "held-out"
-        and "10 clips are training clips under other ids ('copy15'" in lines[0]
+        and "10 clips are training clips under other ids ('copy15'" in line
     )
     # of the pairs of views that `copies` holds one is known
     one_view = heldout.trained_on(make(tmp_path / "first", [0, 2, 4]))
@@ -89,15 +89,15 @@ def test_lists_of_videos_are_known_by_their_ids(tmp_path):
     rows = [Row(f"v{i}", None, None) for i in range(8)]
     seen = heldout.trained_on(Videos(rows, VIEW, 16))
     assert seen["clips"] is None and seen["ids"].dtype == torch.int64
-    _, kind, lines = heldout.records_to_measure(
+    _, kind, line = heldout.records_to_measure(
         make(tmp_path / "c", range(100, 110)), seen, "c", False
     )
-    assert kind == "held-out" and "copies under other ids cannot be told" in lines[0]
+    assert kind == "held-out" and "copies under other ids cannot be told" in line
     with pytest.raises(InputError, match="holds 10 of 10 clips"):
         heldout.records_to_measure(make(tmp_path / "d", range(0, 10)), seen, "d", False)
     assert (
         "unknown"
-        in heldout.records_to_measure(make(tmp_path / "e", range(0, 10)), None, "e", False)[2][0]
+        in heldout.records_to_measure(make(tmp_path / "e", range(0, 10)), None, "e", False)[2]
     )
 
 

@@ -36,6 +36,6 @@ def sanitizers(tmp_path_factory):
 @pytest.mark.parametrize("target", ["sanitize", "emulate"])
 def test_kernels_are_right_and_stay_in_bounds(sanitizers, target):
     run = subprocess.run(
-        ["make", target, f"CXX={sanitizers}"], cwd=ROOT, capture_output=True, text=True
+        ["make", target, f"CXX={sanitizers}", "ROUNDS=20"], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0 and "rounds clean" in run.stdout, (run.stdout + run.stderr)[-3000:]

@@ -8,7 +8,8 @@ import av.format
 import pytest
 
 from salt.errors import InputError
-from salt.splits import VIDEO_SUFFIXES, load_split, search
+from salt.folders import VIDEO_SUFFIXES, search
+from salt.splits import load_split
 
 
 def make(folder, *names):

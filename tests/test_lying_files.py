@@ -9,6 +9,7 @@ import torch
 
 import model
 from model import EncoderConfig
+from salt import teachers
 from salt.checkpoint import CHECKPOINT_PARTS, save_checkpoint
 from salt.errors import InputError
 from salt.torch_files import load_pickle
@@ -21,7 +22,7 @@ SPACE = {"target": "latents", "normalise": "none", "mean": None, "rstd": None}
 HUGE = 2**40
 
 
-def in_one_line(path, message, loads=(model.load_teacher, model.load_encoder)):
+def in_one_line(path, message, loads=(teachers.load_teacher, model.load_encoder)):
     for load in loads:
         with pytest.raises(InputError, match=message) as caught:
             load(path)
@@ -92,7 +93,7 @@ def packed(path, source, name=None):
 def test_zip_bombs(tmp_path, name):
     torch.save({"salt_vla": 1, "w": torch.zeros(10)}, tmp_path / "small.pth")
     packed(tmp_path / "bomb.pth", tmp_path / "small.pth", name)
-    loads = (model.load_teacher, model.load_encoder, load_pickle)
+    loads = (teachers.load_teacher, model.load_encoder, load_pickle)
     in_one_line(tmp_path / "bomb.pth", r"has \d+ bytes and states \d{8,} of content", loads)
 
 
@@ -104,7 +105,7 @@ def test_the_stated_size_of_a_zips_member(tmp_path):
     )  # the first entry of its directory: two sizes stand 20 bytes on
     content[at + 20 : at + 28] = struct.pack("<II", 2**32 - 16, 2**32 - 16)
     (tmp_path / "x.pth").write_bytes(content)
-    in_one_line(tmp_path / "x.pth", "states 4294", (model.load_teacher, load_pickle))
+    in_one_line(tmp_path / "x.pth", "states 4294", (teachers.load_teacher, load_pickle))
 
 
 def test_tensors_of_more_numbers_than_they_hold(tmp_path):
@@ -112,10 +113,10 @@ def test_tensors_of_more_numbers_than_they_hold(tmp_path):
     named = as_original(shake(model.Encoder(CONFIG)))
     named["patch_embed.proj.bias"] = torch.zeros(1, dtype=torch.half).expand(HUGE)
     torch.save({"model": named}, tmp_path / "x.pth")
-    in_one_line(tmp_path / "x.pth", "more than is there", [model.load_teacher])
+    in_one_line(tmp_path / "x.pth", "more than is there", [teachers.load_teacher])
     named["patch_embed.proj.bias"] = torch.zeros(HUGE, layout=torch.sparse_coo)
     torch.save({"model": named}, tmp_path / "x.pth")
-    in_one_line(tmp_path / "x.pth", "layout", [model.load_teacher])
+    in_one_line(tmp_path / "x.pth", "layout", [teachers.load_teacher])
 
 
 def checkpoint(path, config=(), predictor=(), **state):
@@ -142,7 +143,7 @@ def checkpoint(path, config=(), predictor=(), **state):
 )
 def test_checkpoints_of_huge_encoders(tmp_path, config, message):
     checkpoint(tmp_path / "best.pth", config)
-    in_one_line(tmp_path / "best.pth", message, (model.load_teacher, model.load_encoder))
+    in_one_line(tmp_path / "best.pth", message, (teachers.load_teacher, model.load_encoder))
 
 
 @pytest.mark.parametrize(

@@ -215,12 +215,12 @@ def test_bad_arguments_are_one_clear_error(arguments, message):
 
 def test_everything_runs_without_the_extension():
     code = (
-        "import torch\nfrom salt import masks, ops\n"
+        "import torch\nfrom salt import extension, masks, ops\n"
         "m = masks.sample_masks(torch.arange(2), 0, 0, 'long')\n"
         "x = torch.randn(2, 1568, 4, requires_grad=True)\n"
         "gathered = ops.masked_gather(x, m.target)\n"
         "ops.masked_mse(gathered, torch.zeros(2, 1568, 4), m.target).backward()\n"
-        "print(ops.extension_line(), m.target.sum().item())"
+        "print(extension.describe(), m.target.sum().item())"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],

@@ -11,7 +11,7 @@ import torch
 
 import model
 from model import EncoderConfig
-from salt import cache, ops, ranks, views
+from salt import cache_format, ops, optimiser, ranks, teachers, views
 from salt.checkpoint import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
 from salt.errors import InputError
 from salt.loader import Batch
@@ -85,7 +85,7 @@ def shake(network):
 def test_load_teacher_matches_transformers(tmp_path, changes):
     theirs = shake(transformers.VideoMAEModel(transformers.VideoMAEConfig(**{**TINY, **changes})))
     theirs.save_pretrained(tmp_path)
-    ours = model.load_teacher(tmp_path)
+    ours = teachers.load_teacher(tmp_path)
     assert not any(parameter.requires_grad for parameter in ours.parameters()) and not ours.training
     assert ours.config.qkv_bias == theirs.config.qv_bias and ours.config.eps == 1e-12
     clips = clips_for(ours.config, 1)
@@ -106,7 +106,7 @@ def test_pretraining_and_fine_tuned_folders(tmp_path, kind, mean_pooling):
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]})
     )
-    ours = model.load_teacher(tmp_path)
+    ours = teachers.load_teacher(tmp_path)
     clips = clips_for(ours.config)
     with torch.no_grad():
         expected = theirs.videomae(
@@ -126,7 +126,7 @@ def test_older_folders_hold_bin_files_and_biases_under_query(tmp_path):
         tmp_path / "pytorch_model.bin",
     )
     assert any(name.endswith("query.bias") for name in theirs.state_dict())
-    ours = model.load_teacher(tmp_path)
+    ours = teachers.load_teacher(tmp_path)
     clips = clips_for(ours.config)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -171,7 +171,7 @@ def test_original_videomae_files(tmp_path, layout):
         "module": {"module": named, "args": vars(arguments)},
     }[layout]
     torch.save(saved, tmp_path / "videomae.pth")
-    ours = model.load_teacher(tmp_path / "videomae.pth")
+    ours = teachers.load_teacher(tmp_path / "videomae.pth")
     assert ours.config == mine.config
     clips = clips_for(mine.config)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_fine_tuned_original_files_have_no_final_norm(tmp_path):
         {"module": {**as_original(mine), "fc_norm.weight": torch.ones(64)}}, tmp_path / "x.pth"
     )
     # 16 frames of 224 where no arguments are stored
-    assert model.load_teacher(tmp_path / "x.pth").config == mine.config
+    assert teachers.load_teacher(tmp_path / "x.pth").config == mine.config
 
 
 def test_heads_of_original_files_come_from_the_named_sizes(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_heads_of_original_files_come_from_the_named_sizes(tmp_path, monkeypatch
     monkeypatch.setitem(model.SIZES, "stand-in", (128, 1, 8, 16, 512))
     mine = shake(model.Encoder(EncoderConfig(dim=128, depth=1, heads=8, mlp_dim=512)))
     torch.save(as_original(mine), tmp_path / "x.pth")
-    assert model.load_teacher(tmp_path / "x.pth").config.heads == 8
+    assert teachers.load_teacher(tmp_path / "x.pth").config.heads == 8
     assert [model.SIZES[name][2] for name in ("huge", "giant")] == [16, 16]
 
 
@@ -222,7 +222,7 @@ def test_a_student_exports_to_transformers(tmp_path):
                 atol=1e-4,
             )
             torch.testing.assert_close(
-                model.load_teacher(tmp_path / str(final_norm)).encode(clips), mine.encode(clips)
+                teachers.load_teacher(tmp_path / str(final_norm)).encode(clips), mine.encode(clips)
             )
 
 
@@ -238,7 +238,7 @@ def test_mean_and_std_of_every_kind_of_processor(tmp_path, name, inside):
     transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY)).save_pretrained(tmp_path)
     pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "do_normalize": None}
     (tmp_path / name).write_text(json.dumps({inside: pixels} if inside else pixels))
-    config = model.load_teacher(tmp_path).config
+    config = teachers.load_teacher(tmp_path).config
     assert (list(config.mean), list(config.std)) == (pixels["image_mean"], pixels["image_std"])
 
 
@@ -264,7 +264,7 @@ def test_a_folders_processor_says_how_clips_are_cut(tmp_path, pixels, expected):
     """As far as a View can; what is cut otherwise is cut as by default."""
     transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY)).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
-    encoder = model.load_teacher(tmp_path)
+    encoder = teachers.load_teacher(tmp_path)
     assert (
         encoder.view
         == dataclasses.replace(views.View(frames=4, size=32, short_side=32), **expected)
@@ -278,7 +278,7 @@ def test_a_folder_that_does_not_normalise(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.2] * 3})
     )
-    ours = model.load_teacher(tmp_path)
+    ours = teachers.load_teacher(tmp_path)
     clips = clips_for(ours.config)
     with torch.no_grad():
         expected = theirs(pixel_values(clips, (0, 0, 0), (1, 1, 1))).last_hidden_state
@@ -293,12 +293,14 @@ def test_the_same_weights_in_another_shape_are_another_teacher(tmp_path, change)
         transformers.VideoMAEConfig(**{**TINY, "num_hidden_layers": 2})
     )
     theirs.save_pretrained(tmp_path)
-    before = model.load_teacher(tmp_path).identity
-    assert cache.agree_on(json.loads(json.dumps(before)), model.load_teacher(tmp_path).identity)
+    before = teachers.load_teacher(tmp_path).identity
+    assert cache_format.agree_on(
+        json.loads(json.dumps(before)), teachers.load_teacher(tmp_path).identity
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-    after = model.load_teacher(tmp_path).identity
-    assert before["sha256"] == after["sha256"] and not cache.agree_on(before, after)
+    after = teachers.load_teacher(tmp_path).identity
+    assert before["sha256"] == after["sha256"] and not cache_format.agree_on(before, after)
 
 
 def test_bad_teachers_are_one_clear_error(tmp_path):
@@ -381,7 +383,7 @@ def test_bad_teachers_are_one_clear_error(tmp_path):
         ("learned", "encoder lacks; its positions are sines"),
     ):
         with pytest.raises(InputError, match=message) as caught:
-            model.load_teacher(tmp_path / name)
+            teachers.load_teacher(tmp_path / name)
         assert "\n" not in str(caught.value)
 
 
@@ -393,7 +395,7 @@ class Bomb:
 def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"salt_vla": 1, "student": Bomb()}, "bad.pth")
-    for load in (model.load_teacher, model.load_encoder):
+    for load in (teachers.load_teacher, model.load_encoder):
         with pytest.raises(InputError, match="could run code"):
             load("bad.pth")
     assert not os.path.exists("bomb_went_off")
@@ -587,7 +589,7 @@ def test_gradients_reach_every_parameter():
 
 def test_weight_decay_falls_on_matrices_alone():
     salt = make_salt()
-    decayed, plain = model.parameter_groups(salt, 0.1)
+    decayed, plain = optimiser.parameter_groups(salt, 0.1)
     names = {id(parameter): name for name, parameter in salt.named_parameters()}
     assert (
         all(parameter.dim() == 2 for parameter in decayed["params"]) and plain["weight_decay"] == 0
@@ -641,7 +643,7 @@ def test_checkpoints_come_back(tmp_path):
         assert torch.equal(loaded.state_dict()[name], value)
     assert torch.equal(found.zero, space.zero) and os.listdir(tmp_path) == ["best.pth"]
     encoder = model.load_encoder(tmp_path / "best.pth")
-    teacher = model.load_teacher(tmp_path / "best.pth")
+    teacher = teachers.load_teacher(tmp_path / "best.pth")
     clips = clips_for(config)
     with torch.no_grad():
         assert torch.equal(encoder.encode(clips), salt.student.encode(clips)) and torch.equal(
@@ -669,7 +671,7 @@ def test_a_teacher_never_computes_in_tf32():
         {"encode": lambda self, clips: seen.append(torch.get_float32_matmul_precision()) or clips},
     )()
     try:
-        assert model.teacher_latents(teacher, 3) == 3
+        assert teachers.teacher_latents(teacher, 3) == 3
         assert (seen, torch.get_float32_matmul_precision()) == (["highest"], "high")
     finally:
         torch.set_float32_matmul_precision(before)

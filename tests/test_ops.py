@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from salt import ops
+from salt import extension, ops
 from salt.errors import InputError
 from salt.masks import mask_spec, sample_masks
 
@@ -33,7 +33,7 @@ def rows(b, n, k, seed=0):
 
 @needs_extension
 def test_the_extension_is_what_runs():
-    assert ops.EXTENSION["devices"] and ops.MISSING is None
+    assert ops.EXTENSION["devices"] and extension.MISSING is None
     x = torch.randn(2, 5, 3, requires_grad=True)
     assert "masked_gather" in ops.masked_gather(x, rows(2, 5, 2)).grad_fn.name()
 
@@ -53,7 +53,7 @@ def test_the_extension_is_what_runs():
     ],
 )
 def test_which_gpus_a_build_runs_on(architectures, capability, runs):
-    assert ops.covers(architectures, capability) == runs
+    assert extension.covers(architectures, capability) == runs
 
 
 @pytest.mark.parametrize(
@@ -712,7 +712,7 @@ def test_a_compiled_step_is_one_graph_with_the_same_results():
 
 
 def test_what_a_compiled_caller_keeps_is_marked_without_the_compiler():
-    assert vars(ops.constant(lambda: None)) == vars(
+    assert vars(extension.constant(lambda: None)) == vars(
         torch.compiler.assume_constant_result(lambda: None)
     )
     code = "import sys; from salt import ops; print('torch._dynamo' in sys.modules)"
@@ -734,7 +734,8 @@ def test_an_extension_of_other_sources_is_not_used(tmp_path):
         " True, 'architectures': ''}\n"
     )
     code = (
-        "import sys; sys.path[:0] = sys.argv[1:]; from salt import ops; print(ops.extension_line())"
+        "import sys\nsys.path[:0] = sys.argv[1:]\nfrom salt import extension\n"
+        "print(extension.describe())"
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     done = subprocess.run(

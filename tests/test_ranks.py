@@ -18,23 +18,11 @@ from salt import ranks
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
 from salt.masks import shuffled
-from tests.stages import ROOT, SMALL, run, run_folder, start
+from tests.stages import ROOT, SMALL, run, run_folder, start, start_ranks
 from tests.test_health import poisoned
 
 # 12 steps of 4 clips
-FLAGS = [
-    *SMALL,
-    "--epochs",
-    "3",
-    "--save_every",
-    "3",
-    "--eval_every",
-    "5",
-    "--val_batches",
-    "3",
-    "--matrix_rate",
-    "1",
-]
+FLAGS = [*SMALL, *"--epochs 3 --save_every 3 --eval_every 5 --val_batches 3".split()]
 
 
 def launch(count, folder, *flags, script="train", restarts=0, path=""):
@@ -52,6 +40,11 @@ def launch(count, folder, *flags, script="train", restarts=0, path=""):
         *flags,
     ]
     return start(command, folder, PYTHONPATH=path)
+
+
+def over_ranks(count, folder, *flags, script="train"):
+    """What `count` ranks print that end well."""
+    return finish(start_ranks(count, [ROOT / f"{script}.py", *flags], folder))
 
 
 def finish(process, code=0):
@@ -134,7 +127,7 @@ def agrees(folder, other, rtol):
 )
 def test_more_ranks_are_the_same_run(alone, tmp_path, count, more):
     folder, flags = alone
-    said = finish(launch(count, tmp_path, *flags, "--run_name", "r", *more))
+    said = over_ranks(count, tmp_path, *flags, "--run_name", "r", *more)
     agrees(tmp_path, folder, 1e-5)
     assert (
         f"{count} ranks; {'FSDP2' if '--fsdp' in more else 'DDP'}" in said
@@ -151,8 +144,8 @@ def test_more_ranks_are_the_same_run(alone, tmp_path, count, more):
 def test_bfloat16_over_ranks_and_shards(alone, tmp_path):
     folder, flags = alone
     run(tmp_path, "train", *flags, "--dtype", "bf16", "--run_name", "one")
-    finish(launch(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "ddp"))
-    finish(launch(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "fsdp", "--fsdp"))
+    over_ranks(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "ddp")
+    over_ranks(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "fsdp", "--fsdp")
     for name in ("ddp", "fsdp"):
         torch.testing.assert_close(
             last(tmp_path, name)["losses"], last(tmp_path, "one")["losses"], rtol=2e-3, atol=0
@@ -165,7 +158,7 @@ def test_a_killed_rank_leads_to_a_clean_restart(alone, tmp_path, more):
     the result is the one of two ranks undisturbed.
     """
     _, flags = alone
-    finish(launch(2, tmp_path, *flags, "--run_name", "whole", *more))
+    over_ranks(2, tmp_path, *flags, "--run_name", "whole", *more)
     process = launch(2, tmp_path, *flags, "--run_name", "r", "--resume", "auto", *more, restarts=2)
     killed = False
     text = ""
@@ -216,7 +209,7 @@ def test_a_run_goes_on_under_another_number_of_ranks(alone, tmp_path):
             break
     process.communicate()
     assert f"at step {stopped}" in said and "the last bits may differ" in said
-    finish(launch(2, tmp_path, *flags, "--run_name", "r", "--resume", "auto", "--fsdp"))
+    over_ranks(2, tmp_path, *flags, "--run_name", "r", "--resume", "auto", "--fsdp")
     agrees(tmp_path, folder, 1e-4)
 
 
@@ -226,10 +219,7 @@ def test_evaluation_over_ranks_is_the_same(world, tmp_path):
         run_folder(world, "student") / "best.pth",
         "--cache",
         world / "held_out",
-        "--batch_size",
-        "3",
-        "--dtype",
-        "fp32",
+        *"--batch_size 3 --dtype fp32".split(),
     ]
     run(tmp_path, "eval_distill", *flags, "--out", "one.json")
     finish(launch(2, tmp_path, *flags, "--out", "two.json", script="eval_distill"))
@@ -267,20 +257,8 @@ def test_clips_that_other_ranks_lose_are_said(alone, world, tmp_path):
     for number in (*range(1, 6), *range(19, 25)):
         path = tmp_path / "data" / "videos" / f"{number}.webm"
         path.write_bytes(bytes(path.stat().st_size))
-    flags = [
-        *SMALL,
-        "--cache",
-        "train",
-        "--val_cache",
-        "validation",
-        "--data",
-        "data",
-        "--max_steps",
-        "4",
-        "--matrix_rate",
-        "1",
-    ]
-    text = finish(launch(2, tmp_path, *flags, "--run_name", "r"))
+    flags = [*SMALL, *"--cache train --val_cache validation --data data --max_steps 4".split()]
+    text = over_ranks(2, tmp_path, *flags, "--run_name", "r")
     folder = next(tmp_path.glob("checkpoints/r_*"))
     lost = [json.loads(line) for line in (folder / "failures-rank1.jsonl").read_text().splitlines()]
     assert {entry["part"] for entry in lost} == {"held-out", "training"}
@@ -300,23 +278,14 @@ def test_skipped_steps_and_a_diagnosis_over_ranks(alone, world, tmp_path):
     """
     _, flags = alone
     names = poisoned(world, tmp_path, [3])
-    finish(launch(2, tmp_path, *flags, "--cache", "poisoned", "--run_name", "r", "--tensorboard"))
+    over_ranks(2, tmp_path, *flags, "--cache", "poisoned", "--run_name", "r", "--tensorboard")
     lost = last(tmp_path)["losses"].isnan().sum()
     assert 1 <= lost <= 3 and last(tmp_path)["optimizer"]["state"][0]["step"] == 12 - lost
     shutil.rmtree(tmp_path / "poisoned")
     names = poisoned(world, tmp_path, range(17))
     text = finish(
         launch(
-            2,
-            tmp_path,
-            *flags,
-            "--cache",
-            "poisoned",
-            "--run_name",
-            "all",
-            "--skip_limit",
-            "3",
-            "--fsdp",
+            2, tmp_path, *flags, *"--cache poisoned --run_name all --skip_limit 3 --fsdp".split()
         ),
         1,
     )
@@ -430,7 +399,7 @@ def test_alone_nothing_is_asked_of_others():
     assert (
         ranks.agree(True, False) == (True, False)
         and ranks.gather(3) == [3]
-        and ranks.first(lambda: 5) == 5
+        and ranks.from_rank_0(lambda: 5) == 5
         and ranks.start("cpu") == "cpu"
     )
     assert ranks.whole({"a": [torch.ones(2)], "b": 1})["a"][0].tolist() == [1, 1]

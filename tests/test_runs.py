@@ -13,9 +13,10 @@ import time
 import pytest
 import torch
 
-from salt import cache, journal, ranks, runs
-from salt.checkpoint import CHECKPOINT_PARTS, RunFolder, load_checkpoint, lock, save_checkpoint
+from salt import cache_format, journal, ranks, runs
+from salt.checkpoint import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
 from salt.errors import InputError
+from salt.run_folder import RunFolder, lock
 from salt.torch_files import step_and_run
 from tests.stages import ROOT, SMALL, error_of, run, run_folder, start, stopped_at
 from tests.test_config import apply
@@ -173,14 +174,7 @@ def test_a_step_back_makes_a_best_of_its_own(world, tmp_path):
         "--val_cache",
         world / "held_out",
         *SMALL,
-        "--max_steps",
-        "8",
-        "--eval_every",
-        "2",
-        "--save_every",
-        "2",
-        "--run_name",
-        "r",
+        *"--max_steps 8 --eval_every 2 --save_every 2 --run_name r".split(),
     ]
     stopped_at("step 2/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
     (folder,) = (tmp_path / "checkpoints").iterdir()
@@ -257,12 +251,7 @@ def test_a_copy_that_is_gone_on_with_is_a_run_of_its_own_from_its_first_moment(w
         "--cache",
         world / "latents",
         *SMALL,
-        "--save_every",
-        "4",
-        "--run_name",
-        "r",
-        "--epochs",
-        "500",
+        *"--save_every 4 --run_name r --epochs 500".split(),
     ]
     stopped_at("step 6/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
     (first,) = (tmp_path / "checkpoints").iterdir()
@@ -288,7 +277,7 @@ def test_a_copy_that_is_gone_on_with_is_a_run_of_its_own_from_its_first_moment(w
 
 
 def test_identities_of_different_kinds_do_not_agree():
-    agree = cache.agree_on
+    agree = cache_format.agree_on
     assert agree({"a": 1, "b": 2}, {"a": 1, "c": 3}) and not agree({"a": 1}, {"a": 2})
     assert (
         not agree({"list": "x"}, {"ids_sha256": "y"})
@@ -301,21 +290,9 @@ def test_identities_of_different_kinds_do_not_agree():
 def test_resuming_with_other_files_of_the_same_list_is_refused(world, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
     flags = [
-        "--target",
-        "pixels",
-        "--data",
-        "data",
-        "--frames",
-        "4",
-        "--resolution",
-        "48",
+        *"--target pixels --data data --frames 4 --resolution 48".split(),
         *SMALL,
-        "--max_steps",
-        "4",
-        "--stats_clips",
-        "4",
-        "--run_name",
-        "r",
+        *"--max_steps 4 --stats_clips 4 --run_name r".split(),
     ]
     run(tmp_path, "train", *flags)
     shutil.copy(tmp_path / "data" / "videos" / "20.webm", tmp_path / "data" / "videos" / "0.webm")
@@ -325,16 +302,7 @@ def test_resuming_with_other_files_of_the_same_list_is_refused(world, tmp_path):
     run(
         tmp_path,
         "cache_latents",
-        "--data",
-        "data",
-        "--teacher",
-        "none",
-        "--frames",
-        "4",
-        "--resolution",
-        "48",
-        "--out",
-        "clips",
+        *"--data data --teacher none --frames 4 --resolution 48 --out clips".split(),
     )
     cached = ["--target", "pixels", "--cache", "clips", *flags[8:]]
     assert "trained with other training clips" in error_of(
@@ -371,10 +339,7 @@ def test_a_failed_start_of_training_leaves_its_log_alone(world, tmp_path):
         "--cache",
         world / "latents",
         *SMALL,
-        "--predictor_heads",
-        "5",
-        "--resume",
-        "auto",
+        *"--predictor_heads 5 --resume auto".split(),
     )
     assert "must be a multiple of its heads" in line
     assert (
@@ -387,12 +352,7 @@ def test_a_run_of_an_odd_name_is_resumed_in_place_beside_its_copies(world, tmp_p
         "--cache",
         world / "latents",
         *SMALL,
-        "--max_steps",
-        "6",
-        "--save_every",
-        "2",
-        "--run_name",
-        "a[b]*",
+        *"--max_steps 6 --save_every 2 --run_name a[b]*".split(),
     ]
     run(tmp_path, "train", *flags)
     (folder,) = (tmp_path / "checkpoints").iterdir()
@@ -699,7 +659,7 @@ def test_a_signal_before_training_begins_leaves_at_once(world, tmp_path):
             break
     rest = process.stdout.read()
     assert process.wait() == 128 + signal.SIGTERM and "status: stopped" in rest
-    began = "saving after step" in rest
+    began = "saving after the step" in rest
     assert (
         began
         or "training has not begun: leaving at once" in rest
@@ -773,12 +733,7 @@ def test_a_tracker_that_is_missing_changes_nothing(world, tmp_path):
         "--cache",
         world / "latents",
         *SMALL,
-        "--max_steps",
-        "4",
-        "--save_every",
-        "2",
-        "--run_name",
-        "r",
+        *"--max_steps 4 --save_every 2 --run_name r".split(),
     ]
     run(tmp_path, "train", *flags)
     (folder,) = (tmp_path / "checkpoints").iterdir()
@@ -822,14 +777,7 @@ def test_the_best_is_the_one_in_the_file(world, tmp_path):
         "--val_cache",
         world / "held_out",
         *SMALL,
-        "--eval_every",
-        "1",
-        "--save_every",
-        "2",
-        "--max_steps",
-        "12",
-        "--run_name",
-        "r",
+        *"--eval_every 1 --save_every 2 --max_steps 12 --run_name r".split(),
     ]
     stopped_at("step 2/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
     (folder,) = (tmp_path / "checkpoints").iterdir()
@@ -857,12 +805,7 @@ def test_evaluations_that_metrics_lost_are_written_again(world, tmp_path):
         "--val_cache",
         world / "held_out",
         *SMALL,
-        "--run_name",
-        "r",
-        "--eval_every",
-        "2",
-        "--epochs",
-        "4",
+        *"--run_name r --eval_every 2 --epochs 4".split(),
     ]
     stopped_at("step 8/", [sys.executable, ROOT / "train.py", *flags], tmp_path)
     path = next(tmp_path.glob("checkpoints/r_*")) / "metrics.jsonl"

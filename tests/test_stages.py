@@ -16,12 +16,23 @@ import torch
 
 import model
 from benchmarks import budget
-from salt import cache
+from salt import cache, teachers
 from salt.checkpoint import load_checkpoint, save_checkpoint
 from salt.masks import mask_counts
 from salt.ops import patchify
 from salt.video import read_clip
-from tests.stages import REFUSE, ROOT, SMALL, VIEW, error_of, everything_in, run, run_folder, start
+from tests.stages import (
+    REFUSE,
+    ROOT,
+    SMALL,
+    VIEW,
+    error_of,
+    everything_in,
+    run,
+    run_folder,
+    start,
+    start_ranks,
+)
 
 
 def test_the_cache_leaves_out_what_cannot_be_decoded(world):
@@ -44,10 +55,12 @@ def test_the_cache_leaves_out_what_cannot_be_decoded(world):
 
 def test_cached_latents_are_the_teachers(world):
     opened = cache.open_cache(world / "latents")
-    teacher = model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")), dtype="bf16")
+    teacher = teachers.load_teacher(
+        next(world.glob("checkpoints/teacher_*/best.pth")), dtype="bf16"
+    )
     for row in (0, 16):
         clip = read_clip(str(world / "data" / "videos" / f"{opened.ids[row]}.webm"), opened.view)
-        expected = model.teacher_latents(teacher, torch.from_numpy(clip)[None])[0]
+        expected = teachers.teacher_latents(teacher, torch.from_numpy(clip)[None])[0]
         np.testing.assert_allclose(
             opened.latents(row).astype(np.float32), expected.numpy(), atol=2e-3
         )
@@ -61,15 +74,9 @@ def test_caching_again_changes_nothing_and_an_interrupted_cache_is_the_same(worl
     run(
         world,
         "cache_latents",
-        "--data",
-        "data",
-        "--teacher",
-        "none",
+        *"--data data --teacher none".split(),
         *VIEW,
-        "--out",
-        "again",
-        "--threads",
-        "1",
+        *"--out again --threads 1".split(),
     )
     for path in (world / "clips").iterdir():
         assert path.read_bytes() == (world / "again" / path.name).read_bytes(), path.name
@@ -83,30 +90,10 @@ def test_caching_again_changes_nothing_and_an_interrupted_cache_is_the_same(worl
 
 
 def test_ranks_make_the_same_cache(world):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "3",
-            "--master_port",
-            "29731",
-            str(ROOT / "cache_latents.py"),
-            "--data",
-            "data",
-            "--teacher",
-            "none",
-            *VIEW,
-            "--out",
-            "ranks",
-        ],
-        cwd=world,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    words = [ROOT / "cache_latents.py", "--data", "data", "--teacher", "none", *VIEW]
+    process = start_ranks(3, [*words, "--out", "ranks"], world)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
     assert all(
         path.read_bytes() == (world / "ranks" / path.name).read_bytes()
         for path in (world / "clips").iterdir()
@@ -117,25 +104,16 @@ def test_ranks_make_the_same_cache(world):
 def large(world):
     """1,140 records in three shards: 60 views of each video, latents as int8."""
     teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
-    flags = [
-        "--data",
-        "data",
-        "--teacher",
-        teacher,
-        "--views",
-        "60",
-        "--latents",
-        "i8",
-        "--clips",
-        "on",
-    ]
+    flags = ["--data", "data", "--teacher", teacher, *"--views 60 --latents i8 --clips on".split()]
     run(world, "cache_latents", *flags, "--out", "large")
     return flags
 
 
 def test_many_views_are_cut_as_one_by_one_and_int8_latents_are_close(world, large):
     opened = cache.open_cache(world / "large")
-    teacher = model.load_teacher(next(world.glob("checkpoints/teacher_*/best.pth")), dtype="bf16")
+    teacher = teachers.load_teacher(
+        next(world.glob("checkpoints/teacher_*/best.pth")), dtype="bf16"
+    )
     assert (
         len(opened) == 17 * 60
         and opened.metadata["list_count"] == 19 * 60
@@ -150,7 +128,7 @@ def test_many_views_are_cut_as_one_by_one_and_int8_latents_are_close(world, larg
             name,
         )
         assert np.array_equal(opened.patches(record), patchify(clip))
-        exact = model.teacher_latents(teacher, torch.from_numpy(clip)[None])[0].numpy()
+        exact = teachers.teacher_latents(teacher, torch.from_numpy(clip)[None])[0].numpy()
         size = np.sqrt(np.square(exact).mean(1, keepdims=True))  # of a token
         step = size * np.abs(exact / size).max(0) / 127
         assert (
@@ -221,12 +199,7 @@ def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_it_starts(world
     text = error_of(
         world,
         "cache_latents",
-        "--data",
-        "data",
-        "--teacher",
-        "none",
-        "--frames",
-        "16",
+        *"--data data --teacher none --frames 16".split(),
         "--resolution",
         2**18,
         "--out",
@@ -279,24 +252,18 @@ def finished_losses(folder):
     return load_checkpoint(folder / "last.pth")["losses"]
 
 
+LOSS = "--loss smooth_l1 --target_norm layer_norm --vicreg_variance 0.1 --vicreg_covariance 0.01"
+
+
 @pytest.mark.parametrize(
-    "grad",
+    "threads, more",
     [
-        ["--grad_clip", "0.02"],
-        [
-            "--vicreg_variance",
-            "0.1",
-            "--vicreg_covariance",
-            "0.01",
-            "--loss",
-            "smooth_l1",
-            "--target_norm",
-            "layer_norm",
-        ],
-        ["--ema", "0.9", "--accumulate", "2", "--dtype", "bf16"],
+        ("2", "--grad_clip 0.02"),
+        ("1", LOSS),
+        ("1", "--ema 0.9 --accumulate 2 --dtype bf16"),
     ],
 )
-def test_resuming_is_exact(world, grad, tmp_path):
+def test_resuming_is_exact(world, threads, more, tmp_path):
     """16 steps at a stretch, against the same run ended by SIGTERM about its first held-out
     evaluation, between two saves, and continued.
     """
@@ -305,19 +272,12 @@ def test_resuming_is_exact(world, grad, tmp_path):
         world / "latents",
         "--val_cache",
         world / "held_out",
-        "--epochs",
-        "4",
-        "--run_name",
-        "r",
-        "--save_every",
-        "5",
-        "--eval_every",
-        "6",
+        *"--epochs 4 --run_name r --save_every 5 --eval_every 6".split(),
         *SMALL,
-        *grad,
+        *more.split(),
     ]
-    run(tmp_path, "train", *flags, "--checkpoints", "whole", OMP_NUM_THREADS="2")
-    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path, OMP_NUM_THREADS="2")
+    run(tmp_path, "train", *flags, "--checkpoints", "whole", OMP_NUM_THREADS=threads)
+    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path, OMP_NUM_THREADS=threads)
     for line in process.stdout:
         if line.startswith("step 6/"):
             process.send_signal(signal.SIGTERM)
@@ -334,7 +294,7 @@ def test_resuming_is_exact(world, grad, tmp_path):
     } and 6 <= load_checkpoint(stopped / "last.pth")["step"] < 16
     # every step that ran is in it: `minimum loss .. at step a of b`
     assert f"of {load_checkpoint(stopped / 'last.pth')['step']}\n" in rest
-    said = run(tmp_path, "train", *flags, "--resume", "auto", OMP_NUM_THREADS="2")
+    said = run(tmp_path, "train", *flags, "--resume", "auto", OMP_NUM_THREADS=threads)
     assert f"resuming from {Path('checkpoints') / stopped.name}" in said
     whole = load_checkpoint(next(tmp_path.glob("whole/r_*")) / "last.pth")
     # one run, one folder, and in it the logs of its starts
@@ -369,7 +329,7 @@ def test_resuming_is_exact(world, grad, tmp_path):
         (whole["ema"][name], resumed["ema"][name]) for name in whole.get("ema", ())
     ]:
         assert all(torch.equal(value, other[name]) for name, value in part.items())
-    assert ("ema" in whole) == ("--ema" in grad)
+    assert ("ema" in whole) == ("--ema" in more)
     for number, state in whole["optimizer"]["state"].items():
         assert all(
             torch.equal(value, resumed["optimizer"]["state"][number][name])
@@ -384,10 +344,7 @@ def test_ways_to_run_a_step_leave_its_losses_alone(world, tmp_path):
         world / "latents",
         "--val_cache",
         world / "held_out",
-        "--max_steps",
-        "6",
-        "--eval_every",
-        "3",
+        *"--max_steps 6 --eval_every 3".split(),
         *SMALL,
     ]
     losses = {}
@@ -441,12 +398,7 @@ def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):
             steps,
             "--run_name",
             f"e{steps}",
-            "--warmup",
-            "0",
-            "--lr_end",
-            "2e-4",
-            "--weight_decay_end",
-            "0.04",
+            *"--warmup 0 --lr_end 2e-4 --weight_decay_end 0.04".split(),
         )
         states.append(load_checkpoint(next(tmp_path.glob(f"checkpoints/e{steps}_*/last.pth"))))
     torch.manual_seed(0)
@@ -471,13 +423,7 @@ def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):
         last,
         "--cache",
         world / "held_out",
-        "--out",
-        "e.json",
-        "--ema",
-        "--eval_seed",
-        "1",
-        "--dtype",
-        "fp32",
+        *"--out e.json --ema --eval_seed 1 --dtype fp32".split(),
     )
     assert json.loads((tmp_path / "e.json").read_text())["results"][0]["r2"] == pytest.approx(
         states[-1]["history"][-1]["val_r2_ema"], abs=1e-4
@@ -489,12 +435,7 @@ def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):
         last,
         "--data",
         world / "data",
-        "--ema",
-        "--folds",
-        "2",
-        "--untrained_seeds",
-        "0",
-        "--no_pixels",
+        *"--ema --folds 2 --untrained_seeds 0 --no_pixels".split(),
     )
     assert "without --ema" in error_of(
         tmp_path,
@@ -539,17 +480,7 @@ def test_signals_save_and_leave(world, tmp_path, signals):
 
 def test_a_resumed_run_must_be_the_same_run(world):
     last = run_folder(world, "student") / "last.pth"
-    flags = [
-        "--cache",
-        "latents",
-        "--val_cache",
-        "held_out",
-        "--epochs",
-        "4",
-        *SMALL,
-        "--resume",
-        last,
-    ]
+    flags = [*"--cache latents --val_cache held_out --epochs 4".split(), *SMALL, "--resume", last]
     assert "--lr 0.0002, not 0.001" in error_of(world, "train", *flags, "--lr", "1e-3")
     assert "other training clips" in error_of(
         world, "train", "--target", "pixels", "--cache", "clips", *SMALL, "--resume", last
@@ -600,10 +531,7 @@ def test_training_from_videos_and_a_teacher_on_the_fly_is_training_from_a_cache(
         ".",
         "--teacher",
         teacher,
-        "--max_steps",
-        "4",
-        "--run_name",
-        "fly",
+        *"--max_steps 4 --run_name fly".split(),
         *VIEW,
         *SMALL,
     )
@@ -612,10 +540,7 @@ def test_training_from_videos_and_a_teacher_on_the_fly_is_training_from_a_cache(
         "train",
         "--cache",
         world / "latents",
-        "--max_steps",
-        "4",
-        "--run_name",
-        "cached",
+        *"--max_steps 4 --run_name cached".split(),
         *SMALL,
     )
     run(
@@ -625,24 +550,9 @@ def test_training_from_videos_and_a_teacher_on_the_fly_is_training_from_a_cache(
         ".",
         "--teacher",
         teacher,
-        "--clips",
-        "off",
-        "--out",
-        "thin",
+        *"--clips off --out thin".split(),
     )
-    run(
-        tmp_path,
-        "train",
-        "--cache",
-        "thin",
-        "--data",
-        ".",
-        "--max_steps",
-        "4",
-        "--run_name",
-        "thin",
-        *SMALL,
-    )
+    run(tmp_path, "train", *"--cache thin --data . --max_steps 4 --run_name thin".split(), *SMALL)
     fly, cached, thin = (
         finished_losses(next(tmp_path.glob(f"checkpoints/{name}_*")))
         for name in ("fly", "cached", "thin")
@@ -658,10 +568,7 @@ def test_a_broken_video_in_decoded_training_is_skipped_and_listed(world, tmp_pat
         "train",
         "--data",
         world / "data",
-        "--target",
-        "pixels",
-        "--max_steps",
-        "8",
+        *"--target pixels --max_steps 8".split(),
         *VIEW,
         *SMALL,
     )
@@ -704,14 +611,7 @@ def test_failures_of_training_and_held_out_videos_are_told_apart(world, tmp_path
     run(
         tmp_path,
         "train",
-        "--cache",
-        "train",
-        "--val_cache",
-        "validation",
-        "--data",
-        ".",
-        "--epochs",
-        "3",
+        *"--cache train --val_cache validation --data . --epochs 3".split(),
         *SMALL,
     )
     listed = [
@@ -732,16 +632,8 @@ def test_eval_compares_checkpoints_on_the_same_clips(world):
         "--checkpoint",
         folder / "best.pth",
         folder / "last.pth",
-        "--cache",
-        "held_out",
-        "--out",
-        "deep/eval.json",
-        "--dtype",
-        "fp32",
-        "--batch_size",
-        "3",
-        "--eval_seed",
-        "1",
+        *"--cache held_out --out deep/eval.json".split(),
+        *"--dtype fp32 --batch_size 3 --eval_seed 1".split(),
     )
     results = json.loads((world / "deep" / "eval.json").read_text())["results"]
     assert [
@@ -769,12 +661,7 @@ def test_eval_compares_checkpoints_on_the_same_clips(world):
         "data",
         "--teacher",
         teacher,
-        "--out",
-        "fly.json",
-        "--dtype",
-        "fp32",
-        "--eval_seed",
-        "1",
+        *"--out fly.json --dtype fp32 --eval_seed 1".split(),
     )
     assert json.loads((world / "fly.json").read_text())["results"][0]["r2"] == pytest.approx(
         results[0]["r2"], abs=1e-3
@@ -784,14 +671,7 @@ def test_eval_compares_checkpoints_on_the_same_clips(world):
         "eval_distill",
         "--checkpoint",
         folder / "best.pth",
-        "--cache",
-        "held_out",
-        "--batch_size",
-        "2",
-        "--max_batches",
-        "2",
-        "--out",
-        "few.json",
+        *"--cache held_out --batch_size 2 --max_batches 2 --out few.json".split(),
     )
     assert json.loads((world / "few.json").read_text())["results"][0]["clips"] == 4 and limited
 
@@ -802,14 +682,7 @@ def test_probe_writes_the_figures_and_their_controls(world):
         "probe_time_arrow",
         "--checkpoint",
         run_folder(world, "student") / "best.pth",
-        "--data",
-        "data",
-        "--out",
-        "probe.json",
-        "--folds",
-        "3",
-        "--untrained_seeds",
-        "2",
+        *"--data data --out probe.json --folds 3 --untrained_seeds 2".split(),
     )
     result = json.loads((world / "probe.json").read_text())
     assert (
@@ -829,14 +702,7 @@ def test_probe_writes_the_figures_and_their_controls(world):
         "probe_time_arrow",
         "--checkpoint",
         run_folder(world, "student") / "best.pth",
-        "--data",
-        "data",
-        "--out",
-        "probe2.json",
-        "--folds",
-        "3",
-        "--untrained_seeds",
-        "2",
+        *"--data data --out probe2.json --folds 3 --untrained_seeds 2".split(),
     )
     assert (
         json.loads((world / "probe2.json").read_text())["untrained"] == result["untrained"]
@@ -860,15 +726,7 @@ def test_probe_says_what_its_held_out_videos_are(world, tmp_path):
     flags = [
         "--checkpoint",
         run_folder(world, "student") / "best.pth",
-        "--data",
-        ".",
-        "--out",
-        "p.json",
-        "--folds",
-        "2",
-        "--untrained_seeds",
-        "0",
-        "--no_pixels",
+        *"--data . --out p.json --folds 2 --untrained_seeds 0 --no_pixels".split(),
     ]
     said = run(tmp_path, "probe_time_arrow", *flags)
     assert (
@@ -911,23 +769,14 @@ def test_probe_after_a_run(world):
         "probe_time_arrow",
         "--after",
         f"run_logs/{name}.log",
-        "--data",
-        "data",
-        "--folds",
-        "2",
-        "--untrained_seeds",
-        "0",
-        "--no_pixels",
+        *"--data data --folds 2 --untrained_seeds 0 --no_pixels".split(),
     )
     assert f"waiting for run_logs/{name}.log" in said and "time arrow" in said
     (world / "run_logs" / "x_20260101_000000_pid999999.log").write_text("step 20\n")
     assert "is gone and its log" in error_of(
         world,
         "probe_time_arrow",
-        "--after",
-        "run_logs/x_20260101_000000_pid999999.log",
-        "--data",
-        "data",
+        *"--after run_logs/x_20260101_000000_pid999999.log --data data".split(),
     )
     (world / "run_logs" / "y_20260101_000000_pid999999.log").write_text(
         "status: stopped\nProcess exiting.\n"
@@ -935,10 +784,7 @@ def test_probe_after_a_run(world):
     assert "ended as 'stopped'" in error_of(
         world,
         "probe_time_arrow",
-        "--after",
-        "run_logs/y_20260101_000000_pid999999.log",
-        "--data",
-        "data",
+        *"--after run_logs/y_20260101_000000_pid999999.log --data data".split(),
     )
 
 
@@ -1192,10 +1038,7 @@ def test_every_stage_runs_where_semaphores_and_shared_memory_are_refused(world, 
                 best,
                 "--data",
                 world / "data",
-                "--folds",
-                "2",
-                "--untrained_seeds",
-                "1",
+                *"--folds 2 --untrained_seeds 1".split(),
             ],
         ),
     ):

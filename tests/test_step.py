@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from benchmarks import budget
-from salt import ops
+from salt import ops, optimiser
 from salt.errors import InputError
 from salt.loader import Batch
 from salt.masks import mask_counts, sample_masks
@@ -394,7 +394,7 @@ def test_the_budget_counts_what_torch_counts():
 def run_steps(salt, steps, dtype="fp32", families=FAMILIES, accumulate=1):
     """train.py's loop, over batches of 4: the losses."""
     optimizer = torch.optim.AdamW(
-        model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), fused=True
+        optimiser.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), fused=True
     )
     losses = []
     for seed in range(steps):
@@ -404,7 +404,7 @@ def run_steps(salt, steps, dtype="fp32", families=FAMILIES, accumulate=1):
             loss, errors = model.salt_loss(salt, part, SPACE, weight=1 / accumulate)
             loss.backward()
             total += errors[0].item() / accumulate
-        model.update(optimizer, list(salt.parameters()), 0.02)
+        optimiser.update(optimizer, list(salt.parameters()), 0.02)
         losses.append(total)
     return losses
 
@@ -443,7 +443,7 @@ def plain_steps(salt, steps):
         return x
 
     optimizer = torch.optim.AdamW(
-        model.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), foreach=False
+        optimiser.parameter_groups(salt, 0.04), lr=1e-3, betas=(0.9, 0.95), foreach=False
     )
     losses = []
     for seed in range(steps):
@@ -578,7 +578,8 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(clip):
         parameter.grad = torch.full((50,), math.inf if bad else 0.5)
         before = parameter.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
         assert (
-            model.update(optimizer, [parameter], clip).isfinite() != bad and parameter.grad is None
+            optimiser.update(optimizer, [parameter], clip).isfinite() != bad
+            and parameter.grad is None
         )
         assert torch.equal(parameter, before[0]) == bad
         if bad:
@@ -591,7 +592,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(clip):
 def test_a_moving_average_moves_and_keeps_no_graph():
     salt, average = make_salt(), make_salt(seed=1).requires_grad_(False)
     before = [parameter.clone() for parameter in average.parameters()]
-    model.move_average(average, salt, 0.9)
+    optimiser.move_average(average, salt, 0.9)
     for old, new, now in zip(before, salt.parameters(), average.parameters(), strict=True):
         torch.testing.assert_close(now, 0.9 * old + 0.1 * new.detach())
         assert now.is_leaf and not now.requires_grad
@@ -610,7 +611,7 @@ def test_an_update_is_clip_grad_norm_and_adamw(clip):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
-        norm = model.update(fused, ours, clip)
+        norm = optimiser.update(fused, ours, clip)
         torch.testing.assert_close(
             norm, torch.nn.utils.clip_grad_norm_(theirs, clip or math.inf, foreach=False)
         )
@@ -649,22 +650,8 @@ def test_bench_compares_and_counts(tmp_path):
             sys.executable,
             "benchmarks/bench.py",
             "step",
-            "--sizes",
-            "tiny",
-            "--batch_sizes",
-            "1",
-            "--rounds",
-            "3",
-            "--variants",
-            "textbook,ours,loader",
-            "--predictor_depth",
-            "1",
-            "--no_memory",
-            "--no_attention",
-            "--clips",
-            "4",
-            "--dtype",
-            "fp32",
+            *"""--sizes tiny --batch_sizes 1 --rounds 3 --variants textbook,ours,loader
+--predictor_depth 1 --no_memory --no_attention --clips 4 --dtype fp32""".split(),
             "--folder",
             str(tmp_path),
             "--json",

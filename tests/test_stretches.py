@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from salt import views
-from salt.video import OddVideos, VideoError, frames_of, odd_videos, read_clip, read_clips
+from salt.containers import frames_of
+from salt.errors import VideoError
+from salt.odd_videos import OddVideos, odd_videos
+from salt.video import read_clip, read_clips
 from salt.views import View
 from tests.test_data import numbered_frames, write_video
 
@@ -152,10 +155,14 @@ def test_what_lies_far_before_a_stretch_is_not_decoded(tmp_path, monkeypatch):
     path = write_video(
         tmp_path / "v.mp4", noisy_frames(100), "libx264", 25, options={"g": "10", "bf": "2"}
     )
-    fed, original = [], frames_of
-    monkeypatch.setattr(
-        "salt.video.frames_of", lambda packet: fed.append(packet.pts) or original(packet)
-    )
+    fed = []
+
+    def counted(packet):
+        fed.append(packet.pts)
+        return frames_of(packet)
+
+    for module in ("containers", "video"):
+        monkeypatch.setattr(f"salt.{module}.frames_of", counted)
     read_clip(path, SMALL, None, 3.0, 3.4)
     assert (
         10 <= len(fed) <= 10 + 10 + 8
@@ -199,21 +206,15 @@ def test_the_span_of_a_clip_is_that_of_its_frames(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("end, noted", [(None, False), (4.0, False), (4.3, False), (2500.0, True)])
-def test_an_end_in_other_units_is_noticed(tmp_path, monkeypatch, end, noted):
+def test_an_end_in_other_units_is_noticed(tmp_path, said, end, noted):
     path = write_video(tmp_path / "v.mkv", numbered_frames(40), "ffv1", 10, "bgr0")
-    said, watch = [], OddVideos()
-    watch.watch(60.0, said.append)
-    monkeypatch.setattr("salt.video.odd_videos", watch)
     read_clip(path, SMALL, None, 1.0, end)
     assert [f"{path} ends after 3 s of 2499 s" in line for line in said] == [True] * noted
 
 
-def test_the_end_of_a_stretch_late_in_a_file_is_its_own(tmp_path, monkeypatch):
+def test_the_end_of_a_stretch_late_in_a_file_is_its_own(tmp_path, said):
     """Half of it is missing, which is little of the file."""
     path = write_video(tmp_path / "v.mkv", numbered_frames(60), "ffv1", 1, "bgr0")
-    said, watch = [], OddVideos()
-    watch.watch(60.0, said.append)
-    monkeypatch.setattr("salt.video.odd_videos", watch)
     read_clip(path, SMALL, None, 50.0, 60.0)
     read_clip(path, SMALL, None, 55.0, 65.0)
     assert len(said) == 1 and f"{path} ends after 5 s of 10 s" in said[0]

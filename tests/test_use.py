@@ -11,7 +11,7 @@ import torch
 
 import model
 from model import EncoderConfig
-from salt import ops
+from salt import ops, teachers
 from salt.checkpoint import CHECKPOINT_PARTS, save_checkpoint
 from salt.errors import InputError
 from salt.files import sha256
@@ -223,7 +223,7 @@ def test_the_view_comes_with_the_encoder(tmp_path):
     save(encoder, tmp_path / "best.pth")
     model.export_transformers(model.load_encoder(tmp_path / "best.pth"), tmp_path / "exported")
     for path in ("best.pth", "exported"):
-        for load in (model.load_encoder, model.load_teacher):
+        for load in (model.load_encoder, teachers.load_teacher):
             found = load(tmp_path / path)
             assert found.view == view and found.config == encoder.config, (path, load)
             assert found.state_dict().keys() == encoder.state_dict().keys()
@@ -232,7 +232,7 @@ def test_the_view_comes_with_the_encoder(tmp_path):
                 for name, value in found.state_dict().items()
             )
             assert not found.training
-    assert model.load_teacher(tmp_path / "exported").sha256 == sha256(
+    assert teachers.load_teacher(tmp_path / "exported").sha256 == sha256(
         tmp_path / "exported" / "model.safetensors"
     )
     with pytest.raises(InputError, match="holds no moving average"):
@@ -251,7 +251,7 @@ def test_a_teacher_of_others_has_the_view_of_its_size(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["salt_view"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert model.load_teacher(tmp_path).view == View(8, 48, 48)
+    assert teachers.load_teacher(tmp_path).view == View(8, 48, 48)
 
 
 @pytest.mark.parametrize(

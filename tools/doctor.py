@@ -101,12 +101,12 @@ def check_extension():
     """The C++ and CUDA kernels are in use, and the loss kernel gives what plain torch gives."""
     import torch
 
-    from salt import ops
+    from salt import extension, ops
 
     places = ["cpu"]
     if device != "cpu" and torch.cuda.is_available():
         places.append("cuda" if device == "auto" else device)
-    line = ops.extension_line(places[-1]).removeprefix("salt_ops: ")
+    line = extension.describe(places[-1]).removeprefix("salt_ops: ")
     for where in places:
         prediction = torch.randn(2, 20, 64, device=where, requires_grad=True)  # [B, Kt, D]
         target = torch.randn(2, 40, 64, device=where)  # [B, N, D]

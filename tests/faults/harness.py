@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.stages import ROOT, SMALL, path_of, start
+from tests.stages import ROOT, path_of, start
 
 FULL = os.environ.get("SALT_FAULTS") == "full"
 RECORD = Path(os.environ.get("SALT_FAULTS_RECORD", ROOT / "out" / "faults.jsonl"))
 LIMIT = 300  # seconds after which a child counts as hanging
-TINY = [*SMALL, "--matrix_rate", "1"]
 
 
 def count(short, full):

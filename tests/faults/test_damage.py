@@ -14,16 +14,17 @@ import pytest
 import torch
 
 import model
-from salt import cache, ops, upkeep
+from salt import cache, cache_format, ops, teachers, upkeep
 from salt.cache_writer import npy_header
-from salt.checkpoint import furthest, load_checkpoint
+from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
+from salt.run_folder import furthest
 from salt.splits import load_split
 from salt.torch_files import step_and_run
 from salt.video import read_clip
 from salt.views import View
-from tests.faults.harness import TINY, count, flip, one_line, record, run, same
-from tests.stages import run_folder
+from tests.faults.harness import count, flip, one_line, record, run, same
+from tests.stages import SMALL, run_folder
 
 
 def clean(error):
@@ -135,7 +136,7 @@ def test_every_bit_of_a_shards_header(tmp_path):
     for place, bit in np.ndindex(len(header), 8):
         path.write_bytes(header[:place] + bytes([header[place] ^ (1 << bit)]) + header[place + 1 :])
         try:
-            cache.check_header(path, shape, dtype, len(header) + 17 * 18 * 1536)
+            cache_format.check_header(path, shape, dtype, len(header) + 17 * 18 * 1536)
             passed.append(place)
         except InputError as error:
             assert clean(error)
@@ -150,14 +151,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world, tmp_path)
     flags = [
         "--cache",
         world / "latents",
-        *TINY,
-        "--max_steps",
-        "12",
-        "--save_every",
-        "4",
-        "--run_name",
-        "r",
-        "--resume",
+        *SMALL,
+        *"--max_steps 12 --save_every 4 --run_name r --resume".split(),
     ]
     assert run(tmp_path, "train", *flags, "auto")[0] == 0
     folder = next(tmp_path.glob("checkpoints/r_*"))
@@ -245,8 +240,8 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, make):
         lambda: load_checkpoint(path),
         lambda: model.load_salt(path),
         lambda: model.load_encoder(path),
-        lambda: model.load_teacher(path),
-        lambda: model.load_teacher(tmp_path / "folder"),
+        lambda: teachers.load_teacher(path),
+        lambda: teachers.load_teacher(tmp_path / "folder"),
         lambda: furthest([tmp_path / "run"], print),
     ):
         with pytest.raises(InputError) as caught:
@@ -285,7 +280,7 @@ def test_code_in_a_cache_does_not_run(world, tmp_path, name):
 def test_code_given_to_each_stage_does_not_run(world, tmp_path):
     as_zip(tmp_path / "x.pth", Harm(tmp_path / "harm"))
     cases = [
-        ("train", ["--cache", world / "latents", *TINY, "--resume", "x.pth"]),
+        ("train", ["--cache", world / "latents", *SMALL, "--resume", "x.pth"]),
         ("train", ["--data", world / "data", "--teacher", "x.pth"]),
         ("eval_distill", ["--checkpoint", "x.pth", "--cache", world / "latents"]),
         ("probe_time_arrow", ["--checkpoint", "x.pth", "--data", world / "data"]),
@@ -359,14 +354,7 @@ def test_links_and_special_files_in_the_video_folder(world, tmp_path):
         "cache_latents",
         "--data",
         tmp_path,
-        "--teacher",
-        "none",
-        "--frames",
-        "4",
-        "--resolution",
-        "48",
-        "--out",
-        "c",
+        *"--teacher none --frames 4 --resolution 48 --out c".split(),
     )
     assert code == 0, text
     opened = cache.open_cache(tmp_path / "c")

@@ -13,8 +13,8 @@ import sys
 import pytest
 
 from salt.checkpoint import load_checkpoint
-from tests.faults.harness import FULL, TINY, command, count, one_line, record, run, same, watched
-from tests.stages import REFUSE, run_folder
+from tests.faults.harness import FULL, command, count, one_line, record, run, same, watched
+from tests.stages import REFUSE, SMALL, run_folder
 
 NAMESPACE = ["unshare", "--mount", "--propagation", "private"]
 CAN_MOUNT = (
@@ -67,13 +67,8 @@ def test_a_disk_that_fills_up_in_training(world, tmp_path):
         world / "latents",
         "--val_cache",
         world / "held_out",
-        *TINY,
-        "--max_steps",
-        "8",
-        "--save_every",
-        "2",
-        "--eval_every",
-        "4",
+        *SMALL,
+        *"--max_steps 8 --save_every 2 --eval_every 4".split(),
     ]
     code, text = run(tmp_path, "train", *flags, "--run_name", "whole")
     assert code == 0, text
@@ -86,12 +81,7 @@ def test_a_disk_that_fills_up_in_training(world, tmp_path):
         words = command(
             "train",
             *flags,
-            "--run_name",
-            "r",
-            "--checkpoints",
-            "disk/checkpoints",
-            "--run_logs",
-            "disk/run_logs",
+            *"--run_name r --checkpoints disk/checkpoints --run_logs disk/run_logs".split(),
         )
         code, said, left, _ = on_a_small_disk(
             folder, f"{int(share * size)}k", words, [*words, "--resume", "auto"]
@@ -162,19 +152,12 @@ def test_a_limit_on_file_sizes(world, tmp_path, script):
         )
 
     flags = (
-        ["--cache", world / "latents", *TINY, "--max_steps", "2"]
+        ["--cache", world / "latents", *SMALL, "--max_steps", "2"]
         if script == "train"
         else [
             "--data",
             world / "data",
-            "--teacher",
-            "none",
-            "--frames",
-            "4",
-            "--resolution",
-            "48",
-            "--out",
-            "c",
+            *"--teacher none --frames 4 --resolution 48 --out c".split(),
         ]
     )
     code, text = run(tmp_path, script, *flags, before=limit)
@@ -186,18 +169,11 @@ def test_a_limit_on_file_sizes(world, tmp_path, script):
 
 
 READ_ONLY = {
-    "train": lambda world: ["--cache", world / "latents", *TINY, "--max_steps", "2"],
+    "train": lambda world: ["--cache", world / "latents", *SMALL, "--max_steps", "2"],
     "cache_latents": lambda world: [
         "--data",
         world / "data",
-        "--teacher",
-        "none",
-        "--frames",
-        "4",
-        "--resolution",
-        "48",
-        "--out",
-        "c",
+        *"--teacher none --frames 4 --resolution 48 --out c".split(),
     ],
     "eval_distill": lambda world: [
         "--checkpoint",
@@ -250,7 +226,7 @@ def test_every_stage_without_dev_shm(world, tmp_path):
     best = run_folder(world, "student") / "best.pth"
     teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
     stages = {
-        "train": ["--cache", world / "latents", *TINY, "--max_steps", "2"],
+        "train": ["--cache", world / "latents", *SMALL, "--max_steps", "2"],
         "cache_latents": ["--data", world / "data", "--teacher", teacher, "--out", "c"],
         "eval_distill": ["--checkpoint", best, "--cache", world / "held_out"],
         "probe_time_arrow": [
@@ -258,10 +234,7 @@ def test_every_stage_without_dev_shm(world, tmp_path):
             best,
             "--data",
             world / "data",
-            "--folds",
-            "2",
-            "--untrained_seeds",
-            "1",
+            *"--folds 2 --untrained_seeds 1".split(),
         ],
     }
     for script in list(stages)[: count(1, 4)]:
@@ -286,7 +259,7 @@ def test_every_stage_without_dev_shm(world, tmp_path):
 @pytest.mark.skipif(not FULL, reason="in the full form")
 def test_training_without_semaphores(world, tmp_path):
     """Every stage is tried so in test_stages.py; here the run is also the same to the bit."""
-    flags = ["--cache", str(world / "latents"), *TINY, "--max_steps", "4"]
+    flags = ["--cache", str(world / "latents"), *SMALL, "--max_steps", "4"]
     assert run(tmp_path, "train", *flags, "--run_name", "with")[0] == 0
     code, text = watched(
         [sys.executable, "-c", REFUSE, *command("train", *flags, "--run_name", "without")[1:]],
@@ -322,13 +295,8 @@ def test_the_probes_memory_does_not_grow_with_its_videos(world, tmp_path):
         "pixels",
         "--data",
         tmp_path / "data",
-        *TINY,
-        "--batch_size",
-        "2",
-        "--max_steps",
-        "1",
-        "--stats_clips",
-        "2",
+        *SMALL,
+        *"--batch_size 2 --max_steps 1 --stats_clips 2".split(),
     )
     assert code == 0, text
     best, peaks = next(tmp_path.glob("checkpoints/*/best.pth")), {}
@@ -342,19 +310,8 @@ def test_the_probes_memory_does_not_grow_with_its_videos(world, tmp_path):
             "data",
             "--train_videos",
             number,
-            "--val_videos",
-            "20",
-            "--untrained_seeds",
-            "0",
-            "--no_pixels",
-            "--folds",
-            "2",
-            "--strengths",
-            "0.01",
-            "--batch_size",
-            "4",
-            "--dtype",
-            "fp32",
+            *"--val_videos 20 --untrained_seeds 0 --no_pixels --folds 2 --strengths 0.01".split(),
+            *"--batch_size 4 --dtype fp32".split(),
             limit=3600,
         )
         assert code == 0, text

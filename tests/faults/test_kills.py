@@ -10,7 +10,8 @@ import pytest
 
 from salt import cache
 from salt.checkpoint import load_checkpoint
-from tests.faults.harness import TINY, command, count, killed_at_random, record, same, seconds_of
+from tests.faults.harness import command, count, killed_at_random, record, same, seconds_of
+from tests.stages import SMALL
 
 TIMES = {"clips_per_s", "data_wait", "mfu", "memory_gb"}  # of metrics.jsonl: the clock's
 
@@ -52,15 +53,8 @@ def test_training_killed_and_resumed(world, tmp_path, way):
     )
     flags = [
         *source,
-        *TINY,
-        "--log_every",
-        "3",
-        "--save_every",
-        "2",
-        "--eval_every",
-        "9",
-        "--val_batches",
-        "1",
+        *SMALL,
+        *"--log_every 3 --save_every 2 --eval_every 9 --val_batches 1".split(),
         *WAYS[way],
     ]
     random = np.random.default_rng(len(way))
