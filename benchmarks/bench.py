@@ -64,6 +64,7 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
     import torch
 
     from salt import cache_writer
+    from salt.cache_format import plan_of
     from salt.stored import to_stored
     from salt.views import View
 
@@ -73,33 +74,9 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
     dim = 768
     before, cache_writer.SHARD_ROWS = cache_writer.SHARD_ROWS, shard_rows
     try:
-        writer = cache_writer.Writer(
-            where,
-            {
-                "split": "train",
-                "list_count": records,
-                "list_sha256": "",
-                "teacher": {
-                    "name": "random",
-                    "sha256": "",
-                    "dim": dim,
-                    "mean": [0.5] * 3,
-                    "std": [0.5] * 3,
-                    "compute": "fp32",
-                },
-                "view": view.to_dict(),
-                "view_hash": view.hash(),
-                "views": 1,
-                "patch": 16,
-                "tubelet": 2,
-                "dtype": dtype,
-                "batch_size": 8,
-                "latent_shape": [tokens, dim],
-                "patch_shape": [tokens, 1536],
-                "clips": True,
-                "clips_from": None,
-            },
-        )
+        teacher = {"name": "random", "sha256": "", "dim": dim, "compute": "fp32"}
+        teacher |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+        writer = cache_writer.Writer(where, plan_of(view, "", records, teacher, dtype=dtype))
         latents = torch.from_numpy(random.standard_normal((tokens, dim), dtype=np.float32))
         for number in writer.missing():
             with writer.shard(number) as shard:

@@ -122,30 +122,11 @@ def make_index(where, count):
         np.random.default_rng(count).integers(-(2**63), 2**63 - 1, count),
     )
     (where / "ids.txt").write_text("".join(f"{i}\t0\n" for i in range(count)))
+    teacher = {"name": "t", "sha256": "", "dim": D, "compute": "fp32"}
+    teacher |= {"mean": [0.5] * 3, "std": [0.5] * 3}
     metadata = {
         "format_version": cache_format.FORMAT_VERSION,
-        "split": "train",
-        "list_count": count,
-        "list_sha256": "",
-        "teacher": {
-            "name": "t",
-            "sha256": "",
-            "dim": D,
-            "mean": [0.5] * 3,
-            "std": [0.5] * 3,
-            "compute": "fp32",
-        },
-        "view": VIEW.to_dict(),
-        "view_hash": VIEW.hash(),
-        "views": 1,
-        "patch": 16,
-        "tubelet": 2,
-        "dtype": "float16",
-        "batch_size": 8,
-        "latent_shape": [N, D],
-        "patch_shape": [N, P],
-        "clips": True,
-        "clips_from": None,
+        **cache_format.plan_of(VIEW, "", count, teacher),
         "count": count,
         "failures": 0,
         "ids_sha256": sha256(where / "ids.txt"),

@@ -12,11 +12,56 @@ import numpy as np
 
 from salt.errors import InputError
 from salt.files import sha256
+from salt.views import grid_of
 
 # 1 and 2 cut other pixels under the same view, and 2 did not keep what tells them apart
 FORMAT_VERSION = 3
 
 KINDS = ("latents", "scales", "tokens", "patches")
+
+
+def plan_of(
+    view,
+    ids_sha256,
+    count,
+    teacher=None,
+    patch=16,
+    tubelet=2,
+    split="train",
+    views=1,
+    dtype="float16",
+    batch_size=8,
+    clips=True,
+    clips_from=None,
+):
+    """What the metadata of a cache says beforehand, for a cache_writer.Writer.
+
+    view        views.View of the clips
+    ids_sha256  cache_writer.list_digest of the list's `count` rows
+    teacher     {'name', 'sha256', 'dim', 'mean', 'std', 'compute', ...} or None: no latents
+    views       clips a video
+    dtype       'float16' or 'int8', of the latents
+    batch_size  clips that the teacher sees at a time
+    clips       whether clips are kept; clips_from: or in which cache they are
+    """
+    tokens = math.prod(grid_of(view, patch, tubelet))
+    return {
+        "split": split,
+        "list_count": count,
+        "list_sha256": ids_sha256,
+        "teacher": teacher,
+        "view": view.to_dict(),
+        "view_hash": view.hash(),
+        "views": views,
+        "patch": patch,
+        "tubelet": tubelet,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "latent_shape": [tokens, teacher["dim"]] if teacher else None,
+        "patch_shape": [tokens, 3 * tubelet * patch * patch],
+        "clips": clips,
+        "clips_from": clips_from,
+    }
 
 
 def read_metadata(folder):

@@ -12,7 +12,7 @@ import numpy as np
 
 from salt import config, ops, teachers
 from salt.cache import open_cache
-from salt.cache_format import source_mark
+from salt.cache_format import plan_of, source_mark
 from salt.cache_writer import SHARD_ROWS, list_digest, shard_rows
 from salt.errors import InputError, VideoError
 from salt.splits import load_split
@@ -206,20 +206,17 @@ class Work:
             "dim": shape.dim,
             **self.encoder.identity,
         }
-        return {
-            "split": self.source.metadata["split"] if self.source else s.split,
-            "list_count": len(self.ids),
-            "list_sha256": list_digest(self.ids),
-            "teacher": teacher,
-            "view": self.view.to_dict(),
-            "view_hash": self.view.hash(),
-            "views": self.views,
-            "patch": self.patch,
-            "tubelet": self.tubelet,
-            "dtype": {"f16": "float16", "i8": "int8"}[s.latents],
-            "batch_size": s.batch_size,
-            "latent_shape": [self.tokens, shape.dim] if shape else None,
-            "patch_shape": [self.tokens, self.patch_dim],
-            "clips": bool(keep_clips),
-            "clips_from": clips_from,
-        }
+        return plan_of(
+            self.view,
+            list_digest(self.ids),
+            len(self.ids),
+            teacher,
+            self.patch,
+            self.tubelet,
+            split=self.source.metadata["split"] if self.source else s.split,
+            views=self.views,
+            dtype={"f16": "float16", "i8": "int8"}[s.latents],
+            batch_size=s.batch_size,
+            clips=bool(keep_clips),
+            clips_from=clips_from,
+        )

@@ -303,21 +303,27 @@ class Loader:
         }
         self.reads = [kind for kind in stored if stored[kind] and self.rows[kind] != NONE]
         self.decodes = source.decodes and patches != NONE
-        self.stream = self.run(sampler)
+        self.pools = [ThreadPoolExecutor(count) for count in (threads, 1, 1)]
+        self.stream = self.run(sampler, *self.pools)
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        return next(self.stream)
+        try:
+            return next(self.stream)
+        except BaseException:  # the end, too
+            self.close()
+            raise
 
     def close(self):
-        """Stop preparing batches."""
+        """Stop preparing batches, and wait for the threads."""
         self.stream.close()
+        for pool in self.pools:
+            pool.shutdown()
 
-    def run(self, sampler):
+    def run(self, sampler, decoders, assembler, planner):
         """The batches in order: up to `ahead` of them in the making while the caller has one."""
-        decoders, assembler, planner = map(ThreadPoolExecutor, (self.threads, 1, 1))
         free = deque()
         pending = deque()
         try:
@@ -337,11 +343,10 @@ class Loader:
                 pending.append((slots, job))
             yield from self.finished(pending, free, 0)
         finally:
-            pools = (assembler, decoders, planner)
-            for pool in pools:
+            # No waiting here: a Loader that nobody closed is collected wherever that happens to
+            # be, in the start of another thread for one, which then waits for itself.
+            for pool in (assembler, decoders, planner):
                 pool.shutdown(wait=False, cancel_futures=True)
-            for pool in pools:
-                pool.shutdown()  # waits: no thread is left behind
 
     def finished(self, pending, free, left):
         """The oldest batches, until `left` are in the making; their memory is free once the caller

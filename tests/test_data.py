@@ -2,10 +2,12 @@
 which they are.
 """
 
+import gc
 import json
 import shutil
 import struct
 import threading
+import weakref
 from fractions import Fraction
 
 import av
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 
 from salt import errors, ops, video
 from salt.cache import Cache, open_cache
+from salt.cache_format import plan_of
 from salt.cache_writer import Writer
 from salt.errors import InputError
 from salt.loader import CONTEXT, NONE, TARGET, Loader, Records
@@ -700,6 +703,34 @@ def test_preparing_is_bounded_and_ends_with_the_caller():
     assert threading.active_count() == before and len(begun) <= 16
 
 
+def test_a_loader_that_nobody_closed_is_collected_without_waiting(monkeypatch):
+    """It may be collected in the start of a thread, where waiting for threads waits for ever."""
+    before = threading.active_count()
+    stream = Loader(Fake(4), in_order(range(4), 2), threads=2, ahead=2)
+    next(stream)
+    pools, kept = stream.pools, weakref.ref(stream)
+    for pool in pools:  # all that was asked for is done
+        pool.submit(int).result()
+    waited = []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", lambda thread, timeout=None: waited.append(thread))
+        del stream
+        gc.collect()
+    assert kept() is None and waited == []
+    for pool in pools:
+        pool.shutdown()
+    assert threading.active_count() == before
+
+
+RANDOM_TEACHER = {
+    "name": "t",
+    "sha256": "ab",
+    "mean": [0.5] * 3,
+    "std": [0.2] * 3,
+    "compute": "fp32",
+}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A cache of 40 clips on the 2x4x4 grid, and all that is in it."""
@@ -707,32 +738,7 @@ def made(tmp_path_factory):
     latents = rng.normal(size=(40, 32, 6)).astype(np.float16)
     patches = rng.integers(0, 256, (40, 32, 1536), dtype=np.uint8)
     folder = tmp_path_factory.mktemp("cache") / "c"
-    writer = Writer(
-        folder,
-        {
-            "split": "train",
-            "list_count": 40,
-            "list_sha256": "",
-            "teacher": {
-                "name": "t",
-                "sha256": "ab",
-                "mean": [0.5] * 3,
-                "std": [0.2] * 3,
-                "compute": "fp32",
-            },
-            "view": view.to_dict(),
-            "view_hash": view.hash(),
-            "views": 1,
-            "patch": 16,
-            "tubelet": 2,
-            "dtype": "float16",
-            "batch_size": 8,
-            "latent_shape": [32, 6],
-            "patch_shape": [32, 1536],
-            "clips": True,
-            "clips_from": None,
-        },
-    )
+    writer = Writer(folder, plan_of(view, "", 40, {**RANDOM_TEACHER, "dim": 6}))
     with writer.shard(0) as shard:
         for row in range(40):
             shard.add(f"v{row}", 0, patches[row], {"latents": latents[row]})

@@ -385,38 +385,16 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, slow):
     the other.
     """
     pytest.importorskip("einops")
-    from salt import cache, cache_writer, loader, views
+    from salt import cache, cache_format, cache_writer, loader, views
     from salt import masks as salt_masks
 
     view, rng = views.View(frames=4, size=64, short_side=64), np.random.default_rng(0)
     latents = rng.normal(size=(64, 32, 256)).astype(np.float16)
     patches = rng.integers(0, 256, (64, 32, 1536), dtype=np.uint8)
-    writer = cache_writer.Writer(
-        tmp_path / "c",
-        {
-            "split": "train",
-            "list_count": 64,
-            "list_sha256": "",
-            "teacher": {
-                "name": "t",
-                "sha256": "ab",
-                "mean": [0.5] * 3,
-                "std": [0.2] * 3,
-                "compute": "fp32",
-            },
-            "view": view.to_dict(),
-            "view_hash": view.hash(),
-            "views": 1,
-            "patch": 16,
-            "tubelet": 2,
-            "dtype": "float16",
-            "batch_size": 8,
-            "latent_shape": [32, 256],
-            "patch_shape": [32, 1536],
-            "clips": True,
-            "clips_from": None,
-        },
-    )
+    teacher = {"name": "t", "sha256": "ab", "dim": 256, "compute": "fp32"}
+    teacher |= {"mean": [0.5] * 3, "std": [0.2] * 3}
+    plan = cache_format.plan_of(view, "", 64, teacher)
+    writer = cache_writer.Writer(tmp_path / "c", plan)
     with writer.shard(0) as shard:
         for row in range(64):
             shard.add(f"v{row}", 0, patches[row], {"latents": latents[row]})

@@ -17,7 +17,7 @@ BUDGETS = {
     "train": 350,
     "salt": 20,
     "salt.cache": 450,
-    "salt.cache_format": 180,
+    "salt.cache_format": 220,
     "salt.cache_merge": 190,
     "salt.cache_repair": 170,
     "salt.cache_writer": 480,
