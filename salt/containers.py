@@ -173,6 +173,21 @@ def video_stream(container, path):
     return stream
 
 
+def frame_rate(path):
+    """Frames a second of a video, as its container says. Raises VideoError where it does not."""
+    import av
+
+    try:
+        opened: Any = av.open(path, "r", metadata_errors="ignore")
+        with opened as container:
+            rate = video_stream(container, path).average_rate
+    except av.FFmpegError as error:
+        raise VideoError(f"{path} cannot be opened: {error.strerror or error}") from None
+    if not rate:
+        raise VideoError(f"{path} does not say how many frames a second it has; give --fps")
+    return float(rate)
+
+
 def shows(packet):
     """Whether a packet carries a frame that is shown; the last one of a stream is empty and flushes
     the decoder.

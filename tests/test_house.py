@@ -13,7 +13,8 @@ BUDGETS = {
     "cache_latents": 310,
     "eval_distill": 200,
     "model": 580,
-    "probe_time_arrow": 370,
+    "probe_states": 220,
+    "probe_time_arrow": 170,
     "train": 350,
     "salt": 20,
     "salt.cache": 450,
@@ -41,6 +42,8 @@ BUDGETS = {
     "salt.odd_videos": 130,
     "salt.ops": 460,
     "salt.optimiser": 70,
+    "salt.probed": 310,
+    "salt.probing": 420,
     "salt.ranks": 290,
     "salt.rows": 100,
     "salt.run": 240,
@@ -77,8 +80,9 @@ ROWS = [
     "salt.cache_repair salt.cache_merge salt.run",
     "model salt.comparison benchmarks.budget",
     "salt.teachers",
-    "salt.task salt.caching salt.meter",
-    "train cache_latents eval_distill probe_time_arrow tools.doctor tools.plot_runs",
+    "salt.task salt.caching salt.meter salt.probing",
+    "salt.probed",
+    "train cache_latents eval_distill probe_time_arrow probe_states tools.doctor tools.plot_runs",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}
 FILES = sorted(

@@ -1,0 +1,416 @@
+"""What is read from frozen features: tokens of clips on disk, linear and attentive heads on them,
+and what their answers allow one to say.
+
+Heads are fitted on training videos, and what is to be chosen is chosen by a part of these; a
+held-out video is answered once. A Source is whatever gives tokens: an encoder, an untrained one of
+its shape, a teacher, raw pixels.
+"""
+
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+from salt.errors import InputError
+from salt.ops import patchify
+from salt.score import interval, show_interval
+
+HEADS = ("mean", "grid", "attentive")
+CELLS = 7  # a side, of raw pixels and frame differences
+STRENGTHS = tuple(10.0**k for k in range(-4, 3))  # inverse L2 of linear heads to choose from
+# of attentive heads, V-JEPA 2's twenty (facebookresearch/vjepa2, configs/eval/vitl)
+RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
+DECAYS = (0.01, 0.1, 0.4, 0.8)
+
+
+# ---- features
+
+
+class Source(NamedTuple):
+    """What gives tokens of clips."""
+
+    name: str
+    grid: tuple  # (t, h, w) of its tokens, n = (t * h + y) * w + x
+    dim: int
+    tokens: Callable  # (clips uint8 [B, T, H, W, 3]) -> float [B, N, dim]
+    heads: tuple = HEADS
+
+
+def encoder_source(name, encoder):
+    """A Source of an Encoder, or a teacher, which computes as it is set up to."""
+    c = encoder.config
+
+    @torch.no_grad()
+    def tokens(clips):
+        return encoder.encode(torch.from_numpy(patchify(clips, c.patch, c.tubelet)))
+
+    return Source(name, tuple(c.grid), c.dim, tokens)
+
+
+def pixel_cells(clips):
+    """uint8 [B, T, H, W, 3] -> float32 [B, T, CELLS, CELLS, 3]: means of cells, in [0, 1]."""
+    edges = [[round(i * size / CELLS) for i in range(CELLS + 1)] for size in clips.shape[2:4]]
+    rows = np.add.reduceat(clips, edges[0][:-1], axis=2, dtype=np.float32)
+    cells = np.add.reduceat(rows, edges[1][:-1], axis=3)
+    area = np.outer(np.diff(edges[0]), np.diff(edges[1]))[..., None] * 255
+    return cells / area.astype(np.float32)
+
+
+def pixel_sources(frames):
+    """Sources that know no more than where which colour is, and where it changes."""
+
+    def pixels(clips):
+        return rearrange(pixel_cells(clips), "b t y x c -> b (t y x) c")
+
+    def differences(clips):
+        return rearrange(np.diff(pixel_cells(clips), axis=1), "b t y x c -> b (t y x) c")
+
+    linear = ("grid",)
+    return [
+        Source("pixels 7x7", (frames, CELLS, CELLS), 3, pixels, linear),
+        Source("frame differences 7x7", (frames - 1, CELLS, CELLS), 3, differences, linear),
+    ]
+
+
+class Features:
+    """float16 tokens of clips on disk, a file a source, as long as this context lasts.
+
+    folder   where; None: the system's folder for temporary files
+    sources  [Source]
+    count    clips at most
+    Raises InputError where the disk has no room for them.
+    """
+
+    def __init__(self, folder, sources, count):
+        self.sources = {source.name: source for source in sources}
+        self.shapes = {s.name: (math.prod(s.grid), s.dim) for s in sources}
+        self.count = 0  # clips that are there
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        needed = count * sum(2 * math.prod(shape) for shape in self.shapes.values())
+        free = shutil.disk_usage(folder or tempfile.gettempdir()).free
+        if needed > 0.95 * free:
+            raise InputError(
+                f"the features of {count} clips take {needed / 1e9:.1f} GB, and"
+                f" {folder or tempfile.gettempdir()} has {free / 1e9:.1f} GB free; give --features"
+                " a folder with room, or fewer videos"
+            )
+        self.place = tempfile.TemporaryDirectory(prefix="salt-features-", dir=folder)
+        self.files = {
+            name: open(os.path.join(self.place.name, f"{i}.f16"), "w+b", buffering=0)
+            for i, name in enumerate(self.sources)
+        }
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for file in self.files.values():
+            file.close()
+        self.place.cleanup()
+
+    def add(self, clips):
+        """Append clips uint8 [B, T, H, W, 3]; returns the numbers they have here."""
+        clips = np.ascontiguousarray(clips)
+        for name, source in self.sources.items():
+            tokens = torch.as_tensor(source.tokens(clips)).to("cpu", torch.float32).numpy()
+            if not np.isfinite(tokens).all():
+                raise InputError(f"features of {name} are not finite; is its checkpoint damaged?")
+            limit = np.finfo(np.float16).max
+            stored = np.clip(tokens, -limit, limit).astype(np.float16)
+            self.files[name].seek(0, os.SEEK_END)
+            self.files[name].write(memoryview(stored).cast("B"))
+        numbers = np.arange(self.count, self.count + len(clips))
+        self.count += len(clips)
+        return numbers
+
+    def read(self, name, numbers):
+        """float32 [B, N, D]: the tokens of these clips."""
+        shape = self.shapes[name]
+        out = np.empty((len(numbers), *shape), np.float16)
+        size = out[0].nbytes
+        for row, number in zip(out, numbers):
+            os.preadv(self.files[name].fileno(), [memoryview(row).cast("B")], int(number) * size)
+        return torch.from_numpy(out).float()
+
+    def pooled(self, name, head, numbers, batch_size=64):
+        """float32 [B, F]: what a linear head sees of these clips, see `pool`."""
+        grid = self.sources[name].grid
+        parts = (
+            pool(self.read(name, numbers[i : i + batch_size]), grid, head)
+            for i in range(0, len(numbers), batch_size)
+        )
+        return torch.cat(list(parts)).numpy()
+
+
+def pool(tokens, grid, head):
+    """tokens float32 [B, N, D] on `grid` (t, h, w) -> [B, t * cells * D]: means over space, time
+    kept, of one cell ('mean') or of 3x3 ('grid'; of pixels all of their 7x7).
+    """
+    t, h, w = grid
+    x = rearrange(tokens, "b (t h w) d -> (b t) d h w", t=t, h=h, w=w)
+    side = 1 if head == "mean" else CELLS if (h, w) == (CELLS, CELLS) and x.shape[1] == 3 else 3
+    return rearrange(F.adaptive_avg_pool2d(x, side), "(b t) d y x -> b (t y x d)", t=t)
+
+
+# ---- heads
+
+
+def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
+    """What a linear head, fitted on x, says of `held_out`.
+
+    x         float32 [n, F], held_out [m, F]: standardised by x, and turned to its principal axes,
+              which changes no L2-penalised fit and leaves at most n of F columns
+    y         int [n]: classes, logistic regression; float [n, K]: values, ridge regression
+    groups    int [n]: videos, whose clips stay in one fold of the cross-validation that chooses
+              the strength
+    Returns classes [m] or values [m, K].
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    # two thread pools, torch's and BLAS's, spin against each other: 13 times slower
+    with warnings.catch_warnings(), threadpool_limits(1):
+        # the weakest penalties need not converge to lose
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        axes = make_pipeline(StandardScaler(), PCA(svd_solver="full")).fit(x)
+        columns = x.shape[1]
+        x, held_out = (axes.transform(part).astype(np.float64) for part in (x, held_out))
+        folds = min(folds, len(np.unique(groups)))
+        if np.issubdtype(y.dtype, np.integer):
+            head, grid = LogisticRegression(max_iter=500), {"C": list(strengths)}
+        else:
+            head, grid = Ridge(), {"alpha": [columns / 100 / s for s in strengths]}
+        if folds < 2:
+            return head.fit(x, y).predict(held_out)
+        search = GridSearchCV(head, grid, cv=GroupKFold(folds)).fit(x, y, groups=groups)
+        return search.predict(held_out)
+
+
+class AttentiveBank(nn.Module):
+    """Attentive poolers with a linear layer, `count` of them side by side: cross-attention of one
+    learnt query to the tokens, with all that is linear in it multiplied out.
+
+    The logit of a token is its product with W_k' q, a vector a head; the mean of values is the
+    value of the mean, so W_v goes into the linear layer. What is left is that of V-JEPA's probe
+    (Bardes et al. 2024, arXiv 2404.08471) without its MLP: tokens meet `count * heads` vectors, and
+    no matrix, and twenty of them cost little more than one.
+    """
+
+    def __init__(self, count, dim, out, head_dim=64):
+        super().__init__()
+        heads = max(1, dim // head_dim)
+        self.seen = nn.Parameter(0.02 * torch.randn(count, heads, dim))
+        self.weight = nn.Parameter(0.02 * torch.randn(count, out, heads * dim))
+        self.bias = nn.Parameter(torch.zeros(count, out))
+
+    def forward(self, tokens):
+        """tokens float32 [B, N, D] -> [C, B, out]: what each of the `count` says."""
+        x = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+        heads = rearrange(self.seen, "c h d -> (c h) d")
+        weights = torch.einsum("bnd,kd->bkn", x, heads).softmax(-1)
+        mean = rearrange(weights @ x, "b (c h) d -> c b (h d)", c=len(self.seen))
+        return torch.baddbmm(self.bias[:, None], mean, self.weight.transpose(1, 2))
+
+
+def train_bank(bank, features, name, numbers, y, rates, decays, steps, batch_size, random, device):
+    """AdamW with a rate and decay of its own for each of the bank, over one stream of batches.
+
+    rates, decays: float32 [C]; the rate goes to 0 along half a cosine.
+    """
+    parameters = list(bank.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.999), weight_decay=0.0)
+    shapes = [(-1, *[1] * (p.dim() - 1)) for p in parameters]
+    order = np.zeros(0, np.int64)
+    for step in range(steps):
+        if len(order) < batch_size:
+            order = np.concatenate([order, random.permutation(len(numbers))])
+        rows, order = order[:batch_size], order[batch_size:]
+        out = bank(features.read(name, numbers[rows]).to(device))  # [C, B, out]
+        loss = errors_of(out, y[rows].to(device)).mean(1).sum()  # each one's own
+        before = [p.detach().clone() for p in parameters]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate = rates * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.no_grad():
+            for p, old, shape in zip(parameters, before, shapes):
+                moved = (p - old) - decays.view(shape) * old * (p.dim() > 2)
+                p.copy_(old + rate.view(shape) * moved)
+
+
+def errors_of(out, y):
+    """[C, B]: cross-entropy of out [C, B, classes] against int64 y [B], or mean squared error of
+    out [C, B, K] against float32 y [B, K].
+    """
+    if y.dtype == torch.int64:
+        return torch.stack([F.cross_entropy(one, y, reduction="none") for one in out])
+    return (out - y).square().mean(-1)
+
+
+@torch.no_grad()
+def answers_of(bank, features, name, numbers, device, batch_size=64):
+    """float32 [C, n, out]: what each of a bank says of these clips."""
+    parts = [
+        bank(features.read(name, numbers[i : i + batch_size]).to(device)).cpu()
+        for i in range(0, len(numbers), batch_size)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def fit_attentive(features, name, train, held_out, how, device="cpu"):
+    """What an attentive head, fitted on Labelled `train`, says of the clips `held_out`.
+
+    The twenty of RATES x DECAYS are fitted on four fifths of the videos side by side, the best of
+    them on the fifth is fitted again on all.
+    how  Fitting
+    Returns classes int64 [m] or values float32 [m, K].
+    """
+    random = np.random.default_rng(how.seed)
+    is_class = np.issubdtype(train.y.dtype, np.integer)
+    centre, spread = 0.0, 1.0
+    if not is_class:
+        centre, spread = train.y.mean(0), np.maximum(train.y.std(0), 1e-6)
+    y = torch.from_numpy(train.y if is_class else ((train.y - centre) / spread).astype(np.float32))
+    y = y.long() if is_class else y
+    videos = random.permutation(np.unique(train.videos))
+    chosen_by = np.isin(train.videos, videos[: max(1, len(videos) // 5)])
+    dim, out = features.sources[name].dim, int(y.max()) + 1 if is_class else y.shape[1]
+
+    def fitted(rows, rates, decays):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(how.seed)
+            bank = AttentiveBank(len(rates), dim, out).to(device)
+        steps = max(how.least_steps, how.epochs * -(-len(rows) // how.batch_size))
+        each = torch.tensor(rates, device=device), torch.tensor(decays, device=device)
+        numbers, size = train.numbers[rows], min(how.batch_size, len(rows))
+        train_bank(bank, features, name, numbers, y[rows], *each, steps, size, random, device)
+        return bank
+
+    rates, decays = zip(*[(rate, decay) for rate in RATES for decay in DECAYS])
+    best = 0
+    if len(videos) > 1:
+        bank = fitted(np.flatnonzero(~chosen_by), rates, decays)
+        rows = np.flatnonzero(chosen_by)
+        said = answers_of(bank, features, name, train.numbers[rows], device)
+        best = int(errors_of(said, y[rows]).mean(1).nan_to_num(math.inf).argmin())
+        del bank
+    bank = fitted(np.arange(len(train.numbers)), rates[best : best + 1], decays[best : best + 1])
+    said = answers_of(bank, features, name, held_out, device)[0].numpy()
+    return said.argmax(-1) if is_class else said * spread + centre
+
+
+class Labelled(NamedTuple):
+    """Clips of Features with what is to be read from them."""
+
+    numbers: np.ndarray  # int64 [n]: of the clips
+    y: np.ndarray  # int64 [n] classes, or float32 [n, K] values
+    videos: np.ndarray  # int64 [n]: clips of one stay together, and are a unit of intervals
+
+    def of(self, rows):
+        return Labelled(self.numbers[rows], self.y[rows], self.videos[rows])
+
+
+class Fitting(NamedTuple):
+    """How heads are fitted."""
+
+    strengths: tuple = STRENGTHS  # of linear ones
+    folds: int = 5
+    epochs: int = 20  # of attentive ones
+    batch_size: int = 16
+    least_steps: int = 200
+    seed: int = 0
+
+
+DEFAULTS = Fitting()
+
+
+def probe(features, name, head, train, held_out, how=DEFAULTS, device="cpu"):
+    """What a head, fitted on Labelled `train`, says of the clips `held_out` int64 [m]."""
+    if head == "attentive":
+        return fit_attentive(features, name, train, held_out, how, device)
+    x = features.pooled(name, head, train.numbers)
+    y, videos = train.y, train.videos
+    return fit_linear(x, y, videos, features.pooled(name, head, held_out), how.strengths, how.folds)
+
+
+# ---- what the answers say
+
+
+class Score:
+    """Per-video figures of answers, whose .value is an accuracy or the mean R2 of K values.
+
+    said, y  classes int [m], or values float [m, K]; constant: float [K], what R2 starts from
+    videos   int [m]
+    """
+
+    def __init__(self, said, y, videos, constant=None):
+        _, unit = np.unique(videos, return_inverse=True)
+        self.is_class = np.issubdtype(y.dtype, np.integer)
+        if self.is_class:
+            right = np.bincount(unit, said == y) / np.bincount(unit)
+            self.columns = (right,)
+        else:
+            squared, spread = (y - said) ** 2, (y - constant) ** 2  # [m, K]
+            keep = spread.sum(0) > 0
+            scale = spread[:, keep].sum(0)
+            self.each = 1 - squared[:, keep].sum(0) / scale
+            # of the mean R2: every value counts alike
+            self.columns = tuple(
+                np.bincount(unit, (part[:, keep] / scale).mean(1)) for part in (squared, spread)
+            )
+        self.value = float(self.of(*self.columns, axis=0))
+
+    def of(self, *columns, axis=0):
+        if self.is_class:
+            return columns[0].mean(axis)
+        return 1 - columns[0].sum(axis) / columns[1].sum(axis)
+
+    def interval(self):
+        return interval(self.of, *self.columns)
+
+    def minus(self, other):
+        """(difference to another's, its interval by video), of answers on the same clips."""
+        count = len(self.columns)
+
+        def difference(*columns, axis=0):
+            return self.of(*columns[:count], axis=axis) - self.of(*columns[count:], axis=axis)
+
+        columns = (*self.columns, *other.columns)
+        return float(difference(*columns)), interval(difference, *columns)
+
+
+def mean_score(scores):
+    """The Score whose figures are the means of several, of answers on the same clips."""
+    made = object.__new__(Score)
+    made.is_class = scores[0].is_class
+    made.columns = tuple(np.mean(columns, axis=0) for columns in zip(*(s.columns for s in scores)))
+    made.value = float(made.of(*made.columns))
+    return made
+
+
+def verdict(name, score, other_name, other):
+    """A sentence that says what the interval of a difference allows one to say."""
+    value, ends = score.minus(other)
+    what = "does not differ from"
+    if ends is None:
+        what = "cannot, by one video or answers all alike, be compared with"
+    elif ends[0] > 0:
+        what = "beats"
+    elif ends[1] < 0:
+        what = "is worse than"
+    return f"{name} {what} {other_name}: {value:+.3f} {show_interval(ends, '+.3f')}"

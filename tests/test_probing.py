@@ -1,0 +1,201 @@
+"""Frozen features on disk, and the heads that read them: known answers, and none where there is
+none.
+"""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from salt import probing
+from salt.errors import InputError
+from salt.probing import Features, Labelled, Source
+
+GRID = (4, 3, 3)
+DIM = 64
+
+
+def made(tmp_path, tokens):
+    """Features that hold `tokens` float [n, N, D] as they are."""
+    given = iter(tokens.split(16))
+    source = Source("planted", GRID, tokens.shape[2], lambda clips: next(given))
+    features = Features(tmp_path, [source], len(tokens))
+    for part in tokens.split(16):
+        features.add(np.zeros((len(part), 2, 8, 8, 3), np.uint8))
+    return features
+
+
+def test_a_bank_is_cross_attention_multiplied_out():
+    """Against attention of a query by PyTorch, with matrices for queries, keys and values."""
+    torch.manual_seed(0)
+    dim, heads, out = 128, 2, 5
+    query = torch.randn(dim, dtype=torch.float64)
+    wq, wk, wv = 0.1 * torch.randn(3, dim, dim, dtype=torch.float64)
+    w, b = torch.randn(out, dim, dtype=torch.float64), torch.randn(out, dtype=torch.float64)
+    bank = probing.AttentiveBank(3, dim, out).double()
+    q = (wq @ query).unflatten(0, (heads, -1))  # [h, e]
+    k, v = (matrix.unflatten(0, (heads, -1)) for matrix in (wk, wv))  # [h, e, d]
+    with torch.no_grad():
+        bank.seen[1] = torch.einsum("he,hed->hd", q, k) / 8  # sqrt of 64
+        bank.weight[1] = torch.einsum("ohe,hed->ohd", w.unflatten(1, (heads, -1)), v).flatten(1)
+        bank.bias[1] = b
+    tokens = torch.randn(4, 36, dim, dtype=torch.float64)
+    x = F.layer_norm(tokens, (dim,), eps=1e-6)
+    parts = ((wq @ query).expand(4, 1, dim), x @ wk.T, x @ wv.T)
+    parts = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+    expected = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)[:, 0] @ w.T + b
+    torch.testing.assert_close(bank(tokens)[1], expected)
+
+
+def test_each_of_a_bank_is_trained_as_alone(tmp_path):
+    """By AdamW of PyTorch, at its own rate and decay."""
+    torch.manual_seed(0)
+    features = made(tmp_path, torch.randn(8, 36, DIM))
+    y = torch.randn(8, 2)
+    bank = probing.AttentiveBank(2, DIM, 2)
+    alone = probing.AttentiveBank(1, DIM, 2)
+    alone.load_state_dict({name: value[1:] for name, value in bank.state_dict().items()})
+    rates, decays = torch.tensor([1e-2, 1e-3]), torch.tensor([0.8, 0.1])
+    how = {"steps": 5, "batch_size": 8, "device": "cpu"}
+    probing.train_bank(
+        bank,
+        features,
+        "planted",
+        np.arange(8),
+        y,
+        rates,
+        decays,
+        random=np.random.default_rng(0),
+        **how,
+    )
+    groups = [
+        {
+            "params": [p for p in alone.parameters() if (p.dim() > 2) == decayed],
+            "weight_decay": 0.1 * decayed,
+        }
+        for decayed in (False, True)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999))
+    random = np.random.default_rng(0)
+    for step in range(5):
+        for group in groups:
+            group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / 5))
+        rows = random.permutation(8)
+        (alone(features.read("planted", rows))[0] - y[rows]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(bank.state_dict()[name][1:], value, rtol=1e-4, atol=1e-5)
+
+
+def planted(count, classes=4, seed=0):
+    """Tokens of noise, of which one, anywhere, says the class; its sign is random, so that means
+    say nothing.
+    """
+    random = np.random.default_rng(seed)
+    tokens = random.normal(size=(count, math.prod(GRID), DIM)).astype(np.float32)
+    y = random.integers(0, classes, count)
+    directions = np.random.default_rng(99).normal(size=(classes, DIM))
+    directions = 12 * directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    for clip, label, place in zip(tokens, y, random.integers(0, len(tokens[0]), count)):
+        clip[place] += directions[label]
+    return torch.from_numpy(tokens), y
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_an_attentive_head_finds_a_planted_token(tmp_path, shuffled):
+    tokens, y = planted(300)
+    known = y.copy()
+    if shuffled:
+        known[:200] = np.random.default_rng(1).permutation(y[:200])
+    numbers = np.arange(300)
+    with made(tmp_path, tokens) as features:
+        train = Labelled(numbers[:200], known[:200], numbers[:200])
+        said = probing.probe(features, "planted", "attentive", train, numbers[200:])
+    right = (said == y[200:]).mean()
+    assert right < 0.4 if shuffled else right > 0.9
+
+
+def test_linear_heads_read_what_is_linear_and_know_where(tmp_path):
+    """A class that is in which cell a bump lies: the grid tells, the mean over space does not."""
+    random = np.random.default_rng(0)
+    tokens = random.normal(size=(240, 36, 8)).astype(np.float32)
+    y = random.integers(0, 2, 240)
+    tokens = tokens.reshape(240, 4, 3, 3, 8)
+    tokens[np.arange(240), :, :, 2 * y, 0] += 1.5
+    numbers = np.arange(240)
+    with made(tmp_path, torch.from_numpy(tokens.reshape(240, 36, 8))) as features:
+        train = Labelled(numbers[:160], y[:160], numbers[:160])
+        right = {
+            head: (probing.probe(features, "planted", head, train, numbers[160:]) == y[160:]).mean()
+            for head in ("mean", "grid")
+        }
+        values = tokens.reshape(240, 4, 9, 8).mean((1, 2))[:, :2] * 10 + 3
+        labelled = Labelled(numbers[:160], values[:160].astype(np.float32), numbers[:160])
+        said = probing.probe(features, "planted", "mean", labelled, numbers[160:])
+    assert right["grid"] > 0.95 and right["mean"] < 0.7
+    score = probing.Score(said, values[160:], numbers[160:], values[:160].mean(0))
+    assert score.value > 0.9 and score.each.min() > 0.9
+
+
+def test_turning_to_principal_axes_changes_no_fit():
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
+    random = np.random.default_rng(0)
+    x, w = random.normal(size=(60, 300)).astype(np.float32), random.normal(size=(300, 2))
+    y = (x @ w).astype(np.float32)
+    alpha = 300 / 100 / 0.01
+    scaler = StandardScaler().fit(x[:40])
+    expected = (
+        Ridge(alpha=alpha).fit(scaler.transform(x[:40]), y[:40]).predict(scaler.transform(x[40:]))
+    )
+    said = probing.fit_linear(x[:40], y[:40], np.arange(40), x[40:], strengths=[0.01])
+    np.testing.assert_allclose(said, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_features_leave_nothing_behind_and_ask_for_room(tmp_path, monkeypatch):
+    with made(tmp_path, torch.randn(20, 36, 4)) as features:
+        assert features.count == 20 and len(os.listdir(tmp_path)) == 1
+        assert features.read("planted", [19, 0]).shape == (2, 36, 4)
+    assert os.listdir(tmp_path) == []
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(probing.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(InputError, match="the features of 20 clips take 0.0 GB, and"):
+        made(tmp_path, torch.randn(20, 36, 4))
+
+
+def test_pixels_are_means_of_cells_and_their_changes():
+    clips = np.random.default_rng(0).integers(0, 256, (2, 4, 48, 50, 3), np.uint8)
+    pixels, differences = probing.pixel_sources(4)
+    found = pixels.tokens(clips).reshape(2, 4, 7, 7, 3)
+    assert found[1, 2, 6, 0, 1] == pytest.approx(clips[1, 2, 41:, :7, 1].mean() / 255, rel=1e-5)
+    changes = differences.tokens(clips).reshape(2, 3, 7, 7, 3)
+    np.testing.assert_allclose(changes[:, 1], found[:, 2] - found[:, 1], atol=1e-6)
+
+
+def test_scores_and_their_differences_are_over_videos():
+    random = np.random.default_rng(0)
+    videos = np.repeat(np.arange(50), 4)
+    y = random.integers(0, 2, 200)
+    often = np.where(random.random(200) < 0.9, y, 1 - y)
+    seldom = np.where(random.random(200) < 0.6, y, 1 - y)
+    good, bad = (probing.Score(said, y, videos) for said in (often, seldom))
+    assert good.value == pytest.approx((often == y).mean())
+    low, high = good.interval()
+    assert low < good.value < high and high - low < 0.2
+    assert probing.verdict("a", good, "b", bad).startswith("a beats b: +0.")
+    assert probing.verdict("b", bad, "a", good).startswith("b is worse than a: -0.")
+    assert "does not differ from" in probing.verdict("a", good, "a", good) or "cannot" in (
+        probing.verdict("a", good, "a", good)
+    )
+    values = random.normal(size=(200, 3))
+    r2 = probing.Score(values + 0.1 * random.normal(size=(200, 3)), values, videos, values.mean(0))
+    assert r2.value == pytest.approx(0.99, abs=0.01) == r2.each.mean()
+    half = probing.mean_score(
+        [r2, probing.Score(values * 0 + values.mean(0), values, videos, values.mean(0))]
+    )
+    assert half.value == pytest.approx(r2.value / 2, abs=1e-6)
