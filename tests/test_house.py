@@ -26,7 +26,7 @@ BUDGETS = {
     "salt.checkpoint": 90,
     "salt.comparison": 140,
     "salt.config": 380,
-    "salt.containers": 210,
+    "salt.containers": 220,
     "salt.errors": 90,
     "salt.extension": 230,
     "salt.files": 70,
