@@ -96,9 +96,10 @@ small = {
     "checkpoints": folder / "checkpoints",
     "run_logs": folder / "run_logs",
 }
-generator = hashlib.sha256((root / "demo" / "make_videos.py").read_bytes()).hexdigest()[:8]
+sources = ("world.py", "twins.py", "make_videos.py")
+generator = hashlib.sha256(b"".join((root / "demo" / name).read_bytes() for name in sources))
 # kept between runs, while their generator is the same
-videos = Path(out) / f"videos_{train_videos}_{val_videos}_{seed}_{generator}"
+videos = Path(out) / f"videos_{train_videos}_{val_videos}_{seed}_{generator.hexdigest()[:8]}"
 stage(
     "videos",
     "demo/make_videos.py",
