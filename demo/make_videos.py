@@ -256,7 +256,9 @@ def paint_panel(image, look, sway):
     left, top, right, bottom, texture = look.panel
     x0, x1 = (min(max(0, x + sway[0]), WIDTH) for x in (left, right))
     y0, y1 = (min(max(0, y + sway[1]), HEIGHT) for y in (top, bottom))
-    image[:, y0:y1, x0:x1] = texture[:, y0:y1, x0:x1] * look.light[y0:y1, x0:x1]
+    x, y = (MARGIN - each for each in sway)  # of the frame's corner in the texture
+    pixels = texture[:, y + y0 : y + y1, x + x0 : x + x1]
+    image[:, y0:y1, x0:x1] = pixels * look.light[y0:y1, x0:x1]
 
 
 def paint_frames(moments, camera, look):
