@@ -29,7 +29,8 @@ from salt.errors import InputError, VideoError
 data: str | None = None  # data folder (or CSV file): videos and their lists
 split = "train"  # which list: train, validation or test
 splits_dir: str | None = None  # folder of the lists, where it is not the data folder
-# VideoMAE folder or .pth, a checkpoint of train.py, or none: clips alone, for stage 1
+# VideoMAE folder or .pth, a checkpoint of train.py, file.py:function (salt/user_teacher.py), or
+# none: clips alone, for stage 1
 teacher = ""
 out: str | None = None  # the cache to make, or to continue
 # keep the clips too, so that training decodes no video; auto: where the disk has room
@@ -121,7 +122,7 @@ log(extension.describe(place), flush=True)
 odd_videos.watch(longest_seconds, tqdm.write)
 work = caching.Work(settings, place, log)
 encoder, ids = work.encoder, work.ids
-slow = encoder and budget.slow_bf16(place, dtype)
+slow = encoder and budget.slow_bf16(place, encoder.identity["compute"])
 if slow:
     log(slow)
 

@@ -66,7 +66,7 @@ cache: str | None = None  # latent cache of the training split, made by cache_la
 val_cache: str | None = None
 data: str | None = None  # data folder; needed where the cache holds no clips
 splits_dir: str | None = None  # folder of the lists, where it is not the data folder
-# without cached latents: run this teacher (VideoMAE folder or .pth, or our checkpoint) on the fly
+# without cached latents: run this teacher, what cache_latents.py --teacher takes, on the fly
 teacher: str | None = None
 # frames a clip of a run without a cache; with one, the cache decides [the teacher's, else 16]
 frames: int | None = None

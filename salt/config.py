@@ -45,7 +45,7 @@ NOT_THERE = {  # what to say of a path that a flag names and that is not there
     "cache": "{} is no cache: there is no such folder; make one with cache_latents.py --out {}",
     "teacher": (
         "there is no teacher at {}; --teacher names a VideoMAE folder (config.json,"
-        " model.safetensors), a VideoMAE .pth or a checkpoint of train.py"
+        " model.safetensors), a VideoMAE .pth, a checkpoint of train.py, or file.py:function"
     ),
     "hub": (
         "there is no teacher at {}; if that is a model of the Hugging Face hub: `hf download {}"
@@ -61,6 +61,12 @@ def refuse_others(why, allowed):
         raise InputError(f"{why}; leave {', '.join(f'--{name}' for name in others)} out")
 
 
+def in_a_file(teacher):
+    """(file, function) of a --teacher `file.py:function`; () where it has another form."""
+    found = re.fullmatch(r"(.*\.py):?(\w*)", str(teacher))
+    return found.groups() if found else ()
+
+
 def check_paths(**flags):
     """Raises InputError where a path that is given is not there: at once, and not after torch was
     imported, which takes ten seconds.
@@ -70,6 +76,8 @@ def check_paths(**flags):
     """
     for name, value in flags.items():
         for path in [value] if isinstance(value, str) else value or ():
+            if name == "teacher" and in_a_file(path):
+                path = in_a_file(path)[0]
             if not path or os.path.exists(os.path.expanduser(path)):
                 continue
             kind = "cache" if name not in NOT_THERE else name

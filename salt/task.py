@@ -361,6 +361,6 @@ def open_held_out(s, table, device, log):
         raise InputError(
             f"{s.teacher} is not the teacher that {first} was trained on: SHA-256 of the weights"
             f" {teacher.sha256[:12]} there, {table.teacher['sha256'][:12]} in the checkpoint (or"
-            " another mean, std or shape)"
+            " another mean, std, shape or file)"
         )
     return clips, teacher

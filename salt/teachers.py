@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 
 from model import SIZES, build_encoder, cast_matrices, encoder_of_folder, plain, student_of
+from salt import config
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
 from salt.files import sha256
 from salt.torch_files import from_file, load_pickle
+from salt.user_teacher import user_teacher
 from salt.videomae import read_videomae
 
 # compute of a teacher that train.py runs on the fly: cache_latents.py's default
@@ -23,9 +25,13 @@ def load_teacher(path, device="cpu", dtype="fp32"):
       pre-training, fine-tuned, or written by export_transformers;
     - an original VideoMAE .pth: the weights bare or under model, module or state_dict, with or
       without the prefix encoder.;
-    - a checkpoint of train.py.
+    - a checkpoint of train.py;
+    or, of `file.py:function`, the UserTeacher of what that returns, which computes as it likes.
     Raises InputError, naming what does not fit.
     """
+    named = config.in_a_file(path)
+    if named:
+        return user_teacher(*named, device)
     path = Path(path).expanduser()
     if path.is_dir():
         encoder, file = encoder_of_folder(path)
@@ -44,10 +50,7 @@ def load_teacher(path, device="cpu", dtype="fp32"):
             found = from_file(path, read_videomae, saved, path, heads_of)
             encoder = build_encoder(path, *found)
     else:
-        raise InputError(
-            f"there is no teacher at {path}; --teacher names a VideoMAE folder (config.json,"
-            " model.safetensors), a VideoMAE .pth or a checkpoint of train.py"
-        )
+        raise InputError(config.NOT_THERE["teacher"].format(path))
     encoder.name, encoder.sha256 = path.name, sha256(file)
     c = plain(encoder.config)
     encoder.identity = {
