@@ -62,9 +62,9 @@ def refuse_others(why, allowed):
 
 
 def in_a_file(teacher):
-    """(file, function) of a --teacher `file.py:function`; () where it has another form."""
+    """(file, function) of a --teacher `file.py:function`, empty where it has another form."""
     found = re.fullmatch(r"(.*\.py):?(\w*)", str(teacher))
-    return found.groups() if found else ()
+    return (found[1], found[2]) if found else ("", "")
 
 
 def check_paths(**flags):
@@ -76,8 +76,8 @@ def check_paths(**flags):
     """
     for name, value in flags.items():
         for path in [value] if isinstance(value, str) else value or ():
-            if name == "teacher" and in_a_file(path):
-                path = in_a_file(path)[0]
+            if name == "teacher":
+                path = in_a_file(path)[0] or path
             if not path or os.path.exists(os.path.expanduser(path)):
                 continue
             kind = "cache" if name not in NOT_THERE else name

@@ -29,9 +29,9 @@ def load_teacher(path, device="cpu", dtype="fp32"):
     or, of `file.py:function`, the UserTeacher of what that returns, which computes as it likes.
     Raises InputError, naming what does not fit.
     """
-    named = config.in_a_file(path)
-    if named:
-        return user_teacher(*named, device)
+    file, function = config.in_a_file(path)
+    if file:
+        return user_teacher(file, function, device)
     path = Path(path).expanduser()
     if path.is_dir():
         encoder, file = encoder_of_folder(path)
