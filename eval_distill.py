@@ -31,6 +31,8 @@ split = "validation"  # list of held-out videos in it
 # measure on videos that a checkpoint was trained on, too; the figures are then called training R2
 training_videos: bool = False
 splits_dir: str | None = None  # folder of the lists, where it is not the data folder
+# cache that they were trained on, in which look-up looks [where the checkpoint says it was]
+train_cache: str | None = None
 teacher: str | None = None  # without a cache: the teacher that the checkpoints were trained on
 space: Literal["own", "none", "layer_norm", "standardise"] = "own"  # to compare targets in
 masks: list[str] = []  # mask families to measure [the checkpoints', which must agree]
@@ -47,7 +49,7 @@ out: str | None = None  # JSON file for the results
 settings = config.apply(
     globals(), least={"max_batches": 1, "batch_size": 1, "threads": 1, "eval_seed": 0}
 )
-config.check_paths(cache=cache, data=data, teacher=teacher)
+config.check_paths(cache=cache, data=data, train_cache=train_cache, teacher=teacher)
 paths = [runs.checkpoint_of(word) for word in checkpoint]
 
 import numpy as np  # after the settings: --help and a mistyped flag answer at once
@@ -59,6 +61,7 @@ from salt import extension, heldout, ranks, score, task, teachers
 from salt.cache_format import fingerprint
 from salt.comparison import Table
 from salt.loader import Loader, rows_to_read
+from salt.lookup import lookup_of_table
 from salt.masks import in_order, keyed_sample
 from salt.odd_videos import odd_videos
 from salt.ranks import rank, world
@@ -97,6 +100,7 @@ for path, seen in seen_by.items():
     measured_on = kind if kind == "training" else measured_on
     if line:
         log(f"{path}: {line}")
+lookup = lookup_of_table(settings, table, measured_on, log)
 
 # ---- each batch once, through every checkpoint
 failures = []
@@ -123,7 +127,7 @@ for batch in tqdm(loader, total=count, unit="batch", dynamic_ncols=True, disable
         twins = np.any(known, axis=0) & (measured_on == "held-out")
     found = {}
     for path, (salt, _, _) in loaded.items():
-        its_errors = score.clip_errors(salt, table.space, batch, table.own_space(path))
+        its_errors = score.clip_errors(salt, table.space, batch, table.own_space(path), lookup)
         found[path] = heldout.checked(its_errors, batch, clips)
     measured.append((found, videos, marks.tolist(), twins.tolist()))
 
@@ -152,6 +156,7 @@ for path, (_, _, saved) in loaded.items():
         for name, row in score.join_errors([found[path] for found, *_ in measured]).items()
     }
     families = list(by_family.values())
+    over_all = score.figures(families)
     results.append(
         {
             "checkpoint": path,
@@ -161,8 +166,9 @@ for path, (_, _, saved) in loaded.items():
             "measured_on": measured_on,
             "clips": len(videos),
             "videos": len(set(videos.tolist())),
-            **score.figures(families),
+            **over_all,
             "r2_ci95": score.r2_interval(families, videos),
+            "r2_over_best_ci95": score.r2_interval(families, videos, over_all["best_dumb"]),
             "families": {name: score.figures([row]) for name, row in by_family.items()},
         }
     )
@@ -174,19 +180,29 @@ log(
 )
 log(
     f"{'checkpoint':{width}}  {'masks':6} {'clips':>6} {'mse':>9} {'R2':>7} {'95 %':>16}"
-    f" {'background R2':>14}"
+    f" {'background R2':>14} {'look-up R2':>10} {'R2 from best':>12} {'95 %':>16}"
 )
+
+
+def shown(row):
+    """Of the dumb predictors, and R2 from the best of them."""
+    looked_up = "-" if row["r2_lookup"] is None else f"{row['r2_lookup']:.4f}"
+    return f"{row['r2_background']:14.4f} {looked_up:>10} {row['r2_over_best']:12.4f}"
+
+
 for result in results:
-    ends = score.show_interval(result["r2_ci95"], "6.4f")
+    ends, beyond = (
+        score.show_interval(result[name], "6.4f") for name in ("r2_ci95", "r2_over_best_ci95")
+    )
     log(
         f"{result['checkpoint']:{width}}  {'all':6} {result['clips']:6d} {result['mse']:9.5f} "
-        f"{result['r2']:7.4f} {ends:>16} {result['r2_background']:14.4f}"
+        f"{result['r2']:7.4f} {ends:>16} {shown(result)} {beyond:>16}"
     )
     for name, row in result["families"].items():
         log(
-            f"{'':{width}}  {name:6} {'':6} {row['mse']:9.5f} {row['r2']:7.4f} {'':16}"
-            f" {row['r2_background']:14.4f}"
+            f"{'':{width}}  {name:6} {'':6} {row['mse']:9.5f} {row['r2']:7.4f} {'':16} {shown(row)}"
         )
+log(f"R2 from best: measured from the best dumb predictor, {score.DUMB[results[0]['best_dumb']]}")
 if out:
     content = {"results": results, "failures": failures, "config": settings}
     write_whole(out, json.dumps(content, indent=1).encode())

@@ -56,6 +56,8 @@ eval_every: int | None = None  # steps between held-out evaluations [once an epo
 val_batches: int = 20  # batches an evaluation
 # training clips that give R2's per-position mean where the cache has none
 stats_clips: int = 256
+# training clips that look-up, a dumb predictor to measure R2 from, chooses among; 0 is off
+lookup_clips: int = 2000
 # -- may change on --resume
 # auto (the furthest whole checkpoint of this run_name; afresh where there is none), or a run's
 # name, folder, log or last.pth
@@ -114,7 +116,7 @@ settings = config.apply(
         1,
     )
     | dict.fromkeys(
-        """seed eval_seed warmup grad_clip lr lr_end eps weight_decay weight_decay_end
+        """seed eval_seed lookup_clips warmup grad_clip lr lr_end eps weight_decay weight_decay_end
         vicreg_variance vicreg_covariance ema save_minutes longest_seconds""".split(),
         0,
     )
@@ -131,6 +133,7 @@ import model
 from benchmarks import budget
 from salt import errors, health, heldout, journal, ops, optimiser, ranks, schedule, score, task
 from salt.loader import Loader, rows_to_read
+from salt.lookup import lookup_of_training
 from salt.masks import in_order, keyed_sample, shuffled
 from salt.meter import Meter
 from salt.ranks import rank, world
@@ -213,6 +216,7 @@ if run.saved:
 else:
     space, stats = ranks.from_rank_0(lambda: score.target_space(settings, work, whole_batches, log))
 space = space.to(place)
+lookup = lookup_of_training(settings, work, space, run.saved, log)  # None where there is none
 
 
 @torch.compiler.set_stance("force_eager")  # a last, smaller batch would be compiled for itself
@@ -231,7 +235,7 @@ def evaluate(step):
     parts = []
     batches = journal.bar(loader, f"{work.measured_on} R2", -(-len(kept) // (clips_a_pass * turns)))
     for batch in batches:
-        found = [score.clip_errors(network, space, batch) for network in networks]
+        found = [score.clip_errors(network, space, batch, lookup=lookup) for network in networks]
         parts.append([heldout.checked(each, batch, work.held_out) for each in found])
     for network in networks:
         model.cast_matrices(network, "fp32")
@@ -258,6 +262,7 @@ def state(step):
         "best": run.best,
         "view": view.to_dict(),
         "stats": stats,
+        "lookup": lookup and lookup.chosen,
         "space": model.plain(space.to("cpu")),
         "identity": work.identity,
         "teacher": work.identity["teacher"],

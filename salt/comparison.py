@@ -27,6 +27,7 @@ class Table:
         self.refuse_other_targets()
         self.compared_in = self.one_space(space)
         self.lines = []  # to be logged
+        self.measured_from = self.first_path  # the checkpoint whose training clips R2 starts from
         self.space = self.reference_space(space)  # that all are measured in
         self.families = self.one_set_of_masks(masks)
 
@@ -83,13 +84,12 @@ class Table:
     def reference_space(self, space):
         """The Space of the first checkpoint that has the per-position mean all R2 start from."""
         reference = None
-        measured_from = None
         others = []
         for path, (_, own, saved) in self.loaded.items():
             variance = (saved.get("stats") or {}).get("variance")
             offered = own.as_space(self.compared_in, variance) if self.predicts_latents else own
             if offered and not reference:
-                reference, measured_from = offered, path
+                reference, self.measured_from = offered, path
             elif offered and not (
                 offered.agrees_with(reference) and torch.equal(offered.zero, reference.zero)
             ):
@@ -101,7 +101,7 @@ class Table:
             )
         if others:
             self.lines.append(
-                f"R2 of all is measured from the per-position mean in {measured_from};"
+                f"R2 of all is measured from the per-position mean in {self.measured_from};"
                 f" {', '.join(others)} had other training clips"
             )
         return reference

@@ -19,6 +19,7 @@ from salt import config, extension, ranks, runs
 from salt.errors import InputError, report_in_one_line
 from salt.files import write_whole
 from salt.ranks import rank, world
+from salt.score import DUMB
 
 
 class Log:
@@ -129,8 +130,10 @@ def average(losses):
 EPOCH_LINES = 40  # of a summary; metrics.jsonl has every epoch
 
 
-def summary(losses, epoch_length):
-    """Lines on a run's losses, one a step, nan where the step was skipped."""
+def summary(losses, epoch_length, history=()):
+    """Lines on a run's losses, one a step, nan where the step was skipped; and on its held-out
+    evaluations, entries of score.evaluation.
+    """
     finite, last = [i for i, loss in enumerate(losses) if math.isfinite(loss)], losses[-2000:]
     if finite:
         least = min(finite, key=losses.__getitem__)
@@ -148,6 +151,16 @@ def summary(losses, epoch_length):
         yield f"average loss of the last {len(last)} steps: {average(last):.6f}"
     if len(finite) < len(losses):
         yield f"skipped steps, whose loss or gradient was not finite: {len(losses) - len(finite)}"
+    if history:
+        last = history[-1]
+        best = max(history, key=lambda entry: entry["val_r2"])
+        beyond = ""
+        if "val_best_dumb" in last:  # not in one of an older version
+            beyond = f"; from {DUMB[last['val_best_dumb']]}: {last['val_r2_over_best']:.4f}"
+        yield (
+            f"{last.get('val_videos', 'held-out')} R2 {last['val_r2']:.4f} at step {last['step']},"
+            f" at most {best['val_r2']:.4f} at step {best['step']}{beyond}"
+        )
 
 
 def trackers(wandb, tensorboard):

@@ -310,7 +310,7 @@ class Meter:
             self.log(f"the last line is lost: {' '.join(str(error).split())[:200]}")
         known = self.pending[: len(self.pending) - len(self.queued)]
         losses = [v[0].item() if v.isfinite().all() else math.nan for v in known]
-        return summary([*self.losses, *losses], self.due.epoch_length)
+        return summary([*self.losses, *losses], self.due.epoch_length, self.run.history)
 
 
 def collapse_of(mark, moments):

@@ -82,20 +82,31 @@ class Space:
         return ops.normalise_target(raw, to.normalise, index, to.mean, to.rstd)
 
 
+def squared_errors(guess, y, index, how):
+    """float64 [B]: squared errors of a guess [B, K, D] at targets index int64 [B, K] of clips,
+    summed over each. y, how: Space.raw_targets of these.
+    """
+    _, errors = ops.masked_mse(guess, y, index, per_token=True, **how)  # [B, K], means over D
+    return (errors.double().sum(1) * y.shape[2]).cpu().numpy()
+
+
 @torch.no_grad()
-def clip_errors(salt, space, batch, own=None):
+def clip_errors(salt, space, batch, own=None, lookup=None):
     """Held-out errors of a loader.Batch in `space`.
 
-    own: the space that salt predicts in, where that is another; none or standardise.
-    Returns {family: {'squared', 'spread', 'background', 'elements'}}, float64 [B] each: the squared
-    error, summed over a clip's target elements, of the predictions, of the per-position mean and of
-    the mean of the clip's own context targets; how many elements those were.
+    own      the space that salt predicts in, where that is another; none or standardise
+    lookup   a lookup.Lookup, where there is one
+    Returns {family: {'squared', 'spread', 'background', 'lookup', 'elements'}}, float64 [B] each:
+    the squared error, summed over a clip's target elements, of the predictions, of the per-position
+    mean, of the mean of the clip's own context targets and of look-up; how many elements those
+    were.
     """
     training = salt.training
     salt.eval()
     predictions = salt(batch.patches, batch.masks)
     salt.train(training)
     y, how = space.raw_targets(batch.patches, batch.latents)
+    looked_up = lookup.errors(batch, space) if lookup else {}
     found = {}
     for drawn in batch.masks:
         prediction, index = predictions[drawn.family], drawn.target
@@ -107,9 +118,9 @@ def clip_errors(salt, space, batch, own=None):
         guesses = {"squared": prediction, "spread": space.zero[index], "background": background}
         found[drawn.family] = {"elements": np.full(len(y), index.shape[1] * y.shape[2], np.float64)}
         for name, guess in guesses.items():
-            # [B, Kt], means over D
-            _, errors = ops.masked_mse(guess, y, index, per_token=True, **how)
-            found[drawn.family][name] = (errors.double().sum(1) * y.shape[2]).cpu().numpy()
+            found[drawn.family][name] = squared_errors(guess, y, index, how)
+        if lookup:
+            found[drawn.family]["lookup"] = looked_up[drawn.family]
     return found
 
 
@@ -128,28 +139,52 @@ def mse(rows):
     return float(np.mean([row["squared"].sum() / row["elements"].sum() for row in rows]))
 
 
-def r2(rows, name="squared"):
-    """R2 of errors of some families: 1 - sum of `name` / sum of those of the per-position mean."""
-    return 1 - sum(row[name].sum() for row in rows) / sum(row["spread"].sum() for row in rows)
+def r2(rows, name="squared", over="spread"):
+    """R2 of errors of some families: 1 - sum of `name` / sum of `over`, by default those of the
+    per-position mean.
+    """
+    return float(1 - sum(row[name].sum() for row in rows) / sum(row[over].sum() for row in rows))
+
+
+DUMB = {  # name of its errors: a predictor that learns nothing
+    "spread": "the per-position mean",
+    "background": "the mean of the clip's own context",
+    "lookup": "look-up among training clips",
+}
+
+
+def best_dumb(rows):
+    """Which of DUMB, as far as they were measured, errs least over some families."""
+    rows = list(rows)
+    sums = {name: sum(row[name].sum() for row in rows) for name in DUMB if name in rows[0]}
+    return min(sums, key=lambda name: sums[name])
 
 
 def figures(rows):
-    """{'mse', 'r2', 'r2_background'} of errors of some families."""
+    """{'mse', 'r2', 'r2_background', 'r2_lookup', 'best_dumb', 'r2_over_best'} of errors of some
+    families: R2 of predictions, context's mean and look-up (None: not measured); the best of DUMB,
+    and R2 of the predictions measured from it.
+    """
+    best = best_dumb(rows)
     return {
         "mse": mse(rows),
-        "r2": float(r2(rows)),
-        "r2_background": float(r2(rows, "background")),
+        "r2": r2(rows),
+        "r2_background": r2(rows, "background"),
+        "r2_lookup": r2(rows, "lookup") if "lookup" in rows[0] else None,
+        "best_dumb": best,
+        "r2_over_best": r2(rows, over=best),
     }
 
 
-def r2_interval(rows, videos):
-    """95 % interval of r2(rows) over videos: clips of one, which are alike, are drawn together.
+def r2_interval(rows, videos, over="spread"):
+    """95 % interval of r2(rows, over=over) over videos: clips of one, which are alike, are drawn
+    together.
 
     videos: the video id of each clip, [B]. Returns what `interval` does.
     """
     _, unit = np.unique(videos, return_inverse=True)
     squared = np.bincount(unit, sum(row["squared"] for row in rows))  # [V]
-    spread = np.bincount(unit, sum(row["spread"] for row in rows))
+    spread = np.bincount(unit, sum(row[over] for row in rows))
 
     def ratio(squared, spread, axis):
         return 1 - squared.sum(axis) / spread.sum(axis)
@@ -246,11 +281,16 @@ def evaluation(step, parts, measured_on):
     of_training = measured_on != "held-out"
     entry = {"step": step} | ({"val_videos": measured_on} if of_training else {})
     for i, suffix in enumerate(("", "_ema")[: len(parts[0]) if parts else 1]):
-        rows = join_errors([part[i] for part in parts])
-        entry[f"val_r2{suffix}"] = float(r2(rows.values()))
-        entry[f"val_mse{suffix}"] = mse(rows.values())
-    entry["val_r2_background"] = float(r2(rows.values(), "background"))
-    entry["val_clips"] = len(next(iter(rows.values()))["squared"])
+        rows = list(join_errors([part[i] for part in parts]).values())
+        found = figures(rows)
+        entry[f"val_r2{suffix}"] = found["r2"]
+        entry[f"val_mse{suffix}"] = found["mse"]
+        entry[f"val_r2_over_best{suffix}"] = found["r2_over_best"]
+    entry["val_r2_background"] = found["r2_background"]
+    if found["r2_lookup"] is not None:
+        entry["val_r2_lookup"] = found["r2_lookup"]
+    entry["val_best_dumb"] = found["best_dumb"]
+    entry["val_clips"] = len(rows[0]["squared"])
     return entry
 
 
@@ -260,8 +300,12 @@ def evaluation_line(entry, asked):
     averaged = ""
     if "val_r2_ema" in entry:
         averaged = f"; moving average of the weights: R2 {entry['val_r2_ema']:.4f}"
+    looked_up = ""
+    if "val_r2_lookup" in entry:
+        looked_up = f"; look-up: R2 {entry['val_r2_lookup']:.4f}"
     return (
         f"step {entry['step']} {entry.get('val_videos', 'held-out')} R2 {entry['val_r2']:.4f} mse"
         f" {entry['val_mse']:.5f}{of_all} (mean of the clip's own context: R2"
-        f" {entry['val_r2_background']:.4f}{averaged})"
+        f" {entry['val_r2_background']:.4f}{looked_up}; from the best of these: R2"
+        f" {entry['val_r2_over_best']:.4f}{averaged})"
     )

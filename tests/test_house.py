@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lines of 100 columns. One rises in a commit that says why.
 BUDGETS = {
     "cache_latents": 310,
-    "eval_distill": 200,
+    "eval_distill": 210,
     "model": 580,
     "probe_states": 220,
     "probe_time_arrow": 170,
@@ -34,9 +34,10 @@ BUDGETS = {
     "salt.frames": 120,
     "salt.health": 160,
     "salt.heldout": 170,
-    "salt.journal": 300,
+    "salt.journal": 310,
     "salt.lists": 240,
     "salt.loader": 440,
+    "salt.lookup": 200,
     "salt.masks": 370,
     "salt.meter": 330,
     "salt.odd_videos": 130,
@@ -50,7 +51,7 @@ BUDGETS = {
     "salt.run_folder": 290,
     "salt.runs": 470,
     "salt.schedule": 100,
-    "salt.score": 270,
+    "salt.score": 320,
     "salt.splits": 370,
     "salt.stored": 110,
     "salt.task": 370,
@@ -62,7 +63,7 @@ BUDGETS = {
     "salt.videomae": 380,
     "salt.views": 170,
     "tools.doctor": 360,
-    "tools.plot_runs": 320,
+    "tools.plot_runs": 330,
     "benchmarks.budget": 170,
 }
 # Imports run one way: a file imports from the rows above its own, or from its own row.
@@ -76,7 +77,7 @@ ROWS = [
     "salt.lists salt.containers",
     "salt.splits salt.frames salt.video salt.cache",
     "salt.runs salt.ranks salt.score salt.heldout",
-    "salt.loader salt.cache_writer salt.checkpoint salt.videomae salt.health",
+    "salt.loader salt.lookup salt.cache_writer salt.checkpoint salt.videomae salt.health",
     "salt.upkeep salt.run_folder salt.schedule salt.journal",
     "salt.cache_repair salt.cache_merge salt.run",
     "model salt.comparison benchmarks.budget",

@@ -65,7 +65,13 @@ NOT_TRAINING = (
     r"(?i)(?<![a-z])(val(id(ation)?)?|eval(uation)?|dev|test|best|held.?out)[^a-z0-9]*(step|loss)"
 )
 BESIDE_LOSS = {"clips_per_s": r"(\d+\.?\d*) clips/s", "skipped": r"skipped (\d+)"}
-HELD_OUT = ["val_r2", "val_r2_background", "val_r2_ema"]  # in a log line's order
+HELD_OUT = {  # and what stands before it in a log line
+    "val_r2": "^step \\d+ [a-z-]+",
+    "val_r2_background": "own context:",
+    "val_r2_lookup": "look-up:",
+    "val_r2_over_best": "the best of these:",
+    "val_r2_ema": "of the weights:",
+}
 
 
 def rows_of_log(log):
@@ -75,7 +81,8 @@ def rows_of_log(log):
         ours = ours or line.startswith("settings {")
         evaluated = re.match(r"step (\d+) (held-out|training) R2 ", line)
         if evaluated:
-            row = dict(zip(HELD_OUT, map(float, re.findall("R2 " + NUMBER, line))))
+            told = {n: re.search(f"{words} R2 {NUMBER}", line) for n, words in HELD_OUT.items()}
+            row = {name: float(match[1]) for name, match in told.items() if match}
             rows.append(row | {"step": int(evaluated[1]), "val_videos": evaluated[2]})
         # our messages may speak of a step and a loss, too
         if "loss" not in line.lower() or ours and not re.match(r"step \d+/\d+ ", line):
@@ -177,13 +184,13 @@ def figures_of(training, held_out, counts):
         figures["minimum_step"] = int(steps[np.nanargmin(losses)])
         figures["minimum_over"] = f"lines of {np.median(counts):.0f}"
     figures |= end_of(steps, losses, counts)
-    for name in ("val_r2", "val_r2_ema"):
+    for name in ("val_r2", "val_r2_over_best", "val_r2_ema"):
         r2 = held_out[name]
         if len(finite(r2)):
             figures[f"{name}_best"] = float(np.nanmax(r2))
             figures[f"{name}_best_step"] = int(held_out["step"][np.nanargmax(r2)])
             figures[f"{name}_last"] = float(finite(r2)[-1])
-    for name in ("val_r2_background", "val_clips", "clips_per_s", "data_wait"):
+    for name in ("val_r2_background", "val_r2_lookup", "val_clips", "clips_per_s", "data_wait"):
         values = finite(np.append(training[name], held_out[name]))
         if len(values):
             figures[name] = float(np.median(values))
@@ -301,9 +308,11 @@ if out:
         loss_axis.plot(steps, losses, color=f"C{i}", lw=0.8, alpha=0.25, zorder=1.5)
         loss_axis.plot(steps, smooth, **style, lw=1.6, label=labels[i])
         r2_axis.plot(held_out["step"], held_out["val_r2"], **style, marker="o", ms=4)
-        r2_axis.axhline(result["figures"].get("val_r2_background", np.nan), color=f"C{i}", ls=":")
+        names = ("val_r2_background", "val_r2_lookup")
+        guesses = [result["figures"].get(name, np.nan) for name in names]
+        r2_axis.axhline(np.fmax(*guesses), color=f"C{i}", ls=":")
     loss_axis.set(title="training loss (pale: as logged; bold: running mean)", xlabel="step")
-    r2_axis.set(title="held-out R² (dotted: the clip's own background)", xlabel="step")
+    r2_axis.set(title="held-out R² (dotted: the better of own context and look-up)", xlabel="step")
     low, high = loss_axis.dataLim.intervaly
     if 0 < 4 * low < high < math.inf:
         loss_axis.set_yscale("log", subs=[2, 3, 5])
