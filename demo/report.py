@@ -76,6 +76,8 @@ probe = {
 results = {
     "r2": [row["val_r2"] for row in held_out["student"]],
     "r2_background": evaluation["r2_background"],
+    "r2_lookup": evaluation["r2_lookup"],
+    "r2_over_best": evaluation["r2_over_best"],
     "r2_ci95": evaluation["r2_ci95"],
     "probe": probe,
     "difference_ci95": probed["difference_ci95"],
@@ -118,6 +120,9 @@ loss_axes.set(title="training loss (MSE)", xlabel="step", ylim=(0, None))
 loss_axes.legend()
 r2_axes.axhline(
     evaluation["r2_background"], color="C1", ls=":", label="mean of the clip's own context"
+)
+r2_axes.axhline(
+    evaluation["r2_lookup"], color="C1", ls="--", label="look-up among the training clips"
 )
 r2_axes.set(title="held-out R²  (0: per-position mean, 1: perfect)", xlabel="step", ylim=(-0.3, 1))
 r2_axes.legend(loc="lower right")
@@ -202,6 +207,9 @@ for family, row in evaluation["families"].items():
     print(f"{'  ' + family + ' masks':34} {row['r2']:8.3f}")
 print(f"{'  at each evaluation':34}   {' '.join(f'{value:.3f}' for value in results['r2'])}")
 print(f"{'  mean of the clip own context':34} {evaluation['r2_background']:8.3f}")
+print(f"{'  look-up among training clips':34} {evaluation['r2_lookup']:8.3f}")
+beyond = show_interval(evaluation["r2_over_best_ci95"])
+print(f"{'  from the best of these':34} {evaluation['r2_over_best']:8.3f}   {beyond}")
 print(f"{'held-out R2 of the teacher (pixels)':34} {results['teacher_r2'][-1]:8.3f}")
 for name, row in probe.items():
     print(line(f"time arrow, {name}", row))

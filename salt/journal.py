@@ -134,6 +134,16 @@ def summary(losses, epoch_length, history=()):
     """Lines on a run's losses, one a step, nan where the step was skipped; and on its held-out
     evaluations, entries of score.evaluation.
     """
+    if history:
+        end = history[-1]
+        best = max(history, key=lambda entry: entry["val_r2"])
+        beyond = ""
+        if "val_best_dumb" in end:  # not in one of an older version
+            beyond = f"; from {DUMB[end['val_best_dumb']]}: {end['val_r2_over_best']:.4f}"
+        yield (
+            f"{end.get('val_videos', 'held-out')} R2 {end['val_r2']:.4f} at step {end['step']},"
+            f" at most {best['val_r2']:.4f} at step {best['step']}{beyond}"
+        )
     finite, last = [i for i, loss in enumerate(losses) if math.isfinite(loss)], losses[-2000:]
     if finite:
         least = min(finite, key=losses.__getitem__)
@@ -151,16 +161,6 @@ def summary(losses, epoch_length, history=()):
         yield f"average loss of the last {len(last)} steps: {average(last):.6f}"
     if len(finite) < len(losses):
         yield f"skipped steps, whose loss or gradient was not finite: {len(losses) - len(finite)}"
-    if history:
-        last = history[-1]
-        best = max(history, key=lambda entry: entry["val_r2"])
-        beyond = ""
-        if "val_best_dumb" in last:  # not in one of an older version
-            beyond = f"; from {DUMB[last['val_best_dumb']]}: {last['val_r2_over_best']:.4f}"
-        yield (
-            f"{last.get('val_videos', 'held-out')} R2 {last['val_r2']:.4f} at step {last['step']},"
-            f" at most {best['val_r2']:.4f} at step {best['step']}{beyond}"
-        )
 
 
 def trackers(wandb, tensorboard):
