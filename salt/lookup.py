@@ -2,16 +2,20 @@
 position, of the targets of the training clips that are most like it. R2 measured from it is what a
 student learnt beyond that.
 
-Clips are compared by pooled targets: how far a clip's lie from the per-position mean, averaged over
-all positions of a training clip, and over the context of a held-out one. Of the training clips
-these vectors alone are kept; the rows of the few neighbours are read from the cache, once for each
-held-out clip and family, since masks and neighbours stay as they are.
+Clips are compared by their targets' difference from the per-position mean, averaged over time at
+each place of the frame: the distance of a held-out clip from a training clip is summed over the
+places of its context, weighted by how many context tokens lie there. Of the training clips these
+averages alone are kept, of many channels a random projection (Johnson and Lindenstrauss 1984). The
+rows of the few neighbours are read from the cache, once for each held-out clip and family, since
+masks and neighbours stay as they are. docs/NUMBERS.md has what one average over all places misses.
 """
 
 import time
 
 import numpy as np
 import torch
+from einops import reduce
+from torch.nn.functional import one_hot
 
 from salt import ops, ranks, score
 from salt.cache import open_cache
@@ -20,6 +24,7 @@ from salt.errors import InputError
 from salt.masks import keyed_sample
 
 NEIGHBOURS = 5
+WIDTH = 32  # numbers that are kept of a place: 50 MB of 2,000 clips of 14 x 14 places
 AT_A_TIME = 8  # records that are read together while they are pooled
 
 
@@ -28,7 +33,8 @@ class Lookup:
 
     cache    the Cache; .kind of its rows are the targets made of
     space    score.Space in which clips are compared
-    chosen   {'records': int64 [M], 'pooled': float32 [M, D]}, from `choose`; a checkpoint keeps it
+    chosen   {'records': int64 [M], 'pooled': float32 [M, places, WIDTH]}, from `choose`; a
+             checkpoint keeps it
     threads  that read
     """
 
@@ -38,7 +44,8 @@ class Lookup:
         self.chosen = chosen
         self.threads = threads
         self.kind = kind_of(space)
-        self.pooled = chosen["pooled"].double().numpy()
+        self.pooled = chosen["pooled"].flatten(1)
+        self.sizes = chosen["pooled"].square().sum(2)  # [M, places]
         self.known = {}  # {a held-out record: {family: the squared error of its look-up}}
 
     @torch.no_grad()
@@ -61,7 +68,7 @@ class Lookup:
         y, how = self.space.raw_targets(batch.patches, batch.latents)
         context = ops.masked_gather(y, drawn.context)
         context = ops.normalise_target(context, index=drawn.context, **how)  # [B, Kc, D]
-        near = self.nearest((context - self.space.zero[drawn.context]).mean(1))
+        near = self.nearest(context - self.space.zero[drawn.context], drawn.context)
         y, how = space.raw_targets(batch.patches, batch.latents)
         index = drawn.target.cpu()
         wanted = torch.zeros(y.shape[:2], dtype=torch.bool).scatter_(1, index, True)
@@ -73,12 +80,27 @@ class Lookup:
             total = total + ops.normalise_target(theirs, index=drawn.target, **how)
         return score.squared_errors(total / near.shape[1], y, drawn.target, how)
 
-    def nearest(self, queries):
-        """Records of the training clips nearest to pooled queries [B, D]: int64 [B, k]."""
-        queries = queries.double().cpu().numpy()
-        distances = np.square(self.pooled).sum(1) - 2 * queries @ self.pooled.T  # less a constant
-        order = np.argsort(distances, 1, kind="stable")[:, :NEIGHBOURS]
-        return self.chosen["records"].numpy()[order]
+    def nearest(self, context, index):
+        """Records of the training clips nearest to the context of clips, int64 [B, k].
+
+        context, index: its difference from the per-position mean [B, Kc, D], its positions [B, Kc]
+        """
+        places = self.sizes.shape[1]
+        at = one_hot(index % places, places).to(context.dtype)  # [B, Kc, places]
+        # sums over time [B, places, WIDTH], which have the counts in them
+        sums = torch.einsum("bkp,bkd->bpd", at, projected(context)).flatten(1).cpu()
+        distances = at.sum(1).cpu() @ self.sizes.T - 2 * sums @ self.pooled.T  # less a constant
+        order = distances.argsort(dim=1, stable=True)[:, :NEIGHBOURS]
+        return self.chosen["records"][order].numpy()
+
+
+def projected(pooled):
+    """[..., D] as [..., WIDTH] that keeps distances but for a few percent; the same for all."""
+    dim = pooled.shape[-1]
+    if dim <= WIDTH:
+        return pooled
+    matrix = torch.randn(dim, WIDTH, generator=torch.Generator().manual_seed(0)) / WIDTH**0.5
+    return pooled @ matrix.to(pooled)
 
 
 def kind_of(space):
@@ -103,13 +125,17 @@ def choose(cache, space, count, seed, threads, log):
     begin = time.perf_counter()
     kind = kind_of(space)
     records = keyed_sample(len(cache), count, seed)
+    time_steps = cache.view.frames // cache.tubelet
     pooled = []
     for start in range(0, len(records), AT_A_TIME):
         few = records[start : start + AT_A_TIME]
         rows = empty_rows(cache, kind, len(few))
         cache.read_rows(kind, few, rows, threads=threads)
         rows = rows.to(space.zero.device)
-        pooled.append((space.all_targets(rows, rows) - space.zero).mean(1).cpu())
+        its = space.all_targets(rows, rows) - space.zero  # [b, N, D]
+        pooled.append(
+            projected(reduce(its, "b (t place) d -> b place d", "mean", t=time_steps)).cpu()
+        )
     log(
         f"look-up: {len(records)} of {len(cache)} training clips pooled in"
         f" {time.perf_counter() - begin:.1f} s"

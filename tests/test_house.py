@@ -37,7 +37,7 @@ BUDGETS = {
     "salt.journal": 310,
     "salt.lists": 240,
     "salt.loader": 440,
-    "salt.lookup": 200,
+    "salt.lookup": 220,
     "salt.masks": 370,
     "salt.meter": 330,
     "salt.odd_videos": 130,
