@@ -65,7 +65,7 @@ class Scaler:
             flips = (upside_down, mirrored)
             for axis, fraction, flipped in zip((down, right), place or (0, 0), flips, strict=True):
                 room = rooms[axis]
-                at[axis] = int(fraction * (room + 1)) if place else room // 2
+                at[axis] = min(room, int(fraction * (room + 1))) if place else room // 2
                 if flipped:
                     at[axis] = room - at[axis]
             frame = self.crop(frame, height, width, *at)

@@ -12,7 +12,8 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ STRENGTHS = tuple(10.0**k for k in range(-4, 3))  # inverse L2 of linear heads t
 # of attentive heads, V-JEPA 2's twenty (facebookresearch/vjepa2, configs/eval/vitl)
 RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
 DECAYS = (0.01, 0.1, 0.4, 0.8)
+AT_ONCE = 16  # clips whose graph is kept, of a larger batch
 
 
 # ---- features
@@ -134,17 +136,21 @@ class Features:
         return numbers
 
     def read(self, name, numbers):
-        """float32 [B, N, D]: the tokens of these clips."""
-        shape = self.shapes[name]
-        out = np.empty((len(numbers), *shape), np.float16)
-        size = out[0].nbytes
-        for row, number in zip(out, numbers):
+        """float32 [B, N, D]: the tokens of these clips; of clips that are read as one, numbers int
+        [B, S], [B, S * N, D], one after another.
+        """
+        tokens, dim = self.shapes[name]
+        numbers = np.asarray(numbers)
+        out = np.empty((numbers.size, tokens, dim), np.float16)
+        size = 2 * tokens * dim
+        for row, number in zip(out, numbers.flat):
             os.preadv(self.files[name].fileno(), [memoryview(row).cast("B")], int(number) * size)
-        return torch.from_numpy(out).float()
+        return torch.from_numpy(out.reshape(len(numbers), -1, dim)).float()
 
     def pooled(self, name, head, numbers, batch_size=64):
         """float32 [B, F]: what a linear head sees of these clips, see `pool`."""
-        grid = self.sources[name].grid
+        t, h, w = self.sources[name].grid
+        grid = t * (numbers.shape[1] if numbers.ndim == 2 else 1), h, w
         parts = (
             pool(self.read(name, numbers[i : i + batch_size]), grid, head)
             for i in range(0, len(numbers), batch_size)
@@ -173,7 +179,7 @@ def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
     y         int [n]: classes, logistic regression; float [n, K]: values, ridge regression
     groups    int [n]: videos, whose clips stay in one fold of the cross-validation that chooses
               the strength
-    Returns classes [m] or values [m, K].
+    Returns probabilities of the classes 0, 1, ... [m, max(y) + 1], or values [m, K].
     """
     from sklearn.decomposition import PCA
     from sklearn.exceptions import ConvergenceWarning
@@ -191,14 +197,20 @@ def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
         columns = x.shape[1]
         x, held_out = (axes.transform(part).astype(np.float64) for part in (x, held_out))
         folds = min(folds, len(np.unique(groups)))
-        if np.issubdtype(y.dtype, np.integer):
+        is_class = np.issubdtype(y.dtype, np.integer)
+        if is_class:
             head, grid = LogisticRegression(max_iter=500), {"C": list(strengths)}
         else:
             head, grid = Ridge(), {"alpha": [columns / 100 / s for s in strengths]}
         if folds < 2:
-            return head.fit(x, y).predict(held_out)
-        search = GridSearchCV(head, grid, cv=GroupKFold(folds)).fit(x, y, groups=groups)
-        return search.predict(held_out)
+            fitted: Any = head.fit(x, y)
+        else:
+            fitted = GridSearchCV(head, grid, cv=GroupKFold(folds)).fit(x, y, groups=groups)
+        if not is_class:
+            return fitted.predict(held_out)
+        said = np.zeros((len(held_out), int(y.max()) + 1))
+        said[:, fitted.classes_] = fitted.predict_proba(held_out)
+        return said
 
 
 class AttentiveBank(nn.Module):
@@ -226,31 +238,118 @@ class AttentiveBank(nn.Module):
         mean = rearrange(weights @ x, "b (c h) d -> c b (h d)", c=len(self.seen))
         return torch.baddbmm(self.bias[:, None], mean, self.weight.transpose(1, 2))
 
+    def parts(self):
+        """What is to be run one after another: [(tokens) -> [c, B, out]]."""
+        return [self]
+
+    def own(self, values):
+        """values [C], as factors of each parameter."""
+        return [values.view(-1, *[1] * (p.dim() - 1)) for p in self.parameters()]
+
+    def decayed(self):
+        """Whether a parameter is: biases are not."""
+        return [p.dim() > 2 for p in self.parameters()]
+
+
+class AttentivePooler(nn.Module):
+    """V-JEPA 2's attentive classifier (Assran et al. 2025, arXiv 2506.09985; its code's
+    src/models/attentive_pooler.py): depth - 1 pre-norm blocks of self-attention over all tokens,
+    then cross-attention of one learnt query to them and an MLP, and a linear layer. The
+    cross-attention has no output matrix, as there.
+
+    Raises InputError where dim does not divide into heads.
+    """
+
+    def __init__(self, dim, out, depth=4, heads=16):
+        super().__init__()
+        if dim % heads:
+            raise InputError(
+                f"tokens of {dim} numbers do not divide into {heads} heads; give another number of"
+                " heads"
+            )
+        how = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, heads, 4 * dim, **how) for _ in range(depth - 1)
+        )
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(dim))
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        for name, p in self.named_parameters():
+            if p.dim() > 1 or name == "query":
+                nn.init.trunc_normal_(p, std=0.02)
+            elif "norm" not in name:
+                nn.init.zeros_(p)
+        with torch.no_grad():
+            for number, block in enumerate(self.blocks, 1):
+                block.self_attn.out_proj.weight /= math.sqrt(2 * number)
+                block.linear2.weight /= math.sqrt(2 * number)
+            self.fc2.weight /= math.sqrt(2 * max(1, depth - 1))
+        self.linear = nn.Linear(dim, out)
+
+    def forward(self, tokens):
+        """tokens float32 [B, N, D] -> [B, out]."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        q = self.q(self.query).expand(len(tokens), 1, -1)
+        k, v = self.kv(self.norm1(tokens)).chunk(2, dim=-1)
+        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in (q, k, v))
+        seen = rearrange(F.scaled_dot_product_attention(q, k, v), "b h 1 d -> b (h d)")
+        x = self.query + seen
+        return self.linear(x + self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+
+class PoolerBank(nn.ModuleList):
+    """AttentivePoolers side by side, with the methods of an AttentiveBank; all is decayed, as in
+    V-JEPA 2. On a GPU they compute in bfloat16.
+    """
+
+    def __init__(self, count, dim, out, depth, heads):
+        super().__init__(AttentivePooler(dim, out, depth, heads) for _ in range(count))
+
+    def parts(self):
+        def run(pooler, tokens):
+            with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
+                said = pooler(tokens)
+            return said.float()[None]
+
+        return [partial(run, pooler) for pooler in self]
+
+    def own(self, values):
+        return [value for value, pooler in zip(values, self) for _ in pooler.parameters()]
+
+    def decayed(self):
+        return [True for _ in self.parameters()]
+
 
 def train_bank(bank, features, name, numbers, y, rates, decays, steps, batch_size, random, device):
     """AdamW with a rate and decay of its own for each of the bank, over one stream of batches.
 
-    rates, decays: float32 [C]; the rate goes to 0 along half a cosine.
+    rates, decays: float32 [C]; the rate goes to 0 along half a cosine. Tokens are read once for
+    all, AT_ONCE clips at a time, whose gradients add up to those of the batch.
     """
     parameters = list(bank.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.999), weight_decay=0.0)
-    shapes = [(-1, *[1] * (p.dim() - 1)) for p in parameters]
+    rates, decays = bank.own(rates), bank.own(decays)
     order = np.zeros(0, np.int64)
     for step in range(steps):
         if len(order) < batch_size:
             order = np.concatenate([order, random.permutation(len(numbers))])
         rows, order = order[:batch_size], order[batch_size:]
-        out = bank(features.read(name, numbers[rows]).to(device))  # [C, B, out]
-        loss = errors_of(out, y[rows].to(device)).mean(1).sum()  # each one's own
+        for some in np.split(rows, range(AT_ONCE, batch_size, AT_ONCE)):
+            tokens = features.read(name, numbers[some]).to(device)
+            for part in bank.parts():  # each one's own loss, and no two graphs at a time
+                (errors_of(part(tokens), y[some].to(device)).sum() / batch_size).backward()
         before = [p.detach().clone() for p in parameters]
-        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        rate = rates * 0.5 * (1 + math.cos(math.pi * step / steps))
+        share = 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
-            for p, old, shape in zip(parameters, before, shapes):
-                moved = (p - old) - decays.view(shape) * old * (p.dim() > 2)
-                p.copy_(old + rate.view(shape) * moved)
+            for p, old, rate, decay, is_decayed in zip(
+                parameters, before, rates, decays, bank.decayed()
+            ):
+                p.copy_(old + share * rate * ((p - old) - decay * old * is_decayed))
 
 
 def errors_of(out, y):
@@ -265,20 +364,21 @@ def errors_of(out, y):
 @torch.no_grad()
 def answers_of(bank, features, name, numbers, device, batch_size=64):
     """float32 [C, n, out]: what each of a bank says of these clips."""
-    parts = [
-        bank(features.read(name, numbers[i : i + batch_size]).to(device)).cpu()
-        for i in range(0, len(numbers), batch_size)
-    ]
-    return torch.cat(parts, dim=1)
+    found = []
+    for i in range(0, len(numbers), batch_size):
+        tokens = features.read(name, numbers[i : i + batch_size]).to(device)
+        found.append(torch.cat([part(tokens) for part in bank.parts()]).cpu())
+    return torch.cat(found, dim=1)
 
 
 def fit_attentive(features, name, train, held_out, how, device="cpu"):
     """What an attentive head, fitted on Labelled `train`, says of the clips `held_out`.
 
     The twenty of RATES x DECAYS are fitted on four fifths of the videos side by side, the best of
-    them on the fifth is fitted again on all.
+    them on the fifth is fitted again on all; without how.choose all twenty are, and answer.
     how  Fitting
-    Returns classes int64 [m] or values float32 [m, K].
+    Returns probabilities of classes float32 [m, max(y) + 1], or values [m, K]; of all twenty with
+    their number in front, rates the slower.
     """
     random = np.random.default_rng(how.seed)
     is_class = np.issubdtype(train.y.dtype, np.integer)
@@ -294,7 +394,10 @@ def fit_attentive(features, name, train, held_out, how, device="cpu"):
     def fitted(rows, rates, decays):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(how.seed)
-            bank = AttentiveBank(len(rates), dim, out).to(device)
+            if how.depth == 1:
+                bank = AttentiveBank(len(rates), dim, out).to(device)
+            else:
+                bank = PoolerBank(len(rates), dim, out, how.depth, how.heads).to(device)
         steps = max(how.least_steps, how.epochs * -(-len(rows) // how.batch_size))
         each = torch.tensor(rates, device=device), torch.tensor(decays, device=device)
         numbers, size = train.numbers[rows], min(how.batch_size, len(rows))
@@ -302,22 +405,24 @@ def fit_attentive(features, name, train, held_out, how, device="cpu"):
         return bank
 
     rates, decays = zip(*[(rate, decay) for rate in RATES for decay in DECAYS])
-    best = 0
-    if len(videos) > 1:
+    answering = slice(0, len(rates) if not how.choose else 1)
+    if how.choose and len(videos) > 1:
         bank = fitted(np.flatnonzero(~chosen_by), rates, decays)
         rows = np.flatnonzero(chosen_by)
         said = answers_of(bank, features, name, train.numbers[rows], device)
         best = int(errors_of(said, y[rows]).mean(1).nan_to_num(math.inf).argmin())
+        answering = slice(best, best + 1)
         del bank
-    bank = fitted(np.arange(len(train.numbers)), rates[best : best + 1], decays[best : best + 1])
-    said = answers_of(bank, features, name, held_out, device)[0].numpy()
-    return said.argmax(-1) if is_class else said * spread + centre
+    bank = fitted(np.arange(len(train.numbers)), rates[answering], decays[answering])
+    said = answers_of(bank, features, name, held_out, device)
+    said = said.softmax(-1).numpy() if is_class else said.numpy() * spread + centre
+    return said[0] if how.choose else said
 
 
 class Labelled(NamedTuple):
     """Clips of Features with what is to be read from them."""
 
-    numbers: np.ndarray  # int64 [n]: of the clips
+    numbers: np.ndarray  # int64 [n]: of the clips; [n, S]: of S each that are read as one
     y: np.ndarray  # int64 [n] classes, or float32 [n, K] values
     videos: np.ndarray  # int64 [n]: clips of one stay together, and are a unit of intervals
 
@@ -334,18 +439,29 @@ class Fitting(NamedTuple):
     batch_size: int = 16
     least_steps: int = 200
     seed: int = 0
+    depth: int = 1  # of attentive ones: 1, an AttentiveBank; more, AttentivePoolers
+    heads: int = 16  # of attention, of AttentivePoolers
+    choose: bool = True  # among RATES x DECAYS by a fifth of the training videos; else none is
 
 
 DEFAULTS = Fitting()
 
 
-def probe(features, name, head, train, held_out, how=DEFAULTS, device="cpu"):
-    """What a head, fitted on Labelled `train`, says of the clips `held_out` int64 [m]."""
+def answers(features, name, head, train, held_out, how=DEFAULTS, device="cpu"):
+    """What a head, fitted on Labelled `train`, says of the clips `held_out` int64 [m] or [m, S]:
+    probabilities of classes, or values, see fit_linear and fit_attentive.
+    """
     if head == "attentive":
         return fit_attentive(features, name, train, held_out, how, device)
     x = features.pooled(name, head, train.numbers)
     y, videos = train.y, train.videos
     return fit_linear(x, y, videos, features.pooled(name, head, held_out), how.strengths, how.folds)
+
+
+def probe(features, name, head, train, held_out, how=DEFAULTS, device="cpu"):
+    """The same, with classes int64 [m] for their probabilities."""
+    said = answers(features, name, head, train, held_out, how, device)
+    return said.argmax(-1) if np.issubdtype(train.y.dtype, np.integer) else said
 
 
 # ---- what the answers say

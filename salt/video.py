@@ -119,7 +119,7 @@ def clip_of_frames(frames, view=View(), video_id=""):
     if view.view > 0:
         random = Random(view.seed, 0, sample_id(video_id, view.view), STREAMS["view"])
     numbers = frame_numbers(len(frames), view, random).tolist()
-    place = (random.uniform(), random.uniform()) if random else None
+    place = (random.uniform(), random.uniform()) if random else view.place
     scaler = Scaler("the video in memory")
     clip = np.empty((view.frames, 3, view.size, view.size), np.uint8)
     for i, number in enumerate(numbers):
@@ -138,7 +138,7 @@ class Cut:
             random = Random(view.seed, 0, sample_id(name, view.view), STREAMS["view"])
         numbers = frame_numbers(n, view, random).tolist()
         self.view, self.last = view, numbers[-1]
-        self.jitter = (random.uniform(), random.uniform()) if random else None
+        self.place = (random.uniform(), random.uniform()) if random else view.place
         self.places = {}  # frame number -> its places in the clip
         for place, number in enumerate(numbers):
             self.places.setdefault(number, []).append(place)
@@ -150,7 +150,7 @@ class Cut:
         places = self.places.get(number)
         if not places:
             return
-        planes = scaler.convert(frame, self.view, self.jitter)
+        planes = scaler.convert(frame, self.view, self.place)
         for place in places:
             for channel, plane in enumerate(planes):
                 self.frames[place, channel] = plane

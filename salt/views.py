@@ -40,6 +40,9 @@ class View:
     view: int = 0
     seed: int = 0
 
+    # two fractions of the room that a crop has, down and to the right; None: the middle
+    place = None
+
     def __post_init__(self):
         object.__setattr__(self, "window", tuple(float(x) for x in self.window))
         choices = {
@@ -112,6 +115,34 @@ class View:
             if mine[name] != theirs[name]
         )
 
+    def part(self, n):
+        """(first, how many) of a video's n frames that a clip is taken from."""
+        first = min(int(self.window[0] * n), n - 1)
+        return first, max(1, min(math.ceil(self.window[1] * n), n) - first)
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentView(View):
+    """A clip of one of the equal `segments` of a video, and of the square at `along` of its longer
+    side, as V-JEPA 2 cuts them for its test (src/datasets/video_dataset.py): where a segment is
+    shorter than frames * stride, segments of that many frames overlap.
+    """
+
+    segments: int = 1
+    segment: int = 0
+    along: float | None = None  # 0: left, or top; 1: right, or bottom; None: as a View does
+
+    @property
+    def place(self):
+        return None if self.along is None else (self.along, self.along)
+
+    def part(self, n):
+        count = max(1, n // self.segments)
+        if self.sampling == "stride":
+            count = min(n, max(count, self.frames * self.stride))
+        steps = max(1, self.segments - 1)
+        return (n - count) * self.segment // steps, count
+
 
 class MirroredView(View):
     """Takes the frames that the same view takes of the video played backwards, in the video's own
@@ -136,8 +167,7 @@ def frame_numbers(n, view, random=None):
     """Which of a video's n frames a clip takes: int [view.frames], not falling; short videos repeat
     frames.
     """
-    first = min(int(view.window[0] * n), n - 1)
-    count = max(1, min(math.ceil(view.window[1] * n), n) - first)
+    first, count = view.part(n)
     i = np.arange(view.frames)
     if view.sampling == "uniform":
         offset = np.array([random.uniform() for _ in i]) if random else 0.5

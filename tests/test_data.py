@@ -24,7 +24,15 @@ from salt.errors import InputError
 from salt.loader import CONTEXT, NONE, TARGET, Loader, Records
 from salt.masks import STREAMS, Random, check_batch, in_order, sample_masks, shuffled
 from salt.splits import load_split
-from salt.views import MirroredView, View, frame_numbers, grid_of, random_half, sample_id
+from salt.views import (
+    MirroredView,
+    SegmentView,
+    View,
+    frame_numbers,
+    grid_of,
+    random_half,
+    sample_id,
+)
 
 
 def write_video(
@@ -128,6 +136,31 @@ def test_jittered_views_repeat_and_differ(tmp_path):
         random = Random(seed, 0, 1, STREAMS["view"])
         picked = frame_numbers(30, views[1], random)
         assert all(int(i * 30 / 8) <= p <= (i + 1) * 30 / 8 for i, p in enumerate(picked))
+
+
+def test_segments_and_squares_of_a_test(tmp_path):
+    """Frames by the rule of V-JEPA 2's dataset, squares by their place in the longer side."""
+
+    def taken(n, **how):
+        views = [SegmentView(4, 32, 32, segments=2, segment=i, **how) for i in range(2)]
+        return [frame_numbers(n, view).tolist() for view in views]
+
+    assert taken(40) == [[2, 7, 12, 17], [22, 27, 32, 37]]
+    stride = {"sampling": "stride", "stride": 4}
+    assert taken(40, **stride) == [[3, 7, 11, 15], [23, 27, 31, 35]]
+    # halves of 10 are shorter than 16 frames, which overlap
+    assert taken(20, **stride) == [[1, 5, 9, 13], [5, 9, 13, 17]]
+    first, second = taken(12, **stride)
+    assert first == second
+    assert taken(1) == [[0] * 4] * 2
+    rng = np.random.default_rng(0)
+    for height, width in ((32, 80), (80, 32)):
+        frame = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for along, start in ((0.0, 0), (None, 24), (1.0, 48)):
+            view = SegmentView(1, 32, 32, along=along)
+            rows = slice(start, start + 32)
+            expected = frame[:, rows] if width > height else frame[rows]
+            assert np.array_equal(video.clip_of_frames(frame[None], view)[0], expected)
 
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])

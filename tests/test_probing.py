@@ -2,6 +2,7 @@
 none.
 """
 
+import copy
 import math
 import os
 
@@ -91,6 +92,80 @@ def test_each_of_a_bank_is_trained_as_alone(tmp_path):
         torch.testing.assert_close(bank.state_dict()[name][1:], value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_pooler_is_that_of_transformers():
+    """V-JEPA 2's, of its own depth, with the same weights."""
+    from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2AttentivePooler, VJEPA2Config
+
+    torch.manual_seed(0)
+    dim = 32
+    config = VJEPA2Config(
+        hidden_size=dim,
+        num_attention_heads=4,
+        num_pooler_layers=3,
+        layer_norm_eps=1e-5,
+        attn_implementation="sdpa",
+    )
+    theirs = VJEPA2AttentivePooler(config)
+    ours = probing.AttentivePooler(dim, 5, depth=4, heads=4)
+    with torch.no_grad():
+        for p in ours.parameters():  # biases and norms too
+            p.add_(0.3 * torch.randn_like(p))
+    q, k, v = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
+    state = {"query_tokens": ours.query[None, None]}
+
+    def give(name, weight, bias):
+        state.update({f"{name}.weight": weight, f"{name}.bias": bias})
+
+    for number, block in enumerate(ours.blocks):
+        place = f"self_attention_layers.{number}"
+        inner = block.self_attn
+        parts = inner.in_proj_weight.chunk(3), inner.in_proj_bias.chunk(3)
+        for name, weight, bias in zip((q, k, v), *parts):
+            give(f"{place}.{name}", weight, bias)
+        names = {"self_attn.out_proj": inner.out_proj, "mlp.fc1": block.linear1}
+        names |= {"mlp.fc2": block.linear2, "layer_norm1": block.norm1, "layer_norm2": block.norm2}
+        for name, module in names.items():
+            give(f"{place}.{name}", module.weight, module.bias)
+    place = "cross_attention_layer"
+    names = {"cross_attn.q_proj": ours.q, "mlp.fc1": ours.fc1, "mlp.fc2": ours.fc2}
+    names |= {"layer_norm1": ours.norm1, "layer_norm2": ours.norm2}
+    for name, module in names.items():
+        give(f"{place}.{name}", module.weight, module.bias)
+    for name, weight, bias in zip("kv", ours.kv.weight.chunk(2), ours.kv.bias.chunk(2)):
+        give(f"{place}.cross_attn.{name}_proj", weight, bias)
+    theirs.load_state_dict(state)
+    tokens = torch.randn(3, 36, dim)
+    torch.testing.assert_close(ours(tokens), ours.linear(theirs(tokens)))
+    with pytest.raises(InputError, match="40 numbers do not divide into 16 heads"):
+        probing.AttentivePooler(40, 5)
+
+
+def test_each_pooler_of_a_bank_is_trained_as_alone(tmp_path, monkeypatch):
+    """By AdamW of PyTorch, at its own rate, with all parameters decayed; a batch that is read in
+    parts is a batch.
+    """
+    monkeypatch.setattr(probing, "AT_ONCE", 3)
+    torch.manual_seed(0)
+    features = made(tmp_path, torch.randn(8, 36, DIM))
+    y = torch.arange(8) % 3
+    bank = probing.PoolerBank(2, DIM, 3, 2, 4)
+    alone = copy.deepcopy(bank[1])
+    numbers = np.arange(8)
+    rates, decays = torch.tensor([1e-2, 1e-3]), torch.tensor([0.8, 0.1])
+    how = {"steps": 4, "batch_size": 8, "random": np.random.default_rng(0), "device": "cpu"}
+    probing.train_bank(bank, features, "planted", numbers, y, rates, decays, **how)
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-3, weight_decay=0.1)
+    random = np.random.default_rng(0)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / 4))
+        rows = random.permutation(8)
+        F.cross_entropy(alone(features.read("planted", rows)), y[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(bank[1].state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
 def planted(count, classes=4, seed=0):
     """Tokens of noise, of which one, anywhere, says the class; its sign is random, so that means
     say nothing.
@@ -117,6 +192,42 @@ def test_an_attentive_head_finds_a_planted_token(tmp_path, shuffled):
         said = probing.probe(features, "planted", "attentive", train, numbers[200:])
     right = (said == y[200:]).mean()
     assert right < 0.4 if shuffled else right > 0.9
+
+
+def test_a_pooler_of_depth_4_finds_a_planted_token(tmp_path, monkeypatch):
+    """All that were asked for answer, where none is to be chosen: here one."""
+    monkeypatch.setattr(probing, "RATES", (3e-3,))
+    monkeypatch.setattr(probing, "DECAYS", (0.01,))
+    tokens, y = planted(300)
+    numbers = np.arange(300)
+    train = Labelled(numbers[:200], y[:200], numbers[:200])
+    how = probing.Fitting(epochs=9, least_steps=1, depth=4, heads=2, choose=False)
+    with made(tmp_path, tokens) as features:
+        said = probing.answers(features, "planted", "attentive", train, numbers[200:], how)
+    assert said.shape == (1, 100, 4)
+    np.testing.assert_allclose(said.sum(-1), 1, rtol=1e-5)
+    assert (said[0].argmax(-1) == y[200:]).mean() > 0.85
+
+
+def test_clips_that_are_read_as_one_follow_one_another(tmp_path):
+    """And a linear head sees when each was."""
+    tokens = torch.randn(6, 36, 8).half().float()
+    numbers = np.array([[4, 1], [0, 5]])
+    with made(tmp_path, tokens) as features:
+        torch.testing.assert_close(
+            features.read("planted", numbers), tokens[numbers.ravel()].view(2, 72, 8)
+        )
+        apart = features.pooled("planted", "grid", numbers.ravel()).reshape(2, -1)
+        np.testing.assert_allclose(features.pooled("planted", "grid", numbers), apart, rtol=1e-6)
+
+
+def test_linear_heads_say_probabilities_of_all_classes(tmp_path):
+    """Also of one that no video shows."""
+    x = np.repeat([[0.0], [4.0]], 20, axis=0).astype(np.float32)
+    x += 0.1 * np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    said = probing.fit_linear(x, np.repeat([0, 2], 20), np.arange(40), x[[0, -1]])
+    np.testing.assert_allclose(said.sum(1), 1)
+    assert said[:, 1].tolist() == [0, 0] and said.argmax(1).tolist() == [0, 2]
 
 
 def test_linear_heads_read_what_is_linear_and_know_where(tmp_path):
