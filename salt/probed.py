@@ -293,7 +293,8 @@ class Table:
             found[name] = {}
             for column, score in row.items():
                 found[name][column] = {self.unit: score.value, "ci95": score.interval()}
-                for student in self.students if name not in self.students else ():
+                others = self.students if name not in self.students else ()
+                for student in (other for other in others if column in self.rows[other]):
                     value, ends = self.rows[student][column].minus(score)
                     found[name][column][f"{student} minus this"] = {"value": value, "ci95": ends}
         return found

@@ -268,9 +268,8 @@ class AttentivePooler(nn.Module):
                 " heads"
             )
         how = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(dim, heads, 4 * dim, **how) for _ in range(depth - 1)
-        )
+        blocks = [nn.TransformerEncoderLayer(dim, heads, 4 * dim, **how) for _ in range(depth - 1)]
+        self.blocks = nn.ModuleList(blocks)
         self.heads = heads
         self.query = nn.Parameter(torch.zeros(dim))
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -282,7 +281,7 @@ class AttentivePooler(nn.Module):
             elif "norm" not in name:
                 nn.init.zeros_(p)
         with torch.no_grad():
-            for number, block in enumerate(self.blocks, 1):
+            for number, block in enumerate(blocks, 1):
                 block.self_attn.out_proj.weight /= math.sqrt(2 * number)
                 block.linear2.weight /= math.sqrt(2 * number)
             self.fc2.weight /= math.sqrt(2 * max(1, depth - 1))

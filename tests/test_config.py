@@ -214,6 +214,7 @@ def test_a_script_from_the_shell(tmp_path):
         "cache_latents",
         "eval_distill",
         "probe_time_arrow",
+        "probe_labels",
         "plot_runs",
         "demo/make_videos",
         "demo/run",

@@ -201,12 +201,12 @@ def test_a_pooler_of_depth_4_finds_a_planted_token(tmp_path, monkeypatch):
     tokens, y = planted(300)
     numbers = np.arange(300)
     train = Labelled(numbers[:200], y[:200], numbers[:200])
-    how = probing.Fitting(epochs=9, least_steps=1, depth=4, heads=2, choose=False)
+    how = probing.Fitting(epochs=6, least_steps=1, depth=4, heads=2, choose=False)
     with made(tmp_path, tokens) as features:
         said = probing.answers(features, "planted", "attentive", train, numbers[200:], how)
     assert said.shape == (1, 100, 4)
     np.testing.assert_allclose(said.sum(-1), 1, rtol=1e-5)
-    assert (said[0].argmax(-1) == y[200:]).mean() > 0.85
+    assert (said[0].argmax(-1) == y[200:]).mean() > 0.7  # chance: 0.25
 
 
 def test_clips_that_are_read_as_one_follow_one_another(tmp_path):
