@@ -188,6 +188,18 @@ def frame_rate(path):
     return float(rate)
 
 
+def frame_count(path):
+    """How many frames the packets of a video carry. Raises VideoError where it cannot be read."""
+    import av
+
+    try:
+        with open_video(Stretch(path)) as (_, packets):
+            return sum(map(shows, packets))
+    except av.FFmpegError as error:
+        check_disk(path)
+        raise VideoError(f"{path} cannot be opened: {error.strerror or error}") from None
+
+
 def shows(packet):
     """Whether a packet carries a frame that is shown; the last one of a stream is empty and flushes
     the decoder.

@@ -6,6 +6,7 @@ import torch
 
 from model import SIZES, build_encoder, cast_matrices, encoder_of_folder, plain, student_of
 from salt import config
+from salt.cache_format import agree_on
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
 from salt.files import sha256
@@ -63,6 +64,22 @@ def load_teacher(path, device="cpu", dtype="fp32"):
     encoder = encoder.to(device).float().eval().requires_grad_(False)
     cast_matrices(encoder, dtype)
     return encoder
+
+
+def known_teacher(path, identity, checkpoint, device="cpu"):
+    """load_teacher, of the teacher that a checkpoint was trained on and in that one's compute.
+
+    identity    as the content of `checkpoint`, a path, has it
+    Raises InputError where the teacher at `path` is another.
+    """
+    teacher = load_teacher(path, device, identity.get("compute", "fp32"))
+    if not agree_on(identity, teacher.identity):
+        raise InputError(
+            f"{path} is not the teacher that {checkpoint} was trained on: SHA-256 of the weights"
+            f" {teacher.sha256[:12]} there, {identity['sha256'][:12]} in the checkpoint (or"
+            " another mean, std, shape or file)"
+        )
+    return teacher
 
 
 @torch.no_grad()
