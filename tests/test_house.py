@@ -15,6 +15,7 @@ BUDGETS = {
     "model": 580,
     "probe_labels": 260,
     "probe_states": 220,
+    "probe_surprise": 260,
     "probe_time_arrow": 170,
     "train": 350,
     "salt": 20,
@@ -55,6 +56,7 @@ BUDGETS = {
     "salt.score": 320,
     "salt.splits": 370,
     "salt.stored": 110,
+    "salt.surprise": 320,
     "salt.task": 370,
     "salt.teachers": 100,
     "salt.torch_files": 140,
@@ -85,9 +87,9 @@ ROWS = [
     "salt.user_teacher",
     "salt.teachers",
     "salt.task salt.caching salt.meter salt.probing",
-    "salt.probed",
-    "train cache_latents eval_distill probe_time_arrow probe_states probe_labels tools.doctor"
-    " tools.plot_runs",
+    "salt.probed salt.surprise",
+    "train cache_latents eval_distill probe_time_arrow probe_states probe_labels probe_surprise"
+    " tools.doctor tools.plot_runs",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}
 FILES = sorted(
