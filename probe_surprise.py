@@ -164,7 +164,7 @@ for each, got in zip(pairs, tqdm(jobs, total=len(pairs), unit="pair", dynamic_nc
 if waiting:
     parts.append(measure(waiting))
 pairs = [each for each, _, _ in kept]
-groups = surprise.groups_of(pairs) if pairs else {}
+groups = surprise.groups_of(pairs)
 if surprise.LAWS not in groups:
     raise InputError(f"no pair of {data} that breaks a law could be had: {failures[:1]}")
 found = surprise.join(parts)

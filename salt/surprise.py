@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,8 +45,9 @@ class Pair:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) is not field.type:
-                raise ValueError(f"{field.name} is {value!r}, not {field.type.__name__}")
+            kind: Any = field.type
+            if type(value) is not kind:
+                raise ValueError(f"{field.name} is {value!r}, not {kind.__name__}")
         for path in (self.possible, self.impossible):
             if os.path.isabs(path) or os.path.normpath(path).startswith(".."):
                 raise ValueError(f"{path} leaves the folder")
@@ -278,8 +280,8 @@ def wins_of(surprise):
 
 def groups_of(pairs):
     """{name: bool [P]}: which of [Pair] are of each group; those of LAWS break one."""
-    lawful = np.array([pair.control for pair in pairs])
-    hidden = np.array([pair.occluded for pair in pairs])
+    lawful = np.array([pair.control for pair in pairs], bool)
+    hidden = np.array([pair.occluded for pair in pairs], bool)
     groups = {LAWS: ~lawful, "in the open": ~lawful & ~hidden, "behind a panel": ~lawful & hidden}
     for pair in sorted(pairs, key=lambda pair: pair.control):
         name = f"control: {pair.event}" if pair.control else pair.event
