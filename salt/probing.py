@@ -193,7 +193,10 @@ def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
     with warnings.catch_warnings(), threadpool_limits(1):
         # the weakest penalties need not converge to lose
         warnings.simplefilter("ignore", ConvergenceWarning)
-        axes = make_pipeline(StandardScaler(), PCA(svd_solver="full")).fit(x)
+        scaler: Any = StandardScaler().fit(x)
+        # what hardly varies in a few clips would be divided by next to nothing
+        scaler.scale_ = np.maximum(scaler.scale_, 0.1 * np.sqrt(np.mean(scaler.var_)))
+        axes = make_pipeline(scaler, PCA(svd_solver="full").fit(scaler.transform(x)))
         columns = x.shape[1]
         x, held_out = (axes.transform(part).astype(np.float64) for part in (x, held_out))
         folds = min(folds, len(np.unique(groups)))
