@@ -9,13 +9,14 @@ over the next second. R2 is 0 for the training videos' mean, and its mean over v
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 from typing import Literal
 
 from salt import config, runs
-from salt.errors import InputError
+from salt.errors import InputError, VideoError
 from salt.files import prepare_file, write_whole
 
 # ----------------------------------------------------------------------------------------- settings
@@ -83,10 +84,17 @@ except (OSError, ValueError, AttributeError) as error:
         f"{states_path} cannot be read as states: {error}; it holds {{video id: [a row of numbers a"
         " frame]}"
     ) from None
+lacking = sum(np.isnan(rows).any() for rows in known.values())
+if lacking:
+    raise InputError(
+        f"{states_path} has values that are missing (null) in {lacking} of {len(known)} videos, and"
+        " heads are fitted on whole rows; give --states a file of the columns that are always there"
+    )
 asked = probed.Asked(settings, print)
 encoders = probed.Encoders(settings, paths, place, print)
 
 
+@functools.cache
 def frames_of(row):
     """(frames that states.json has of a video, how many of them `ahead` seconds are)."""
     return len(known[row.id]), max(1, round(ahead * (fps or frame_rate(row.path))))
@@ -96,7 +104,10 @@ def usable(row):
     """Whether a window and what follows it fit into a video, and its states are there."""
     if row.path is None or row.id not in known or row.start is not None or row.end is not None:
         return False
-    count, after = frames_of(row)
+    try:
+        count, after = frames_of(row)
+    except VideoError:
+        return False
     return count - after >= max(4, count // 4)
 
 
@@ -163,7 +174,9 @@ val_rows = asked.drawn(val_split, val_videos, usable)
 for split in (train_split, val_split):
     left_out = len(asked.rows[split]) - sum(map(usable, asked.rows[split]))
     if left_out:
-        print(f"{split}: {left_out} videos have no states in {states_path}, or are too short")
+        print(
+            f"{split}: {left_out} videos are broken, too short, or have no states in {states_path}"
+        )
 count = (len(train_rows) + len(val_rows)) * clips_a_video
 how = probing.Fitting(epochs=epochs, seed=seed)
 scores = {}

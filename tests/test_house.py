@@ -14,7 +14,7 @@ BUDGETS = {
     "eval_distill": 210,
     "model": 580,
     "probe_labels": 260,
-    "probe_states": 220,
+    "probe_states": 230,
     "probe_surprise": 260,
     "probe_time_arrow": 170,
     "train": 350,
