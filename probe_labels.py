@@ -71,6 +71,7 @@ import numpy as np  # after the settings, so that --help and a mistyped flag ans
 from tqdm import tqdm
 
 from salt import ops, probed, probing, ranks
+from salt.features import Features
 from salt.odd_videos import odd_videos
 from salt.views import SegmentView
 
@@ -123,7 +124,7 @@ for split in (train_split, val_split):
     if left_out:
         print(f"{split}: {left_out} videos left out, whose label is none of the training list's")
 drawn = {
-    split: asked.drawn(split, most or math.inf, lambda row: row.path and row.label in number_of)
+    split: asked.drawn(split, most or None, lambda row: row.path and row.label in number_of)
     for split, most in ((train_split, train_videos), (val_split, val_videos))
 }
 if not drawn[val_split]:
@@ -179,7 +180,7 @@ def answered(said, y):
 # ---- tokens of all clips, once; then head by head
 count = len(drawn[train_split]) + len(drawn[val_split]) * used.views
 scores, chosen = {}, {}
-with probing.Features(features, encoders.sources, count * used.segments) as kept:
+with Features(features, encoders.sources, count * used.segments) as kept:
     made = asked.fill(kept, encoders, train_split, drawn[train_split], lambda row: cuts(1))
     train = labelled(made, 1)
     if np.sort(np.bincount(train.y, minlength=2))[-2] < 2:

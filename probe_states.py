@@ -3,9 +3,11 @@ are fitted on few labelled videos.
 
     python probe_states.py --checkpoint checkpoints/RUN/best.pth --data DIR --out X.json
 
-DIR/states.json holds {video id: [a row of numbers a frame]}. Each clip ends a second before its
+DIR/states.json holds {video id: [a row of numbers a frame]}, null where one is missing; names of
+the numbers may stand beside it, a list in state_names.json. Each clip ends a second before its
 video does at the latest; a head says each value at the clip's last frame, and how much it changes
-over the next second. R2 is 0 for the training videos' mean, and its mean over values is shown.
+over the next second. R2 is 0 for the training videos' mean; shown is its mean over values, and
+X.json has each one's.
 """
 
 import dataclasses
@@ -34,7 +36,7 @@ train_videos: int = 2000  # at most so many, drawn by the seed
 val_videos: int = 1000  # at most so many
 labels: list[int] = [10, 30, 100, 300, 0]  # labelled training videos; 0: all
 draws: int = 5  # of as many labelled videos, the mean of which is shown
-heads: list[Literal["mean", "grid", "attentive"]] = ["grid", "attentive"]
+heads: list[Literal["mean", "grid", "attentive"]] = ["grid", "attentive"]  # see salt/probing.py
 epochs: int = 20  # of attentive heads; at least 200 steps
 clips_a_video: int = 2  # windows of half a video, drawn by the seed
 ahead: float = 1.0  # seconds over which a value changes
@@ -62,7 +64,8 @@ import numpy as np  # after the settings, so that --help and a mistyped flag ans
 from tqdm import tqdm
 
 from salt import ops, probed, probing, ranks
-from salt.containers import frame_rate
+from salt.containers import frame_count, frame_rate
+from salt.features import Features
 from salt.masks import STREAMS, Random
 from salt.odd_videos import odd_videos
 from salt.views import frame_numbers, sample_id
@@ -75,40 +78,54 @@ ops.return_freed_memory()
 odd_videos.watch(math.inf, tqdm.write)
 
 # ---- the states, and which window of a video ends how early
-states_path = states or os.path.join(data, "states.json")
+folder = data if os.path.isdir(data) else os.path.dirname(data)  # of a list
+states_path = states or os.path.join(folder, "states.json")
 try:
     with open(states_path, encoding="utf-8") as file:
         known = {name: np.array(rows, np.float32) for name, rows in json.load(file).items()}
-except (OSError, ValueError, AttributeError) as error:
+    widths = {rows.shape[1:] for rows in known.values()}
+    if len(widths) != 1 or widths == {()}:
+        raise ValueError("its rows are not all of as many numbers")
+    names_path = os.path.join(os.path.dirname(states_path), "state_names.json")
+    names = [str(number) for number in range(*widths.pop())]
+    if os.path.exists(names_path):
+        with open(names_path, encoding="utf-8") as file:
+            names = json.load(file)
+except (OSError, ValueError, TypeError, AttributeError) as error:
     raise InputError(
         f"{states_path} cannot be read as states: {error}; it holds {{video id: [a row of numbers a"
         " frame]}"
     ) from None
-lacking = sum(np.isnan(rows).any() for rows in known.values())
-if lacking:
-    raise InputError(
-        f"{states_path} has values that are missing (null) in {lacking} of {len(known)} videos, and"
-        " heads are fitted on whole rows; give --states a file of the columns that are always there"
-    )
 asked = probed.Asked(settings, print)
 encoders = probed.Encoders(settings, paths, place, print)
 
 
+left_out = []
+
+
 @functools.cache
 def frames_of(row):
-    """(frames that states.json has of a video, how many of them `ahead` seconds are)."""
-    return len(known[row.id]), max(1, round(ahead * (fps or frame_rate(row.path))))
+    """(frames of a video, how many of them `ahead` seconds are); (0, 0) where it has no states, and
+    `left_out` says why.
+    """
+    try:
+        if row.id not in known or row.path is None:
+            raise VideoError(f"{row.id!r} has no {'states' if row.path else 'video'}")
+        count = frame_count(row.path, row.start, row.end)
+        if count != len(known[row.id]):
+            raise VideoError(f"{row.path} has {count} frames, and states of {len(known[row.id])}")
+        after = max(1, round(ahead * (fps or frame_rate(row.path))))
+        if count - after < max(4, count // 4):
+            raise VideoError(f"{row.path} ends too early: {count} frames, {after} of them ahead")
+        return count, after
+    except VideoError as error:
+        left_out.append(str(error))
+        return 0, 0
 
 
 def usable(row):
     """Whether a window and what follows it fit into a video, and its states are there."""
-    if row.path is None or row.id not in known or row.start is not None or row.end is not None:
-        return False
-    try:
-        count, after = frames_of(row)
-    except VideoError:
-        return False
-    return count - after >= max(4, count // 4)
+    return frames_of(row) != (0, 0)
 
 
 def windows_of(row):
@@ -171,16 +188,17 @@ def draw_by_labels(table, sizes, path):
 # ---- tokens of all clips, once
 train_rows = asked.drawn(train_split, train_videos, usable)
 val_rows = asked.drawn(val_split, val_videos, usable)
-for split in (train_split, val_split):
-    left_out = len(asked.rows[split]) - sum(map(usable, asked.rows[split]))
-    if left_out:
-        print(
-            f"{split}: {left_out} videos are broken, too short, or have no states in {states_path}"
-        )
+if left_out:
+    print(f"left out: {len(left_out)} videos, the first of them: {left_out[0]}")
+if not train_rows or not val_rows:
+    raise InputError(
+        f"no video of the split {val_split if train_rows else train_split!r} has states in"
+        f" {states_path}: {left_out[0]}"
+    )
 count = (len(train_rows) + len(val_rows)) * clips_a_video
 how = probing.Fitting(epochs=epochs, seed=seed)
 scores = {}
-with probing.Features(features, encoders.sources, count) as kept:
+with Features(features, encoders.sources, count) as kept:
     train = labelled(asked.fill(kept, encoders, train_split, train_rows, windows_of))
     held_out = labelled(asked.fill(kept, encoders, val_split, val_rows, windows_of))
     whole = len(np.unique(train.videos))
@@ -192,7 +210,7 @@ with probing.Features(features, encoders.sources, count) as kept:
         for head in heads
         if head in source.heads
     ]
-    constant = train.y.mean(0)
+    constant = np.ma.masked_invalid(train.y).mean(0).filled(np.nan)
     for size, source, head in tqdm(jobs, desc="fitting", unit="head", dynamic_ncols=True):
         found = []
         for draw in range(draws if size < whole else 1):
@@ -213,7 +231,15 @@ for line in table.lines():
     print(line)
 print(probed.peak_memory(place))
 if out:
+    values = names + [f"change of {name}" for name in names]
     content = {"table": table.to_dict(), "labels": sizes, "train_videos": whole}
+    content["R2_of_each_value"] = {
+        name: {
+            column: {value: round(r2, 4) for value, r2 in zip(values, score.each) if r2 == r2}
+            for column, score in row.items()
+        }
+        for name, row in table.rows.items()
+    }
     content |= {"val_videos": len(np.unique(held_out.videos)), "failures": asked.failures}
     content |= {
         "val_videos_of_the_encoders_training": encoders.count_known(asked.known),

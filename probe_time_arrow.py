@@ -70,6 +70,7 @@ from tqdm import tqdm
 
 from benchmarks import budget
 from salt import extension, ops, probed, probing, ranks
+from salt.features import Features
 from salt.odd_videos import odd_videos
 from salt.views import MirroredView, random_half
 
@@ -120,7 +121,7 @@ rows = {
     for split, count in ((train_split, train_videos), (val_split, val_videos))
 }
 how = probing.Fitting(tuple(strengths), folds, epochs, seed=seed)
-with probing.Features(features, encoders.sources, 2 * sum(map(len, rows.values()))) as kept:
+with Features(features, encoders.sources, 2 * sum(map(len, rows.values()))) as kept:
     train, held_out = (
         labelled(asked.fill(kept, encoders, split, rows[split], both_ways, reversed_second))
         for split in (train_split, val_split)

@@ -188,13 +188,16 @@ def frame_rate(path):
     return float(rate)
 
 
-def frame_count(path):
-    """How many frames the packets of a video carry. Raises VideoError where it cannot be read."""
+def frame_count(path, start=None, end=None):
+    """How many frames the packets of a video, or of a stretch of it in seconds, carry. Raises
+    VideoError where it cannot be read.
+    """
     import av
 
     try:
-        with open_video(Stretch(path)) as (_, packets):
-            return sum(map(shows, packets))
+        stretch = Stretch(path) if start is end is None else find_stretch(path, start or 0, end)
+        with open_video(stretch) as (_, packets):
+            return sum(shows(packet) and stretch.holds(packet.pts) for packet in packets)
     except av.FFmpegError as error:
         check_disk(path)
         raise VideoError(f"{path} cannot be opened: {error.strerror or error}") from None

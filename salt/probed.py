@@ -2,6 +2,7 @@
 and the table of what they know.
 """
 
+import itertools
 import os
 import resource
 
@@ -10,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import model
-from salt import heldout, probing, teachers
+from salt import features, heldout, probing, teachers
 from salt.cache_format import fingerprint
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError, VideoError
@@ -62,7 +63,7 @@ class Encoders:
         if s.teacher:
             self.add_teacher(s, device)
         if s.pixels:
-            self.sources += probing.pixel_sources(self.view.frames)
+            self.sources += features.pixel_sources(self.view.frames)
 
     def note_training(self, name, seen, split, log):
         """Which videos it was trained on, as far as its checkpoint says it."""
@@ -87,7 +88,7 @@ class Encoders:
     def add(self, name, encoder, s, device):
         encoder = encoder.to(device).eval()
         model.cast_matrices(encoder, s.dtype)
-        self.sources.append(probing.encoder_source(name, encoder))
+        self.sources.append(features.encoder_source(name, encoder))
 
     def add_teacher(self, s, device):
         teacher = teachers.load_teacher(s.teacher, device, s.dtype)
@@ -97,7 +98,7 @@ class Encoders:
                 f"the teacher {s.teacher} takes {c.frames} frames of {c.size} pixels, and the"
                 f" checkpoint {view.frames} of {view.size}; leave --teacher out"
             )
-        self.sources.append(probing.encoder_source("teacher", teacher))
+        self.sources.append(features.encoder_source("teacher", teacher))
 
     def know(self, row, clip):
         """Whether one of the checkpoints was trained on this video, or on the pixels of its clip
@@ -146,11 +147,12 @@ class Asked:
         self.failures = []
 
     def drawn(self, split, count, usable=lambda row: True):
-        """Up to `count` Rows of a split, drawn by the seed."""
-        rows = [row for row in self.rows[split] if usable(row)]
-        return [
-            rows[i] for i in permute(np.arange(min(count, len(rows))), len(rows), self.s.seed, 0)
-        ]
+        """Up to `count` Rows of a split, drawn by the seed; no more are asked whether they are
+        usable.
+        """
+        rows = self.rows[split]
+        order = (rows[i] for i in permute(np.arange(len(rows)), len(rows), self.s.seed, 0))
+        return list(itertools.islice(filter(usable, order), count))
 
     def clips_of(self, row, split, views, encoders):
         """[clip a view] of a video, or the VideoError that it gives: also where a held-out video's

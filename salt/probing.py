@@ -1,17 +1,12 @@
-"""What is read from frozen features: tokens of clips on disk, linear and attentive heads on them,
-and what their answers allow one to say.
+"""What is read from frozen features: linear and attentive heads on the tokens of clips, and what
+their answers allow one to say.
 
 Heads are fitted on training videos, and what is to be chosen is chosen by a part of these; a
-held-out video is answered once. A Source is whatever gives tokens: an encoder, an untrained one of
-its shape, a teacher, raw pixels.
+held-out video is answered once.
 """
 
 import math
-import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,153 +17,15 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from salt.errors import InputError
-from salt.ops import patchify
 from salt.score import interval, show_interval
 
-HEADS = ("mean", "grid", "attentive")
-CELLS = 7  # a side, of raw pixels and frame differences
 STRENGTHS = tuple(10.0**k for k in range(-4, 3))  # inverse L2 of linear heads to choose from
 # of attentive heads, V-JEPA 2's twenty (facebookresearch/vjepa2, configs/eval/vitl)
 RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
 DECAYS = (0.01, 0.1, 0.4, 0.8)
+BANK_HEADS = 8  # of attention
+PLACE = 5.0  # AdamW's steps are alike for all: a planted token is found in 200, by 1.0 in 800
 AT_ONCE = 16  # clips whose graph is kept, of a larger batch
-
-
-# ---- features
-
-
-class Source(NamedTuple):
-    """What gives tokens of clips."""
-
-    name: str
-    grid: tuple  # (t, h, w) of its tokens, n = (t * h + y) * w + x
-    dim: int
-    tokens: Callable  # (clips uint8 [B, T, H, W, 3]) -> float [B, N, dim]
-    heads: tuple = HEADS
-
-
-def encoder_source(name, encoder):
-    """A Source of an Encoder, or a teacher, which computes as it is set up to."""
-    c = encoder.config
-
-    @torch.no_grad()
-    def tokens(clips):
-        return encoder.encode(torch.from_numpy(patchify(clips, c.patch, c.tubelet)))
-
-    return Source(name, tuple(c.grid), c.dim, tokens)
-
-
-def pixel_cells(clips):
-    """uint8 [B, T, H, W, 3] -> float32 [B, T, CELLS, CELLS, 3]: means of cells, in [0, 1]."""
-    edges = [[round(i * size / CELLS) for i in range(CELLS + 1)] for size in clips.shape[2:4]]
-    rows = np.add.reduceat(clips, edges[0][:-1], axis=2, dtype=np.float32)
-    cells = np.add.reduceat(rows, edges[1][:-1], axis=3)
-    area = np.outer(np.diff(edges[0]), np.diff(edges[1]))[..., None] * 255
-    return cells / area.astype(np.float32)
-
-
-def pixel_sources(frames):
-    """Sources that know no more than where which colour is, and where it changes."""
-
-    def pixels(clips):
-        return rearrange(pixel_cells(clips), "b t y x c -> b (t y x) c")
-
-    def differences(clips):
-        return rearrange(np.diff(pixel_cells(clips), axis=1), "b t y x c -> b (t y x) c")
-
-    linear = ("grid",)
-    return [
-        Source("pixels 7x7", (frames, CELLS, CELLS), 3, pixels, linear),
-        Source("frame differences 7x7", (frames - 1, CELLS, CELLS), 3, differences, linear),
-    ]
-
-
-class Features:
-    """float16 tokens of clips on disk, a file a source, as long as this context lasts.
-
-    folder   where; None: the system's folder for temporary files
-    sources  [Source]
-    count    clips at most
-    Raises InputError where the disk has no room for them.
-    """
-
-    def __init__(self, folder, sources, count):
-        self.sources = {source.name: source for source in sources}
-        self.shapes = {s.name: (math.prod(s.grid), s.dim) for s in sources}
-        self.count = 0  # clips that are there
-        if folder:
-            os.makedirs(folder, exist_ok=True)
-        needed = count * sum(2 * math.prod(shape) for shape in self.shapes.values())
-        free = shutil.disk_usage(folder or tempfile.gettempdir()).free
-        if needed > 0.95 * free:
-            raise InputError(
-                f"the features of {count} clips take {needed / 1e9:.1f} GB, and"
-                f" {folder or tempfile.gettempdir()} has {free / 1e9:.1f} GB free; give --features"
-                " a folder with room, or fewer videos"
-            )
-        self.place = tempfile.TemporaryDirectory(prefix="salt-features-", dir=folder)
-        self.files = {
-            name: open(os.path.join(self.place.name, f"{i}.f16"), "w+b", buffering=0)
-            for i, name in enumerate(self.sources)
-        }
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for file in self.files.values():
-            file.close()
-        self.place.cleanup()
-
-    def add(self, clips):
-        """Append clips uint8 [B, T, H, W, 3]; returns the numbers they have here."""
-        clips = np.ascontiguousarray(clips)
-        for name, source in self.sources.items():
-            tokens = torch.as_tensor(source.tokens(clips)).to("cpu", torch.float32).numpy()
-            if not np.isfinite(tokens).all():
-                raise InputError(f"features of {name} are not finite; is its checkpoint damaged?")
-            limit = np.finfo(np.float16).max
-            stored = np.clip(tokens, -limit, limit).astype(np.float16)
-            self.files[name].seek(0, os.SEEK_END)
-            self.files[name].write(memoryview(stored).cast("B"))
-        numbers = np.arange(self.count, self.count + len(clips))
-        self.count += len(clips)
-        return numbers
-
-    def read(self, name, numbers):
-        """float32 [B, N, D]: the tokens of these clips; of clips that are read as one, numbers int
-        [B, S], [B, S * N, D], one after another.
-        """
-        tokens, dim = self.shapes[name]
-        numbers = np.asarray(numbers)
-        out = np.empty((numbers.size, tokens, dim), np.float16)
-        size = 2 * tokens * dim
-        for row, number in zip(out, numbers.flat):
-            os.preadv(self.files[name].fileno(), [memoryview(row).cast("B")], int(number) * size)
-        return torch.from_numpy(out.reshape(len(numbers), -1, dim)).float()
-
-    def pooled(self, name, head, numbers, batch_size=64):
-        """float32 [B, F]: what a linear head sees of these clips, see `pool`."""
-        t, h, w = self.sources[name].grid
-        grid = t * (numbers.shape[1] if numbers.ndim == 2 else 1), h, w
-        parts = (
-            pool(self.read(name, numbers[i : i + batch_size]), grid, head)
-            for i in range(0, len(numbers), batch_size)
-        )
-        return torch.cat(list(parts)).numpy()
-
-
-def pool(tokens, grid, head):
-    """tokens float32 [B, N, D] on `grid` (t, h, w) -> [B, t * cells * D]: means over space, time
-    kept, of one cell ('mean') or of 3x3 ('grid'; of pixels all of their 7x7).
-    """
-    t, h, w = grid
-    x = rearrange(tokens, "b (t h w) d -> (b t) d h w", t=t, h=h, w=w)
-    side = 1 if head == "mean" else CELLS if (h, w) == (CELLS, CELLS) and x.shape[1] == 3 else 3
-    return rearrange(F.adaptive_avg_pool2d(x, side), "(b t) d y x -> b (t y x d)", t=t)
-
-
-# ---- heads
 
 
 def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
@@ -176,15 +33,16 @@ def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
 
     x         float32 [n, F], held_out [m, F]: standardised by x, and turned to its principal axes,
               which changes no L2-penalised fit and leaves at most n of F columns
-    y         int [n]: classes, logistic regression; float [n, K]: values, ridge regression
+    y         int [n]: classes, logistic regression; float [n, K]: values, ridge regression, nan
+              where one is missing
     groups    int [n]: videos, whose clips stay in one fold of the cross-validation that chooses
               the strength
-    Returns probabilities of the classes 0, 1, ... [m, max(y) + 1], or values [m, K].
+    Returns probabilities of the classes 0, 1, ... [m, max(y) + 1], or values [m, K], nan where y
+    has none.
     """
     from sklearn.decomposition import PCA
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
@@ -199,21 +57,45 @@ def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
         axes = make_pipeline(scaler, PCA(svd_solver="full").fit(scaler.transform(x)))
         columns = x.shape[1]
         x, held_out = (axes.transform(part).astype(np.float64) for part in (x, held_out))
-        folds = min(folds, len(np.unique(groups)))
-        is_class = np.issubdtype(y.dtype, np.integer)
-        if is_class:
-            head, grid = LogisticRegression(max_iter=500), {"C": list(strengths)}
-        else:
-            head, grid = Ridge(), {"alpha": [columns / 100 / s for s in strengths]}
-        if folds < 2:
-            fitted: Any = head.fit(x, y)
-        else:
-            fitted = GridSearchCV(head, grid, cv=GroupKFold(folds)).fit(x, y, groups=groups)
-        if not is_class:
-            return fitted.predict(held_out)
-        said = np.zeros((len(held_out), int(y.max()) + 1))
-        said[:, fitted.classes_] = fitted.predict_proba(held_out)
-        return said
+        if np.issubdtype(y.dtype, np.integer):
+            grid = {"C": list(strengths)}
+            fitted = chosen(LogisticRegression(max_iter=500), grid, None, folds, x, y, groups)
+            said = np.zeros((len(held_out), int(y.max()) + 1))
+            said[:, fitted.classes_] = fitted.predict_proba(held_out)
+            return said
+        penalties = [columns / 100 / strength for strength in sorted(strengths)]
+        return fit_values(x, y, groups, held_out, penalties, folds)
+
+
+def fit_values(x, y, groups, held_out, penalties, folds):
+    """Ridge regression, see fit_linear; values that the same clips lack are fitted together."""
+    from sklearn.linear_model import Ridge
+
+    said = np.full((len(held_out), y.shape[1]), np.nan)
+    there = np.isfinite(y)
+    for pattern in np.unique(there, axis=1).T:
+        values = np.flatnonzero((there == pattern[:, None]).all(0))
+        if not pattern.any():
+            continue
+        some = y[pattern][:, values]
+        centre, spread = some.mean(0), np.maximum(some.std(0), 1e-6)
+        # by the squared error of all folds: R2 of a fold of two clips is a lottery
+        how = "neg_mean_squared_error", folds, x[pattern], (some - centre) / spread, groups[pattern]
+        fitted = chosen(Ridge(alpha=penalties[0]), {"alpha": penalties}, *how)
+        said[:, values] = fitted.predict(held_out).reshape(len(held_out), -1) * spread + centre
+    return said
+
+
+def chosen(head, grid, scoring, folds, x, y, groups) -> Any:
+    """The head of the grid that cross-validation prefers, fitted; as it is, where all is of one
+    group.
+    """
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+
+    folds = min(folds, len(np.unique(groups)))
+    if folds < 2:
+        return head.fit(x, y)
+    return GridSearchCV(head, grid, scoring=scoring, cv=GroupKFold(folds)).fit(x, y, groups=groups)
 
 
 class AttentiveBank(nn.Module):
@@ -224,18 +106,31 @@ class AttentiveBank(nn.Module):
     value of the mean, so W_v goes into the linear layer. What is left is that of V-JEPA's probe
     (Bardes et al. 2024, arXiv 2404.08471) without its MLP: tokens meet `count * heads` vectors, and
     no matrix, and twenty of them cost little more than one.
+
+    grid  (t, h, w) of the tokens, whose places, three numbers of a size, then stand beside their
+          features: a head that has found a thing says where it is, of any encoder (the spatial
+          softmax of Finn et al. 2016, arXiv 1509.06113); None: features alone
     """
 
-    def __init__(self, count, dim, out, head_dim=64):
+    places: torch.Tensor | None
+
+    def __init__(self, count, dim, out, heads, grid=None):
         super().__init__()
-        heads = max(1, dim // head_dim)
+        places = places_of(grid) if grid else None
+        self.register_buffer("places", places, persistent=False)
+        dim += 3 if grid else 0
         self.seen = nn.Parameter(0.02 * torch.randn(count, heads, dim))
         self.weight = nn.Parameter(0.02 * torch.randn(count, out, heads * dim))
         self.bias = nn.Parameter(torch.zeros(count, out))
 
     def forward(self, tokens):
-        """tokens float32 [B, N, D] -> [C, B, out]: what each of the `count` says."""
+        """tokens float32 [B, N, D], of S clips [B, S * N, D] -> [C, B, out]: what each of the
+        `count` says.
+        """
         x = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+        if self.places is not None:
+            places = self.places.repeat(x.shape[1] // len(self.places), 1)
+            x = torch.cat([x, places.expand(len(x), -1, -1)], -1)
         heads = rearrange(self.seen, "c h d -> (c h) d")
         weights = torch.einsum("bnd,kd->bkn", x, heads).softmax(-1)
         mean = rearrange(weights @ x, "b (c h) d -> c b (h d)", c=len(self.seen))
@@ -252,6 +147,12 @@ class AttentiveBank(nn.Module):
     def decayed(self):
         """Whether a parameter is: biases are not."""
         return [p.dim() > 2 for p in self.parameters()]
+
+
+def places_of(grid):
+    """float32 [N, 3]: t, y and x of the tokens of a grid, from -PLACE to PLACE."""
+    axes = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in grid]
+    return PLACE * torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
 
 
 class AttentivePooler(nn.Module):
@@ -356,11 +257,11 @@ def train_bank(bank, features, name, numbers, y, rates, decays, steps, batch_siz
 
 def errors_of(out, y):
     """[C, B]: cross-entropy of out [C, B, classes] against int64 y [B], or mean squared error of
-    out [C, B, K] against float32 y [B, K].
+    out [C, B, K] against float32 y [B, K], 0 where y is missing (nan).
     """
     if y.dtype == torch.int64:
         return torch.stack([F.cross_entropy(one, y, reduction="none") for one in out])
-    return (out - y).square().mean(-1)
+    return torch.where(y.isfinite(), out - y, 0.0).square().mean(-1)
 
 
 @torch.no_grad()
@@ -386,7 +287,8 @@ def fit_attentive(features, name, train, held_out, how, device="cpu"):
     is_class = np.issubdtype(train.y.dtype, np.integer)
     centre, spread = 0.0, 1.0
     if not is_class:
-        centre, spread = train.y.mean(0), np.maximum(train.y.std(0), 1e-6)
+        values = np.ma.masked_invalid(train.y)
+        centre, spread = values.mean(0).filled(np.nan), values.std(0).clip(1e-6).filled(np.nan)
     y = torch.from_numpy(train.y if is_class else ((train.y - centre) / spread).astype(np.float32))
     y = y.long() if is_class else y
     videos = random.permutation(np.unique(train.videos))
@@ -397,7 +299,8 @@ def fit_attentive(features, name, train, held_out, how, device="cpu"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(how.seed)
             if how.depth == 1:
-                bank = AttentiveBank(len(rates), dim, out).to(device)
+                grid = features.sources[name].grid
+                bank = AttentiveBank(len(rates), dim, out, BANK_HEADS, grid).to(device)
             else:
                 bank = PoolerBank(len(rates), dim, out, how.depth, how.heads).to(device)
         steps = max(how.least_steps, how.epochs * -(-len(rows) // how.batch_size))
@@ -425,7 +328,7 @@ class Labelled(NamedTuple):
     """Clips of Features with what is to be read from them."""
 
     numbers: np.ndarray  # int64 [n]: of the clips; [n, S]: of S each that are read as one
-    y: np.ndarray  # int64 [n] classes, or float32 [n, K] values
+    y: np.ndarray  # int64 [n] classes, or float32 [n, K] values, nan where one is missing
     videos: np.ndarray  # int64 [n]: clips of one stay together, and are a unit of intervals
 
     def of(self, rows):
@@ -472,8 +375,10 @@ def probe(features, name, head, train, held_out, how=DEFAULTS, device="cpu"):
 class Score:
     """Per-video figures of answers, whose .value is an accuracy or the mean R2 of K values.
 
-    said, y  classes int [m], or values float [m, K]; constant: float [K], what R2 starts from
-    videos   int [m]
+    said, y   classes int [m], or values float [m, K]; y is nan where a value is missing
+    videos    int [m]
+    constant  float [K]: what R2 starts from, and what is said where `said` is nan
+    .each     float [K]: R2 of each value, nan of one that does not vary
     """
 
     def __init__(self, said, y, videos, constant=None):
@@ -483,10 +388,12 @@ class Score:
             right = np.bincount(unit, said == y) / np.bincount(unit)
             self.columns = (right,)
         else:
-            squared, spread = (y - said) ** 2, (y - constant) ** 2  # [m, K]
-            keep = spread.sum(0) > 0
+            said = np.where(np.isnan(said), constant, said)
+            squared, spread = np.nan_to_num((y - said) ** 2), np.nan_to_num((y - constant) ** 2)
+            keep = spread.sum(0) > 0  # of [m, K]
             scale = spread[:, keep].sum(0)
-            self.each = 1 - squared[:, keep].sum(0) / scale
+            self.each = np.full(len(keep), np.nan)
+            self.each[keep] = 1 - squared[:, keep].sum(0) / scale
             # of the mean R2: every value counts alike
             self.columns = tuple(
                 np.bincount(unit, (part[:, keep] / scale).mean(1)) for part in (squared, spread)
@@ -517,6 +424,8 @@ def mean_score(scores):
     made = object.__new__(Score)
     made.is_class = scores[0].is_class
     made.columns = tuple(np.mean(columns, axis=0) for columns in zip(*(s.columns for s in scores)))
+    if not made.is_class:
+        made.each = np.mean([s.each for s in scores], axis=0)
     made.value = float(made.of(*made.columns))
     return made
 

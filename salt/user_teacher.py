@@ -50,6 +50,10 @@ class Shape(NamedTuple):
     mean: tuple
     std: tuple
 
+    @property
+    def grid(self):
+        return grid_of(self, self.patch, self.tubelet)
+
 
 class UserTeacher:
     """A user's object in the place of an Encoder, with all that load_teacher gives one.
@@ -72,7 +76,7 @@ class UserTeacher:
         self.file = file
         self.config = shape_of(made, where)
         self.view = View(self.config.frames, self.config.size, self.config.size)
-        self.grid = grid_of(self.config, self.config.patch, self.config.tubelet)
+        self.grid = self.config.grid
         self.name = made.name
         self.sha256 = made.sha256.lower()
         shape = self.config._asdict()

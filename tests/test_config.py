@@ -215,6 +215,8 @@ def test_a_script_from_the_shell(tmp_path):
         "eval_distill",
         "probe_time_arrow",
         "probe_labels",
+        "probe_states",
+        "probe_surprise",
         "plot_runs",
         "demo/make_videos",
         "demo/run",

@@ -5,6 +5,7 @@ none.
 import copy
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 
 from salt import probing
 from salt.errors import InputError
-from salt.probing import Features, Labelled, Source
+from salt.features import Features, Source, pixel_sources
+from salt.probing import Labelled
 
 GRID = (4, 3, 3)
 DIM = 64
@@ -36,7 +38,7 @@ def test_a_bank_is_cross_attention_multiplied_out():
     query = torch.randn(dim, dtype=torch.float64)
     wq, wk, wv = 0.1 * torch.randn(3, dim, dim, dtype=torch.float64)
     w, b = torch.randn(out, dim, dtype=torch.float64), torch.randn(out, dtype=torch.float64)
-    bank = probing.AttentiveBank(3, dim, out).double()
+    bank = probing.AttentiveBank(3, dim, out, heads).double()
     q = (wq @ query).unflatten(0, (heads, -1))  # [h, e]
     k, v = (matrix.unflatten(0, (heads, -1)) for matrix in (wk, wv))  # [h, e, d]
     with torch.no_grad():
@@ -56,8 +58,8 @@ def test_each_of_a_bank_is_trained_as_alone(tmp_path):
     torch.manual_seed(0)
     features = made(tmp_path, torch.randn(8, 36, DIM))
     y = torch.randn(8, 2)
-    bank = probing.AttentiveBank(2, DIM, 2)
-    alone = probing.AttentiveBank(1, DIM, 2)
+    bank = probing.AttentiveBank(2, DIM, 2, 1)
+    alone = probing.AttentiveBank(1, DIM, 2, 1)
     alone.load_state_dict({name: value[1:] for name, value in bank.state_dict().items()})
     rates, decays = torch.tensor([1e-2, 1e-3]), torch.tensor([0.8, 0.1])
     how = {"steps": 5, "batch_size": 8, "device": "cpu"}
@@ -194,6 +196,24 @@ def test_an_attentive_head_finds_a_planted_token(tmp_path, shuffled):
     assert right < 0.4 if shuffled else right > 0.9
 
 
+def test_an_attentive_head_says_where_a_thing_is(tmp_path):
+    """Of tokens that know nothing of their places; also where half of the values are missing."""
+    random = np.random.default_rng(0)
+    tokens = random.normal(size=(300, 36, DIM)).astype(np.float32)
+    places = random.integers(0, 36, 300)
+    tokens[np.arange(300), places, :8] += 4
+    y = np.stack(np.unravel_index(places, GRID), axis=1).astype(np.float32)
+    y = np.concatenate([y, random.normal(size=(300, 1)).astype(np.float32)], axis=1)
+    known = y.copy()
+    known[::2, 1] = np.nan
+    numbers = np.arange(300)
+    with made(tmp_path, torch.from_numpy(tokens)) as features:
+        train = Labelled(numbers[:200], known[:200], numbers[:200])
+        said = probing.probe(features, "planted", "attentive", train, numbers[200:])
+    score = probing.Score(said, y[200:], numbers[200:], y[:200].mean(0))
+    assert score.each[[0, 2]].min() > 0.8 and score.each[1] > 0.4 and score.each[3] < 0.1
+
+
 def test_a_pooler_of_depth_4_finds_a_planted_token(tmp_path, monkeypatch):
     """All that were asked for answer, where none is to be chosen: here one."""
     monkeypatch.setattr(probing, "RATES", (3e-3,))
@@ -274,14 +294,14 @@ def test_features_leave_nothing_behind_and_ask_for_room(tmp_path, monkeypatch):
         assert features.read("planted", [19, 0]).shape == (2, 36, 4)
     assert os.listdir(tmp_path) == []
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(probing.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match="the features of 20 clips take 0.0 GB, and"):
         made(tmp_path, torch.randn(20, 36, 4))
 
 
 def test_pixels_are_means_of_cells_and_their_changes():
     clips = np.random.default_rng(0).integers(0, 256, (2, 4, 48, 50, 3), np.uint8)
-    pixels, differences = probing.pixel_sources(4)
+    pixels, differences = pixel_sources(4)
     found = pixels.tokens(clips).reshape(2, 4, 7, 7, 3)
     assert found[1, 2, 6, 0, 1] == pytest.approx(clips[1, 2, 41:, :7, 1].mean() / 255, rel=1e-5)
     changes = differences.tokens(clips).reshape(2, 3, 7, 7, 3)

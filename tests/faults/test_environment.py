@@ -311,7 +311,7 @@ def test_the_probes_memory_does_not_grow_with_its_videos(world, tmp_path):
             "--train_videos",
             number,
             *"--val_videos 20 --untrained_seeds 0 --no_pixels --folds 2 --strengths 0.01".split(),
-            *"--batch_size 4 --dtype fp32".split(),
+            *"--heads mean --batch_size 4 --dtype fp32".split(),
             limit=3600,
         )
         assert code == 0, text
