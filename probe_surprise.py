@@ -172,24 +172,35 @@ shares = surprise.shares(found, groups)
 kinds = [*table.families, surprise.FUTURE]
 
 
-def draw_pair(path):
+def over_time(number):
+    """{student: {kind: {side: [error a time slice, None where nothing was asked for]}}} of the
+    clips of a pair.
+    """
+    curves = {}
+    for name in students:
+        curves[name] = {}
+        for kind in kinds:
+            sums, counts = found[name][kind][:, number]  # [2, S] each
+            with np.errstate(invalid="ignore"):
+                errors = [[None if e != e else float(e) for e in row] for row in sums / counts]
+            curves[name][kind] = dict(zip(surprise.SIDES, errors))
+    return curves
+
+
+def draw_pair(curves, path):
     """Surprise over the time slices of one pair: a row a student, a panel a kind of mask."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawn = [each.id for each in pairs].index(shown.id)
     how = {"figsize": (4 * len(kinds), 3.2 * len(students)), "squeeze": False}
     figure, panels = pyplot.subplots(len(students), len(kinds), **how)
-    for row, name in zip(panels, students):
-        for panel, kind in zip(row, kinds):
-            sums, counts = found[name][kind][:, drawn]  # [2, S] each
-            for side, total, count in zip(surprise.SIDES, sums, counts):
-                asked = count > 0  # of the future, the second half alone
-                at = np.arange(len(count))[asked]
-                panel.plot(at, total[asked] / count[asked], marker="o", label=side)
-            panel.axvline(len(sums[0]) / 2 - 0.5, color="grey", linewidth=0.5)  # the event
+    for row, (name, of_kinds) in zip(panels, curves.items()):
+        for panel, (kind, of_sides) in zip(row, of_kinds.items()):
+            for side, errors in of_sides.items():
+                panel.plot(np.array(errors, float), marker="o", label=side)
+            panel.axvline(len(errors) / 2 - 0.5, color="grey", linewidth=0.5)  # the event
             panel.set(title=f"{name}, {kind}", xlabel="time slice", ylabel="error")
     panels[0, 0].legend()
     where = " behind a panel" * shown.occluded
@@ -225,7 +236,9 @@ print(probed.peak_memory(place))
 if out:
     broken = [each for each in pairs if not each.control]
     shown = next((each for each in pairs if each.id == pair), broken[0])
+    curves = over_time(pairs.index(shown))
     content = {"shares": {}, "pairs": [], "failures": failures, "config": settings}
+    content["shown"] = {"id": shown.id, "event": shown.event, "over_time": curves}
     for name, of_kinds in shares.items():
         content["shares"][name] = {
             kind: surprise.to_dict(of_groups, {s: shares[s][kind] for s in students if s != name})
@@ -239,4 +252,4 @@ if out:
         row = {"id": each.id, "event": each.event, "occluded": each.occluded, "window": window}
         content["pairs"].append(row | {"same_before": same, "surprise": figures})
     write_whole(out, json.dumps(content, indent=1).encode())
-    draw_pair(out.removesuffix(".json") + ".png")
+    draw_pair(curves, out.removesuffix(".json") + ".png")
