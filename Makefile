@@ -1,5 +1,6 @@
 # make test, make demo, make lint: each sets up .venv and the extension where that has not been
 # done, then does its job.
+# make demo-seeds: the demo three times, with seeds that its settings were not chosen by.
 # make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer;
 # make emulate: the CUDA kernels likewise, run on the CPU.
 # make cuda-check: builds the CUDA kernels with a CUDA torch of its own (no GPU needed, nvcc is).
@@ -12,6 +13,7 @@ PY := $(VENV)/bin/python
 EXTENSION := $(VENV)/extension.stamp
 REQUIREMENTS := $(VENV)/requirements.stamp
 TEST_REQUIREMENTS := $(VENV)/requirements-test.stamp
+DEMO_REQUIREMENTS := $(VENV)/requirements-demo.stamp
 
 # Another torch than requirements.txt's, so that both are seen to compile; its CUDA must be nvcc's.
 CUDA_TORCH ?= torch==2.14.1
@@ -20,7 +22,7 @@ CUDA_BUILD := build/cuda-check
 
 CPP := $(wildcard csrc/* tests/emulation/*) tests/sanitize.cpp
 
-.PHONY: lint test demo demo-short setup clean sanitize emulate cuda-check gpu-check faults
+.PHONY: lint test demo demo-short demo-seeds setup clean sanitize emulate cuda-check gpu-check faults
 
 setup: $(EXTENSION)
 
@@ -88,11 +90,14 @@ $(CUDA_VENV)/stamp:
 gpu-check:
 	tests/gpu_check.sh
 
-demo: setup
+demo: setup $(DEMO_REQUIREMENTS)
 	$(PY) demo/run.py
 
-demo-short: setup
+demo-short: setup $(DEMO_REQUIREMENTS)
 	$(PY) demo/run.py --short --out out/demo-short
+
+demo-seeds: setup $(DEMO_REQUIREMENTS)
+	$(PY) demo/seeds.py
 
 $(REQUIREMENTS): requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "SALT-VLA needs Python 3.11 or newer; give make PYTHON=python3.11")'
@@ -100,7 +105,11 @@ $(REQUIREMENTS): requirements.txt
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
 
-$(TEST_REQUIREMENTS): $(REQUIREMENTS) requirements-test.txt
+$(DEMO_REQUIREMENTS): $(REQUIREMENTS) requirements-demo.txt
+	$(PY) -m pip install -q -r requirements-demo.txt
+	touch $@
+
+$(TEST_REQUIREMENTS): $(REQUIREMENTS) requirements-demo.txt requirements-test.txt
 	$(PY) -m pip install -q -r requirements-test.txt
 	touch $@
 

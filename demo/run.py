@@ -1,8 +1,9 @@
-"""The whole of SALT on a small physics-video data set made on the spot: videos, teacher, cache,
-student, evaluation, probe.
+"""The whole of SALT on a small physics-video data set made on the spot: videos, the latents of a
+teacher, a student, its evaluation, and what it knows.
 
-    python demo/run.py              about six minutes on two CPU cores
-    python demo/run.py --short      about two minutes: the same stages, fewer videos and steps
+    python demo/run.py                        some fifteen minutes on two CPU cores
+    python demo/run.py --short                some three: the same stages, fewer videos and steps
+    python demo/run.py --teacher efficientnet           a teacher out of a package, and no stage 1
 
 Every stage is the script a real run uses, with small sizes. Ends in a table, out/demo/results.json
 and out/demo/report.png.
@@ -25,19 +26,24 @@ from salt.errors import InputError
 # folder of everything the demo makes; its videos are kept between runs
 out = "out/demo"
 short: bool = False  # fewer videos and steps, for a quick check
-train_videos: int | None = None  # training videos [400, short 96]
-val_videos: int | None = None  # held-out videos [100, short 32]
-steps: int | None = None  # training steps of the teacher and of the student [500, short 80]
+train_videos: int | None = None  # training videos [500, short 96]
+val_videos: int | None = None  # held-out videos [200, short 32]
+twins: int | None = None  # pairs of videos of which one is impossible [70, short 14]
+steps: int | None = None  # training steps of each network [500, short 80]
 batch_size: int | None = None  # clips a step [16]
+# own: trained here on the videos' pixels; efficientnet: on ImageNet, and looks frame by frame
+teacher: Literal["own", "efficientnet"] = "own"
 # compute [bf16; fp32 on a processor that multiplies matrices faster in it]
 dtype: Literal["bf16", "fp32"] | None = None
 seed = 0  # of videos, weights, masks and order
 # -------------------------------------------------------------------------------------------------
 config.apply(
-    globals(), least={"train_videos": 1, "val_videos": 1, "steps": 1, "batch_size": 1, "seed": 0}
+    globals(),
+    least=dict.fromkeys("train_videos val_videos twins steps batch_size".split(), 1) | {"seed": 0},
 )
-train_videos = train_videos or (96 if short else 400)
-val_videos = val_videos or (32 if short else 100)
+train_videos = train_videos or (96 if short else 500)
+val_videos = val_videos or (32 if short else 200)
+twins = twins or (14 if short else 70)
 steps, batch_size = steps or (80 if short else 500), batch_size or 16
 import torch
 
@@ -81,10 +87,10 @@ def run_of(name):
 
 small = {
     "size": "tiny",
-    "depth": 6,
-    "predictor_dim": 128,
-    "predictor_depth": 4,
-    "predictor_heads": 4,
+    "depth": 4,
+    "predictor_dim": 96,
+    "predictor_depth": 2,
+    "predictor_heads": 3,
     "batch_size": batch_size,
     "max_steps": steps,
     "dtype": dtype,
@@ -99,108 +105,116 @@ small = {
 sources = ("world.py", "twins.py", "make_videos.py")
 generator = hashlib.sha256(b"".join((root / "demo" / name).read_bytes() for name in sources))
 # kept between runs, while their generator is the same
-videos = Path(out) / f"videos_{train_videos}_{val_videos}_{seed}_{generator.hexdigest()[:8]}"
+numbers = f"{train_videos}_{val_videos}_{twins}_{seed}"
+videos = Path(out) / f"videos_{numbers}_{generator.hexdigest()[:8]}"
 stage(
     "videos",
     "demo/make_videos.py",
     out=videos,
     train=train_videos,
     validation=val_videos,
+    twins=twins,
     seed=seed,
 )
+cut = {"crop": "squash"}  # bodies at the sides are seen, too
+if teacher == "efficientnet":
+    of_latents = {"teacher": f"{root}/examples/teacher_efficientnet.py:tiny", **cut}
+    caches = {
+        split: {"data": videos, "split": split, "clips": "on"} for split in ("train", "validation")
+    }
+else:
+    cut |= {"teacher": "none", "resolution": 96}
+    for split in ("train", "validation"):
+        stage(
+            f"clips, {split}",
+            "cache_latents.py",
+            data=videos,
+            split=split,
+            out=folder / f"clips_{split}",
+            **cut,
+        )
+    stage(
+        "stage 1: the teacher, from pixels",
+        "train.py",
+        target="pixels",
+        masks="ratio",
+        cache=folder / "clips_train",
+        val_cache=folder / "clips_validation",
+        run_name="teacher",
+        **small,
+    )
+    of_latents = {"teacher": run_of("teacher") / "best.pth", "dtype": dtype}
+    caches = {split: {"clips_from": folder / f"clips_{split}"} for split in ("train", "validation")}
+for split, source in caches.items():
+    stage(
+        f"the teacher's latents, {split}",
+        "cache_latents.py",
+        out=folder / f"latents_{split}",
+        **of_latents,
+        **source,
+    )
 stage(
-    "clips of the training videos",
-    "cache_latents.py",
-    data=videos,
-    split="train",
-    teacher="none",
-    resolution=96,
-    out=folder / "clips",
-)
-stage(
-    "clips of the held-out videos",
-    "cache_latents.py",
-    data=videos,
-    split="validation",
-    teacher="none",
-    resolution=96,
-    out=folder / "clips_val",
-)
-stage(
-    "stage 1: the teacher, from pixels",
+    "the student, from latents",
     "train.py",
-    target="pixels",
-    masks="ratio",
-    cache=folder / "clips",
-    val_cache=folder / "clips_val",
-    run_name="teacher",
-    **small,
-)
-teacher = run_of("teacher") / "best.pth"
-stage(
-    "the teacher's latents",
-    "cache_latents.py",
-    teacher=teacher,
-    dtype=dtype,
-    clips_from=folder / "clips",
-    out=folder / "latents",
-)
-stage(
-    "its held-out latents",
-    "cache_latents.py",
-    teacher=teacher,
-    dtype=dtype,
-    clips_from=folder / "clips_val",
-    out=folder / "latents_val",
-)
-stage(
-    "stage 2: the student, from latents",
-    "train.py",
-    cache=folder / "latents",
-    val_cache=folder / "latents_val",
+    cache=folder / "latents_train",
+    val_cache=folder / "latents_validation",
+    target_norm="layer_norm" if teacher == "efficientnet" else "none",
     run_name="student",
     **small,
 )
-student = run_of("student") / "best.pth"
+student = run_of("student") / "last.pth"
 stage(
     "evaluation",
     "eval_distill.py",
-    checkpoint=student.with_name("last.pth"),
-    cache=folder / "latents_val",
+    checkpoint=student,
+    cache=folder / "latents_validation",
     dtype=dtype,
     out=folder / "eval.json",
 )
-probing = {
-    "data": videos,
-    "dtype": dtype,
-    "train_videos": train_videos,
-    "val_videos": val_videos,
-    "seed": seed,
-}
+probing = {"checkpoint": student, "dtype": dtype, "untrained_seeds": 1 if short else 3}
 stage(
-    "time-arrow probe of the student",
-    "probe_time_arrow.py",
-    checkpoint=student,
-    out=folder / "probe_student.json",
-    untrained_seeds=1 if short else 3,
+    "states of bodies, read from few labelled videos",
+    "probe_states.py",
+    data=videos,
+    teacher=of_latents["teacher"],
+    labels="30" if short else "30,300",
+    draws=1 if short else 2,
+    epochs=5,
+    seed=seed,
+    out=folder / "states.json",
     **probing,
 )
 stage(
-    "time-arrow probe of the teacher",
+    "surprise at what cannot happen",
+    "probe_surprise.py",
+    data=videos / "twins",
+    teacher=of_latents["teacher"],
+    seed=seed,
+    out=folder / "surprise.json",
+    **probing,
+)
+stage(
+    "time arrow",
     "probe_time_arrow.py",
-    checkpoint=teacher,
-    out=folder / "probe_teacher.json",
-    untrained_seeds=0,
-    pixels=False,
+    data=videos,
+    teacher=of_latents["teacher"],
+    train_videos=train_videos,
+    val_videos=val_videos,
+    heads="mean,grid",
+    seed=seed,
+    out=folder / "time_arrow.json",
     **probing,
 )
 taken["all"] = round(time.time() - began, 1)
 ran = {
     "short": short,
     "dtype": dtype,
+    "teacher": teacher,
     "steps": steps,
+    "seed": seed,
     "train_videos": train_videos,
     "val_videos": val_videos,
+    "twins": twins,
     "seconds": taken,
 }
 (folder / "run.json").write_text(json.dumps(ran))

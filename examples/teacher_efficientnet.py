@@ -28,6 +28,11 @@ def small(device):
     return EfficientNet(device, frames=16, resolution=112, block=10)
 
 
+def tiny(device):
+    """[4, 7, 7] latents of 112 numbers, out of 8 frames of 112 pixels: the demo's."""
+    return EfficientNet(device, frames=8, resolution=112, block=10)
+
+
 class EfficientNet:
     name, mean, std, tubelet, compute = "efficientnet-lite0", MEAN, STD, 2, "fp32"
 

@@ -23,7 +23,7 @@ STRENGTHS = tuple(10.0**k for k in range(-4, 3))  # inverse L2 of linear heads t
 # of attentive heads, V-JEPA 2's twenty (facebookresearch/vjepa2, configs/eval/vitl)
 RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
 DECAYS = (0.01, 0.1, 0.4, 0.8)
-BANK_HEADS = 8  # of attention
+BANK_HEADS = 4  # of attention
 PLACE = 5.0  # AdamW's steps are alike for all: a planted token is found in 200, by 1.0 in 800
 AT_ONCE = 16  # clips whose graph is kept, of a larger batch
 

@@ -221,6 +221,7 @@ def test_a_script_from_the_shell(tmp_path):
         "demo/make_videos",
         "demo/run",
         "demo/report",
+        "demo/seeds",
     ],
 )
 def test_help_of_every_stage_has_a_comment_a_setting(stage):
