@@ -38,6 +38,7 @@ from salt import ops
 from salt.cache import open_cache
 from salt.loader import Loader, Records
 from salt.masks import in_order
+from salt.probing import sentence
 from salt.score import show_interval
 
 folder = Path(out) / "work"
@@ -225,14 +226,8 @@ for title, found in probes.items():
 for title, found in probes.items():
     if title.startswith(("states", "surprise")):
         difference = found["untrained"]["student minus this"]
-        ends = difference["ci95"]
-        how = "does not differ from"
-        if ends and ends[0] > 0:
-            how = "beats"
-        elif ends and ends[1] < 0:
-            how = "is worse than"
-        figures = f"{difference['value']:+.3f} {show_interval(ends, '+.3f')}"
-        print(f"{title}: the student {how} the untrained encoder, {figures}")
+        names = f"{title}: the student", "the untrained encoder"
+        print(sentence(*names, difference["value"], difference["ci95"]))
 print(f"written: {Path(out) / 'results.json'}, {Path(out) / 'report.png'}")
 if not results["r2"][-1] > 0 or not results["r2"][-1] > results["r2"][0]:
     sys.exit(

@@ -431,8 +431,12 @@ def mean_score(scores):
 
 
 def verdict(name, score, other_name, other):
-    """A sentence that says what the interval of a difference allows one to say."""
-    value, ends = score.minus(other)
+    """What the difference of two Scores allows one to say, see `sentence`."""
+    return sentence(name, other_name, *score.minus(other))
+
+
+def sentence(name, other_name, value, ends):
+    """What a difference and its interval allow one to say."""
     what = "does not differ from"
     if ends is None:
         what = "cannot, by one video or answers all alike, be compared with"
