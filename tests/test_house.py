@@ -47,7 +47,7 @@ BUDGETS = {
     "salt.ops": 460,
     "salt.optimiser": 70,
     "salt.probed": 315,
-    "salt.probing": 445,
+    "salt.probing": 450,
     "salt.ranks": 290,
     "salt.rows": 100,
     "salt.run": 240,
