@@ -13,6 +13,7 @@ PY := $(VENV)/bin/python
 EXTENSION := $(VENV)/extension.stamp
 REQUIREMENTS := $(VENV)/requirements.stamp
 TEST_REQUIREMENTS := $(VENV)/requirements-test.stamp
+DEMO_REQUIREMENTS := $(VENV)/requirements-demo.stamp
 
 # Another torch than requirements.txt's, so that both are seen to compile; its CUDA must be nvcc's.
 CUDA_TORCH ?= torch==2.14.1
@@ -89,13 +90,13 @@ $(CUDA_VENV)/stamp:
 gpu-check:
 	tests/gpu_check.sh
 
-demo: setup
+demo: setup $(DEMO_REQUIREMENTS)
 	$(PY) demo/run.py
 
-demo-short: setup
+demo-short: setup $(DEMO_REQUIREMENTS)
 	$(PY) demo/run.py --short --out out/demo-short
 
-demo-seeds: setup
+demo-seeds: setup $(DEMO_REQUIREMENTS)
 	$(PY) demo/seeds.py
 
 $(REQUIREMENTS): requirements.txt
@@ -104,7 +105,11 @@ $(REQUIREMENTS): requirements.txt
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
 
-$(TEST_REQUIREMENTS): $(REQUIREMENTS) requirements-test.txt
+$(DEMO_REQUIREMENTS): $(REQUIREMENTS) requirements-demo.txt
+	$(PY) -m pip install -q -r requirements-demo.txt
+	touch $@
+
+$(TEST_REQUIREMENTS): $(REQUIREMENTS) requirements-demo.txt requirements-test.txt
 	$(PY) -m pip install -q -r requirements-test.txt
 	touch $@
 

@@ -109,7 +109,7 @@ for salt, _, _ in loaded.values():
 kept = allowed[keyed_sample(len(allowed), max_batches * batch_size, eval_seed)]
 mine = itertools.islice(in_order(kept, batch_size), rank, None, world)
 target = "latents" if table.predicts_latents else "pixels"
-looked_at = rows_to_read(target, encoder, background=True)
+looked_at = rows_to_read(target, encoder, context=True)
 how = {"threads": threads, "device": place, "failed": lambda i, error: failures.append(str(error))}
 loader = Loader(clips, mine, table.families, eval_seed, **looked_at, **how)
 errors.started = True  # each rank says its own from here on

@@ -1,6 +1,5 @@
 """The models, from the smallest module to the largest: attention, block, encoder, predictor, the
-two together with their loss; then optimiser groups, the held-out evaluation, and loading teachers
-and students.
+two together with their loss; then loading and export of students. Shapes are in salt/shapes.py.
 
 The encoder is built as VideoMAE builds it (Tong et al. 2022, arXiv 2203.12602), so that its weights
 load from and export to `transformers` unchanged: pre-norm blocks, exact GELU, biases on q and v but
@@ -10,7 +9,6 @@ none on k, a fixed 1-D sin-cos table, no cls token.
 import dataclasses
 import functools
 import importlib.util
-import math
 import os
 import shutil
 from pathlib import Path
@@ -25,152 +23,15 @@ from torch.utils.checkpoint import checkpoint
 
 from salt import ops, views
 from salt.checkpoint import load_checkpoint
-from salt.errors import InputError, nearest
-from salt.masks import FAMILIES, sample_masks  # noqa: F401  public here
+from salt.errors import InputError
+from salt.linear import Linear, cast_matrices  # noqa: F401  public here
+from salt.masks import FAMILIES, sample_masks  # noqa: F401  likewise
 from salt.score import Space
+from salt.shapes import SIZES, EncoderConfig, config_of_size, position_table  # noqa: F401
 from salt.torch_files import from_file, load_weights, restored
 from salt.videomae import read_transformers, write_transformers
 
-SIZES = {  # name: width, blocks, heads, patch, MLP width
-    "tiny": (192, 12, 3, 16, 768),
-    "small": (384, 12, 6, 16, 1536),
-    "base": (768, 12, 12, 16, 3072),
-    "large": (1024, 24, 16, 16, 4096),
-    "huge": (1280, 32, 16, 16, 5120),
-    "giant": (1408, 40, 16, 14, 6144),
-}
-MAX_TABLE = 2**27  # numbers in a position table: 60 times those of giant
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """Shape of an encoder. mean and std normalise pixels in [0, 1], a value a colour channel."""
-
-    dim: int = 1024
-    depth: int = 24
-    heads: int = 16
-    mlp_dim: int = 4096
-    frames: int = 16
-    size: int = 224
-    patch: int = 16
-    tubelet: int = 2
-    eps: float = 1e-6
-    qkv_bias: bool = True
-    final_norm: bool = True
-    mean: tuple = views.IMAGENET_MEAN
-    std: tuple = views.IMAGENET_STD
-
-    def __post_init__(self):
-        object.__setattr__(self, "mean", tuple(map(float, self.mean)))
-        object.__setattr__(self, "std", tuple(map(float, self.std)))
-        for name in ("dim", "depth", "heads", "mlp_dim", "frames", "size", "patch", "tubelet"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(
-                    f"an encoder's {name} is a whole number of at least 1, not"
-                    f" {getattr(self, name)!r}"
-                )
-        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
-            raise InputError(
-                f"an encoder's mean and std are three numbers each, std above 0; not {self.mean}"
-                f" and {self.std}"
-            )
-        if self.dim % self.heads:
-            raise InputError(
-                f"an encoder's width ({self.dim}) must be a multiple of its heads ({self.heads})"
-            )
-        views.grid_of(self, self.patch, self.tubelet)
-
-    @property
-    def grid(self):
-        return views.grid_of(self, self.patch, self.tubelet)
-
-    @property
-    def tokens(self):
-        return math.prod(self.grid)
-
-    @property
-    def patch_dim(self):
-        return 3 * self.tubelet * self.patch * self.patch
-
-
-def config_of_size(name, **other):
-    """EncoderConfig of a named size: tiny, small, base, large, huge or giant."""
-    if name not in SIZES:
-        raise InputError(
-            f"unknown size {name!r}{nearest(name, SIZES)}; there are {', '.join(SIZES)}"
-        )
-    dim, depth, heads, patch, mlp_dim = SIZES[name]
-    return EncoderConfig(
-        **{"dim": dim, "depth": depth, "heads": heads, "patch": patch, "mlp_dim": mlp_dim, **other}
-    )
-
-
-def position_table(tokens, dim):
-    """float32 [tokens, dim]: sin on even, cos on odd channels of n / 10000^(2 (j // 2) / dim)
-    (Vaswani et al. 2017, arXiv 1706.03762).
-    """
-    if tokens * dim > MAX_TABLE:
-        raise InputError(
-            f"{tokens} tokens of width {dim} are more than any model here has; is its "
-            "configuration damaged?"
-        )
-    angle = np.arange(tokens)[:, None] / np.power(10000.0, 2 * (np.arange(dim) // 2) / dim)
-    angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
-    return torch.from_numpy(angle.astype(np.float32))
-
-
-class Linear(nn.Linear):
-    """x W' + b, computed in the dtype of W, or of its working copy where cast_matrices has made
-    one. Sums are in float32.
-    """
-
-    # bfloat16 [D, K]; its gradient goes on to the float32 weight
-    working: torch.Tensor | None = None
-    # with FSDP2: the dtype that each pass casts to, since a matrix is whole only while its block
-    # runs
-    compute: torch.dtype | None = None
-
-    def __getstate__(self):
-        # a copy of the module, or one on disk, makes its own
-        return {**self.__dict__, "working": None}
-
-    def _apply(self, fn, recurse=True):
-        self.working = None  # or it would stay on the old device
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments, **named):
-        self.working = None  # or the old weights would go on
-        super()._load_from_state_dict(*arguments, **named)
-
-    def matrix(self):
-        return (
-            self.working
-            if self.working is not None
-            else self.weight
-            if self.compute is None
-            else self.weight.to(self.compute)
-        )
-
-    def matrix_dtype(self):
-        return self.working.dtype if self.working is not None else self.compute or self.weight.dtype
-
-    def forward(self, x, bias=None, of=ops.linear):
-        matrix = self.matrix()
-        return of(x.to(matrix.dtype), matrix, self.bias if bias is None else bias)
-
-
-def cast_matrices(module, dtype):
-    """Have a model compute with copies of its matrices in `dtype`, 'bf16', until the next call;
-    'fp32' drops them.
-
-    In training this is called once a step: each gradient is made in bfloat16, as under autocast,
-    and added up in float32. Biases, norms and the residual stream stay in float32.
-    """
-    for linear in module.modules():
-        if isinstance(linear, Linear) and hasattr(linear.weight, "full_tensor"):
-            linear.compute = torch.bfloat16 if dtype == "bf16" else None
-        elif isinstance(linear, Linear):
-            linear.working = linear.weight.to(torch.bfloat16) if dtype == "bf16" else None
+SEEN = "what is seen"  # beside the families: predictions at the context
 
 
 class Attention(nn.Module):
@@ -345,12 +206,14 @@ class Encoder(nn.Module):
 
 class Predictor(nn.Module):
     """Transformer that fills in the target positions from the encoded context; a learnt mask token
-    a family.
+    a family. With `seen` a linear head, too, says what is at the context itself.
     """
 
     recompute = False
 
-    def __init__(self, dim_in, dim_out, tokens, families, dim=512, depth=12, heads=8, eps=1e-6):
+    def __init__(
+        self, dim_in, dim_out, tokens, families, dim=512, depth=12, heads=8, eps=1e-6, seen=False
+    ):
         super().__init__()
         if dim % heads:
             raise InputError(
@@ -363,12 +226,14 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.proj = Linear(dim, dim_out)
+        self.seen = Linear(dim_in, dim_out) if seen else None
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_tokens, std=0.02)
 
     def forward(self, context, masks):
         """context [B, sum Kc, dim_in] of `masks`, one a family, of the same clips -> {family:
-        predictions [B, Kt, dim_out]} at each mask's target.
+        predictions [B, Kt, dim_out]} at each mask's target; with `seen` {SEEN: [B, sum Kc,
+        dim_out]}, too.
         """
         counts = [drawn.context.shape[1] for drawn in masks]
         tokens = []
@@ -380,10 +245,11 @@ class Predictor(nn.Module):
         lengths = [seen + asked for seen, asked in zip(sizes[::2], sizes[1::2], strict=True)]
         x = run_blocks(self.blocks, torch.cat(tokens, dim=1), lengths, self.recompute)
         targets = x.split(sizes, dim=1)[1::2]
-        return {
+        predictions = {
             drawn.family: self.proj(self.norm(target))
             for drawn, target in zip(masks, targets, strict=True)
         }
+        return predictions if self.seen is None else predictions | {SEEN: self.seen(context)}
 
 
 class Salt(nn.Module):
@@ -397,7 +263,7 @@ class Salt(nn.Module):
         self.student, self.predictor = student, predictor
 
     def forward(self, patches, masks):
-        """patches uint8 [B, N, P], Masks, one a family -> {family: predictions [B, Kt, D]}."""
+        """patches uint8 [B, N, P], Masks, one a family -> what Predictor gives."""
         index = torch.cat([drawn.context for drawn in masks], dim=1)  # [B, sum Kc]
         lengths = [drawn.context.shape[1] for drawn in masks]
         context = self.student(self.student.normalise(patches, index), index, lengths)
@@ -405,7 +271,7 @@ class Salt(nn.Module):
 
 
 def salt_loss(
-    net, batch, space, kind="mse", weight=1.0, variance=0.0, covariance=0.0
+    net, batch, space, kind="mse", weight=1.0, variance=0.0, covariance=0.0, context=0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The SALT loss of a loader.Batch: the mean over mask families of the error at their targets.
 
@@ -414,11 +280,14 @@ def salt_loss(
     kind        'mse', 'l1', 'smooth_l1', or another of ops.ERRORS
     weight      of this batch's loss, where it is a part of a larger one
     variance, covariance  weights of VICReg's penalties on the predictions
-    Returns (weight * loss + penalties, to call backward() on; float32 [3] without gradient: loss,
-    squared, spread). squared and spread are the squared errors of the predictions and of the
-    per-position mean, summed over the same target elements in `space`: R2 = 1 - squared / spread.
+    context     weight of the same loss at the context, where the predictor has a head for it
+    Returns (weight * (loss + context * loss at the context) + penalties, to call backward() on;
+    float32 [3] without gradient: loss, squared, spread). squared and spread are the squared errors
+    of the predictions and of the per-position mean, summed over the same target elements in
+    `space`: R2 = 1 - squared / spread. With the context [5]: these two of it, too.
     """
     predictions = net(batch.patches, batch.masks)
+    seen = predictions.pop(SEEN, None)
     y, how = space.raw_targets(batch.patches, batch.latents)
     share = weight / len(predictions)
     losses, errors = [], []
@@ -434,8 +303,16 @@ def salt_loss(
     if variance or covariance:
         penalties = [vicreg(prediction) for prediction in predictions.values()]
         losses += [(variance * v + covariance * c) / len(penalties) for v, c in penalties]
+    sums = [sum(values) for values in zip(*errors, strict=True)]
+    if seen is not None:
+        index = torch.cat([drawn.context for drawn in batch.masks], dim=1)  # [B, sum Kc]
+        weighted, _ = ops.weighted_mse(seen, y, index, kind, weight=weight * context, **how)
+        losses.append(weighted)
+        with torch.no_grad():
+            guesses = seen, space.zero[index]
+            sums += [ops.masked_mse(x, y, index, **how) * seen.numel() for x in guesses]
     loss: Any = sum(losses)
-    return loss, torch.stack([sum(values) for values in zip(*errors, strict=True)])
+    return loss, torch.stack(sums)
 
 
 def vicreg(prediction, eps=1e-4):

@@ -32,6 +32,8 @@ predictor_heads: int = 8  # predictor attention heads
 # mask families, all predicted in each step
 masks: list[Literal["short", "long", "ratio"]] = ["short", "long"]
 loss: Literal["mse", "l1", "smooth_l1"] = "mse"  # error of a prediction (pixels: mse)
+# weight of the same loss on the visible tokens, by a linear head on the student; 0 is off
+context_loss: float = 0.0
 # of latents; standardise is by position and channel
 target_norm: Literal["none", "layer_norm", "standardise"] = "none"
 vicreg_variance: float = 0.0  # weight of VICReg's variance penalty on the predictions; 0 is off
@@ -117,7 +119,7 @@ settings = config.apply(
     )
     | dict.fromkeys(
         """seed eval_seed lookup_clips warmup grad_clip lr lr_end eps weight_decay weight_decay_end
-        vicreg_variance vicreg_covariance ema save_minutes longest_seconds""".split(),
+        vicreg_variance vicreg_covariance context_loss ema save_minutes longest_seconds""".split(),
         0,
     )
     | {"matrix_rate": 1e-6},
@@ -191,8 +193,8 @@ if run.saved:
 
 # ---- batches, with the rows of them that a step looks at
 clips_a_pass = batch_size // world // accumulate
-rows = rows_to_read(target, work.teacher)
-rows_held_out = rows_to_read(target, background=True)
+rows = rows_to_read(target, work.teacher, context=context_loss > 0)
+rows_held_out = rows_to_read(target, context=True)
 reading = {"threads": threads, "device": place}
 
 
@@ -278,7 +280,8 @@ def resumable_state(step):
 
 
 def loss_of(network, batch, weight=1.0):
-    return model.salt_loss(network, batch, space, loss, weight, vicreg_variance, vicreg_covariance)
+    penalties = vicreg_variance, vicreg_covariance
+    return model.salt_loss(network, batch, space, loss, weight, *penalties, context_loss)
 
 
 @torch.compiler.set_stance("force_eager")

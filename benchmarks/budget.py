@@ -62,6 +62,7 @@ def forward_parts(encoder, predictor, counts):
     context = sum(c for c, _ in counts)
     target = sum(t for _, t in counts)
     dim = predictor["dim"]
+    seen = predictor.get("seen", False)  # whether there is a loss at the context, too
     return [
         linear("patch embedding", context, encoder.patch_dim, encoder.dim),
         *transformer(
@@ -70,8 +71,9 @@ def forward_parts(encoder, predictor, counts):
         linear("into the predictor", context, encoder.dim, dim),
         *transformer("predictor", [c + t for c, t in counts], dim, predictor["depth"], 4 * dim),
         linear("predictions", target, dim, predictor["dim_out"]),
+        *[linear("of what is seen", context, encoder.dim, predictor["dim_out"])] * seen,
         # prediction 2, target 2, gradient 2
-        Part("loss and its gradient", 0, target * predictor["dim_out"] * 6, 0),
+        Part("loss and its gradient", 0, (target + context * seen) * predictor["dim_out"] * 6, 0),
     ]
 
 

@@ -105,9 +105,11 @@ def diagnose(salt, space, clips, batch, loss_of):
     for i, record in enumerate(batch.records.tolist()):
         one, name = batch.part(slice(i, i + 1)), clips.name(record)[0]
         y, how = space.raw_targets(one.patches, one.latents)
+        asked = [drawn.target for drawn in one.masks]
+        if salt.predictor.seen is not None:
+            asked += [drawn.context for drawn in one.masks]
         targets = [
-            ops.normalise_target(ops.masked_gather(y, drawn.target), index=drawn.target, **how)
-            for drawn in one.masks
+            ops.normalise_target(ops.masked_gather(y, index), index=index, **how) for index in asked
         ]
         loss, errors = loss_of(one)
         loss.backward()
@@ -115,7 +117,7 @@ def diagnose(salt, space, clips, batch, loss_of):
         salt.zero_grad(set_to_none=True)
         if not all(target.isfinite().all() for target in targets):
             found["targets"].append(name)
-        if not errors[0].isfinite():
+        if not errors.isfinite().all():
             found["clips"].append(name)
     found["gradients"] = [key for key in named if key in bad]
     return found

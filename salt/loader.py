@@ -165,16 +165,16 @@ TARGET = Rows.TARGET
 ALL = Rows.ALL
 
 
-def rows_to_read(target, teacher=None, background=False):
+def rows_to_read(target, teacher=None, context=False):
     """{'patches': Rows, 'latents': Rows} that a step looks at, for a Loader.
 
     target      'latents' or 'pixels'
     teacher     one that runs on the fly, which needs every patch, or None
-    background  the context's latents, too, whose mean is a guess at the others
+    context     the context's latents, too: for a loss there, or as a guess at the others
     """
     if target == "pixels":
         return {"patches": CONTEXT | TARGET, "latents": NONE}
-    latents = CONTEXT | TARGET if background else TARGET
+    latents = CONTEXT | TARGET if context else TARGET
     return {"patches": ALL if teacher else CONTEXT, "latents": latents}
 
 

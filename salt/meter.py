@@ -29,7 +29,7 @@ class Line(NamedTuple):
     """A log line that is still to be written."""
 
     step: int
-    values: list  # [loss, squared, spread, gradient norm] of each step since the line before
+    values: list  # [loss, squared, spread, ..., gradient norm] of each step since the line before
     seconds: float  # that one of them took on average,
     waited: float  # and the share of it that was spent waiting for batches
     lr: float
@@ -63,7 +63,7 @@ class Meter:
         self.device = optimizer.param_groups[0]["params"][0].device
         self.on_gpu = self.device.type == "cuda"
         self.losses = run.losses  # of every step that a line has told; nan where it was skipped
-        self.pending = run.pending  # [loss, squared, spread, gradient norm] of each step since
+        self.pending = run.pending  # [loss, squared, spread, ..., gradient norm] of each step since
         self.queued = deque()  # (values, mark) of steps that a GPU may still be doing
         self.line = None  # the last one, if it is not written yet
         self.step = self.first_step = run.step
@@ -72,8 +72,9 @@ class Meter:
         for loss in (*self.losses, *(values.sum().item() for values in self.pending)):
             self.bad = 0 if math.isfinite(loss) else self.bad + 1
         self.moments = []  # health.moments of each part of a step whose line is due
-        self.sums = 0  # [loss, squared, spread] of the step under way
-        self.scale = torch.tensor([s.accumulate * world, 1, 1], device=self.device)
+        self.sums = 0  # what model.salt_loss gives, of the step under way
+        scale = [s.accumulate * world, 1, 1, *[1, 1] * (s.context_loss > 0)]
+        self.scale = torch.tensor(scale, device=self.device)
         # singular values take 0.1 s of a line's step, beside which the GPU must not wait
         self.analyst = ThreadPoolExecutor(1)
         self.start_clock()
@@ -110,7 +111,7 @@ class Meter:
             hook.remove()
 
     def add(self, sums):
-        """[loss, squared, spread] of a part of the batch, as model.salt_loss gives them."""
+        """[loss, squared, spread, ...] of a part of the batch, as model.salt_loss gives them."""
         self.sums = self.sums + sums.float() / self.scale
 
     def reduce(self):
@@ -198,10 +199,10 @@ class Meter:
             step = self.step - len(self.queued)
             if self.bad:
                 self.log(
-                    f"step {step} is skipped: loss {values[0]:.4g}, gradient norm {values[3]:.4g}"
+                    f"step {step} is skipped: loss {values[0]:.4g}, gradient norm {values[-1]:.4g}"
                 )
             if self.bad >= self.s.skip_limit:
-                self.stop_with_diagnosis(step, *values[[0, 3]].tolist())
+                self.stop_with_diagnosis(step, *values[[0, -1]].tolist())
 
     def flush(self):
         """Wait for every step, and write the line that is open."""
@@ -214,7 +215,7 @@ class Meter:
         return torch.tensor(self.losses, dtype=torch.float64)
 
     def untold(self):
-        """float32 [steps since the last line, 4]: [loss, squared, spread, gradient norm]."""
+        """float32 [steps since the last line, 4, or 6 with --context_loss]: see .pending."""
         self.flush()
         return torch.stack(self.pending) if self.pending else torch.zeros(0, 4)
 
@@ -241,9 +242,10 @@ class Meter:
         entry = self.entry(line, values[finite])
         self.metrics.write(entry)
         left = timedelta(seconds=int((self.due.total_steps - line.step) * line.seconds))
+        seen = f" R2c {entry['r2_context']:.4f}" if "r2_context" in entry else ""
         self.log(
             f"step {line.step}/{self.due.total_steps} epoch {entry['epoch']:.2f} loss"
-            f" {entry['loss']:.5f} R2 {entry['r2']:.4f} lr {line.lr:.2e} wd"
+            f" {entry['loss']:.5f} R2 {entry['r2']:.4f}{seen} lr {line.lr:.2e} wd"
             f" {line.weight_decay:.3f} grad {entry['grad_norm']:.3g} clipped"
             f" {entry['clipped']:.0%} update {entry['update_ratio']:.1e} std"
             f" {entry['feature_std']:.3f} erank {entry['effective_rank']:.1f}"
@@ -253,19 +255,23 @@ class Meter:
         )
 
     def entry(self, line, taken):
-        """The Line as an entry of metrics.jsonl. taken: float64 [steps, 4], those not skipped."""
+        """The Line as an entry of metrics.jsonl. taken: float64 [steps, 4 or 6], not skipped."""
         deviation, effective_rank = line.collapse.result()
         clips_per_s = 1 / line.seconds * self.s.batch_size
-        clipped = (taken[:, 3] > self.s.grad_clip).double().mean().item()
+        clipped = (taken[:, -1] > self.s.grad_clip).double().mean().item()
+        of_context = {}
+        if self.s.context_loss:
+            of_context["r2_context"] = 1 - (taken[:, 3].sum() / taken[:, 4].sum()).item()
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "step": line.step,
             "epoch": line.step / self.due.epoch_length,
             "loss": taken[:, 0].mean().item(),
             "r2": 1 - (taken[:, 1].sum() / taken[:, 2].sum()).item(),
+            **of_context,
             "lr": line.lr,
             "weight_decay": line.weight_decay,
-            "grad_norm": taken[:, 3].mean().item(),
+            "grad_norm": taken[:, -1].mean().item(),
             "clipped": clipped if self.s.grad_clip else 0.0,
             "skipped": self.skipped,
             "update_ratio": (line.update[0] / line.update[1]).sqrt().item(),

@@ -192,6 +192,7 @@ def open_training(s, device, log):
         "dim": s.predictor_dim,
         "depth": s.predictor_depth,
         "heads": s.predictor_heads,
+        "seen": s.context_loss > 0,
     }
     identity = {
         "train": clips.cache.identity if clips.cache else identity_of_list(clips.rows),

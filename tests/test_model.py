@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model
 from model import EncoderConfig
@@ -468,7 +469,7 @@ def test_encode_refuses_other_clips():
     torch.testing.assert_close(encoder.encode(clips), encoder.encode(ops.patchify(clips)))
 
 
-def make_salt(target_dim=20, families=("short", "long")):
+def make_salt(target_dim=20, families=("short", "long"), seen=False):
     torch.manual_seed(0)
     config = EncoderConfig(dim=48, depth=1, heads=4, mlp_dim=96, frames=8, size=96)
     return shake(
@@ -482,6 +483,7 @@ def make_salt(target_dim=20, families=("short", "long")):
                 "dim": 32,
                 "depth": 1,
                 "heads": 4,
+                "seen": seen,
             },
         )
     )
@@ -560,6 +562,35 @@ def test_loss_and_r2_match_their_formulas(target, normalise, kind):
         .sum((1, 2))
     )
     np.testing.assert_allclose(found["short"]["background"], background.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mse", "smooth_l1"])
+def test_the_loss_at_the_context_matches_its_formula(kind):
+    salt, plain = make_salt(seen=True), make_salt()
+    plain.load_state_dict(salt.state_dict(), strict=False)
+    patches = torch.randint(0, 256, (3, 144, 1536), dtype=torch.uint8)
+    latents = torch.randn(3, 144, 20).half()
+    space = Space("latents", "layer_norm", None, None, torch.randn(144, 20) * 0.1)
+    masks = [sample_masks(torch.arange(3), 0, 0, family, (4, 6, 6)) for family in ("short", "long")]
+    batch = Batch(torch.arange(3), patches, latents, masks)
+    total, sums = model.salt_loss(salt, batch, space, kind, weight=0.5, context=0.25)
+    without, others = model.salt_loss(plain, batch, space, kind, weight=0.5)
+    torch.testing.assert_close(sums[:3], others)
+
+    features = torch.cat(
+        [salt.student(salt.student.normalise(patches, m.context), m.context) for m in masks], dim=1
+    )
+    said = F.linear(features, salt.predictor.seen.weight, salt.predictor.seen.bias)
+    index = torch.cat([drawn.context for drawn in masks], dim=1)
+    y = F.layer_norm(latents.float(), (20,), eps=1e-6)
+    wanted, mean = (torch.stack([x[b][index[b]] for b in range(3)]) for x in (y, [space.zero] * 3))
+    error = F.mse_loss(said, wanted) if kind == "mse" else F.smooth_l1_loss(said, wanted)
+    torch.testing.assert_close(total, without + 0.5 * 0.25 * error)
+    squares = torch.stack([(said - wanted).square().sum(), (mean - wanted).square().sum()])
+    torch.testing.assert_close(sums[3:], squares, rtol=1e-4, atol=0)
+    total.backward()
+    (gradient,) = torch.autograd.grad(0.125 * error, [salt.predictor.seen.weight])
+    torch.testing.assert_close(salt.predictor.seen.weight.grad, gradient)
 
 
 def test_r2_is_zero_for_the_mean_and_one_for_truth():

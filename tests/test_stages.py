@@ -16,9 +16,9 @@ import torch
 
 import model
 from benchmarks import budget
-from salt import cache, teachers
+from salt import cache, loader, teachers
 from salt.checkpoint import load_checkpoint, save_checkpoint
-from salt.masks import mask_counts
+from salt.masks import mask_counts, shuffled
 from salt.ops import patchify
 from salt.video import read_clip
 from tests.stages import (
@@ -260,7 +260,7 @@ LOSS = "--loss smooth_l1 --target_norm layer_norm --vicreg_variance 0.1 --vicreg
     [
         ("2", "--grad_clip 0.02"),
         ("1", LOSS),
-        ("1", "--ema 0.9 --accumulate 2 --dtype bf16"),
+        ("1", "--ema 0.9 --accumulate 2 --dtype bf16 --context_loss 0.5"),
     ],
 )
 def test_resuming_is_exact(world, threads, more, tmp_path):
@@ -375,6 +375,23 @@ def test_ways_to_run_a_step_leave_its_losses_alone(world, tmp_path):
     assert logged and all(
         row["mfu"] == pytest.approx(row["clips_per_s"] * flops / 0.5e12) for row in logged
     )
+
+
+def test_the_context_loss_reads_the_latents_of_the_context(world, tmp_path):
+    """What the first line says of it, against all latents of the same batch."""
+    flags = ["--cache", world / "latents", *SMALL, *"--lr 0 --lr_end 0 --log_every 1".split()]
+    said = run(tmp_path, "train", *flags, *"--max_steps 1 --context_loss 0.5".split())
+    (folder,) = tmp_path.glob("checkpoints/*")
+    entry = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert f"R2 {entry['r2']:.4f} R2c {entry['r2_context']:.4f} lr" in said
+    salt, space, saved = model.load_salt(folder / "last.pth")
+    clips = loader.Records(cache.open_cache(world / "latents"))
+    order = shuffled(len(clips), saved["settings"]["batch_size"], 0, range(1))
+    batch = next(loader.Loader(clips, order, ["short", "long"], 0))
+    _, sums = model.salt_loss(salt, batch, space, context=0.5)
+    assert entry["r2_context"] == pytest.approx(1 - (sums[3] / sums[4]).item(), rel=1e-4)
+    assert "seen.weight" in saved["predictor"] and not any("seen" in x for x in saved["student"])
+    run(tmp_path, "eval_distill", "--checkpoint", folder, "--cache", world / "held_out")
 
 
 def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):

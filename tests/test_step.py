@@ -33,7 +33,7 @@ needs_tiles = pytest.mark.skipif(
 GRID, FAMILIES = (4, 6, 6), ("short", "long")
 
 
-def make_salt(depth=2, families=FAMILIES, seed=0):
+def make_salt(depth=2, families=FAMILIES, seed=0, seen=False):
     torch.manual_seed(seed)
     encoder_config = model.EncoderConfig(
         dim=64, depth=depth, heads=2, mlp_dim=128, frames=8, size=96
@@ -48,6 +48,7 @@ def make_salt(depth=2, families=FAMILIES, seed=0):
             "dim": 48,
             "depth": depth,
             "heads": 3,
+            "seen": seen,
         },
     )
     with torch.no_grad():  # zeros would hide mistakes
@@ -367,21 +368,19 @@ def test_nothing_is_computed_for_tokens_that_no_mask_asks_for():
     }
 
 
-def test_the_budget_counts_what_torch_counts():
-    salt, batch = make_salt(), some_batch(2)
+@pytest.mark.parametrize("seen", [False, True])
+def test_the_budget_counts_what_torch_counts(seen):
+    salt, batch = make_salt(seen=seen), some_batch(2)
+    predictor = {"dim": 48, "depth": 2, "dim_out": 24, "seen": seen}
     # as plain products, which it knows
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss, _ = model.salt_loss(salt, batch, SPACE)
+        loss, _ = model.salt_loss(salt, batch, SPACE, context=1.0)
         forward = counter.get_total_flops()
         loss.backward()
     counts = [mask_counts(drawn.family, GRID) for drawn in batch.masks]
-    parts = budget.forward_parts(
-        salt.student.config, {"dim": 48, "depth": 2, "dim_out": 24}, counts
-    )
+    parts = budget.forward_parts(salt.student.config, predictor, counts)
     assert forward == 2 * sum(part.forward for part in parts)
-    step = 2 * budget.step_flops(
-        salt.student.config, {"dim": 48, "depth": 2, "dim_out": 24}, counts
-    )
+    step = 2 * budget.step_flops(salt.student.config, predictor, counts)
     # pixels need no gradient, which torch does not compute and the usual count of three passes
     # includes
     pixels = 2 * 2 * parts[0].forward / 2
