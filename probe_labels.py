@@ -95,7 +95,7 @@ if not data or not checkpoint:
     raise InputError("give --checkpoint and --data; see --help")
 prepare_file(out, endings=(".json",))
 place = ranks.pick_device(device)
-ops.return_freed_memory()
+ops.keep_freed_memory(one_place=True)
 odd_videos.watch(math.inf, tqdm.write)
 used = config.Settings(PROTOCOLS[protocol])
 used.update((name, settings[name]) for name in used if settings.get(name) is not None)

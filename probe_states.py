@@ -74,7 +74,7 @@ if not data or not checkpoint:
     raise InputError("give --checkpoint and --data; see --help")
 prepare_file(out, endings=(".json",))
 place = ranks.pick_device(device)
-ops.return_freed_memory()
+ops.keep_freed_memory(one_place=True)
 odd_videos.watch(math.inf, tqdm.write)
 
 # ---- the states, and which window of a video ends how early

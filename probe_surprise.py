@@ -78,7 +78,7 @@ pairs = surprise.load_pairs(data)
 if pair is not None and pair not in [each.id for each in pairs]:
     raise InputError(f"--pair {pair}: {data} has no pair of this id")
 place = ranks.pick_device(device)
-ops.return_freed_memory()
+ops.keep_freed_memory(one_place=True)
 odd_videos.watch(math.inf, tqdm.write)
 slow = budget.slow_bf16(place, dtype)
 if slow:

@@ -86,7 +86,7 @@ path = checkpoint_path
 if after:
     path = os.path.join(runs.wait_for_end(after, checkpoints, run_logs, poll_seconds), "best.pth")
 place = ranks.pick_device(device)
-ops.return_freed_memory()
+ops.keep_freed_memory(one_place=True)
 odd_videos.watch(math.inf, tqdm.write)
 print(extension.describe(place), flush=True)
 slow = budget.slow_bf16(place, dtype)

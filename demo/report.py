@@ -151,7 +151,7 @@ loss_axes.set(title="training loss (MSE)", xlabel="step", ylim=(0, None))
 background, lookup = evaluation["r2_background"], evaluation["r2_lookup"]
 r2_axes.axhline(background, color="0.4", ls=":", label="mean of the clip's own context")
 r2_axes.axhline(lookup, color="0.4", ls="--", label="look-up among the training clips")
-r2_axes.set(title="held-out R²  (0: per-position mean, 1: perfect)", xlabel="step", ylim=(-0.3, 1))
+r2_axes.set(title="held-out R²  (0: per-position mean, 1: perfect)", xlabel="step", ylim=(-0.3, 0.7))
 sizes = states["labels"]
 for name, row in states["table"].items():
     cells = [row.get(f"attentive, {size}") or row.get(f"grid, {size}") for size in sizes]
@@ -229,8 +229,9 @@ for title, found in probes.items():
         names = f"{title}: the student", "the untrained encoder"
         print(sentence(*names, difference["value"], difference["ci95"]))
 print(f"written: {Path(out) / 'results.json'}, {Path(out) / 'report.png'}")
-if not results["r2"][-1] > 0 or not results["r2"][-1] > results["r2"][0]:
+first, *_, last = results["r2"]
+if not last > first or not (last > 0 or run["short"]):
     sys.exit(
-        f"demo: the student did not learn: held-out R2 went from {results['r2'][0]:.3f} to"
-        f" {results['r2'][-1]:.3f}; it must end above 0 and above its start"
+        f"demo: the student did not learn: held-out R2 went from {first:.3f} to {last:.3f}; it must"
+        " end above its start, and, but for --short, above 0"
     )

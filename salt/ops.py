@@ -266,33 +266,24 @@ def masked_mse_reference(
 # --------------------------------------------------------------------------- attention and products
 
 
-def keep_freed_memory():
+def keep_freed_memory(one_place=False):
     """Have this process keep the memory it frees, so that a step on the CPU finds the pages of the
     step before. Linux with glibc; elsewhere nothing.
 
     By default large blocks go back to the system, and a step of ViT-L waits for 2 million fresh
-    pages: a fifth of its time on a virtual machine.
+    pages: a fifth of its time on a virtual machine, half of a probe's.
+
+    one_place  call it before threads start, where many of these free what others ask for: by
+               default glibc keeps a place for each
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h. What is asked for ahead is touched
-        # bit by bit, 1.5 kB a step, so a large
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h, M_ARENA_MAX. What is asked for ahead
+        # is touched bit by bit, 1.5 kB a step, so a large
         # M_TOP_PAD looks like a leak until all of it was touched: with 256 MB over 28,000 steps and
         # on, with 4 MB it stood still.
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 24)):
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 24), (-8, 1))[: 3 + one_place]:
             mallopt(option, value)
-
-
-def return_freed_memory():
-    """Have large blocks go back to the system when they are freed: for a process in which many
-    threads free clips beside what stays.
-
-    By default glibc raises the size from which it does so to that of the largest block it saw
-    freed, and its arenas, one a thread, fall apart. Linux with glibc; elsewhere nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD of malloc.h, which is fixed by setting it
 
 
 def on_tiles(x):

@@ -16,7 +16,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from salt import ops
 from salt.errors import InputError
 from salt.score import interval, show_interval
 
@@ -284,7 +283,6 @@ def fit_attentive(features, name, train, held_out, how, device="cpu"):
     Returns probabilities of classes float32 [m, max(y) + 1], or values [m, K]; of all twenty with
     their number in front, rates the slower.
     """
-    ops.keep_freed_memory()  # a step's temporaries come again and again: a fifth of the time
     random = np.random.default_rng(how.seed)
     is_class = np.issubdtype(train.y.dtype, np.integer)
     centre, spread = 0.0, 1.0
