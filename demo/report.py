@@ -151,7 +151,7 @@ loss_axes.set(title="training loss (MSE)", xlabel="step", ylim=(0, None))
 background, lookup = evaluation["r2_background"], evaluation["r2_lookup"]
 r2_axes.axhline(background, color="0.4", ls=":", label="mean of the clip's own context")
 r2_axes.axhline(lookup, color="0.4", ls="--", label="look-up among the training clips")
-r2_axes.set(title="held-out R²  (0: per-position mean, 1: perfect)", xlabel="step", ylim=(-0.3, 0.7))
+r2_axes.set(title="held-out R²  (0: per-position mean)", xlabel="step", ylim=(-0.3, 0.7))
 sizes = states["labels"]
 for name, row in states["table"].items():
     cells = [row.get(f"attentive, {size}") or row.get(f"grid, {size}") for size in sizes]
