@@ -38,7 +38,8 @@ lint: setup $(TEST_REQUIREMENTS)
 
 faults: setup $(TEST_REQUIREMENTS)
 	rm -f out/faults.jsonl
-	SALT_FAULTS=full $(PY) -m pytest -q tests/faults
+	SALT_FAULTS=full $(PY) -m pytest -q tests/faults \
+	  tests/test_cache.py::test_killed_at_any_change_to_the_disk
 	$(PY) -m tests.faults.harness
 
 SANITIZE := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off \

@@ -89,10 +89,11 @@ from benchmarks import budget
 from salt import cache_merge, cache_repair, caching, extension, ranks, teachers, upkeep
 from salt.cache import open_cache
 from salt.cache_format import shard_names
-from salt.cache_writer import SHARD_ROWS, Writer, begun_plan
+from salt.cache_writer import Writer, begun_plan
 from salt.loader import prefetch
 from salt.odd_videos import odd_videos
 from salt.ranks import rank, world
+from salt.shards import SHARD_ROWS
 from salt.stored import from_stored, to_stored
 
 

@@ -226,9 +226,11 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.proj = Linear(dim, dim_out)
-        self.seen = Linear(dim_in, dim_out) if seen else None
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_tokens, std=0.02)
+        # last, so that the other weights of a seed are the same without it
+        self.seen = Linear(dim_in, dim_out) if seen else None
+        init_weights(self.seen)
 
     def forward(self, context, masks):
         """context [B, sum Kc, dim_in] of `masks`, one a family, of the same clips -> {family:
@@ -280,7 +282,8 @@ def salt_loss(
     kind        'mse', 'l1', 'smooth_l1', or another of ops.ERRORS
     weight      of this batch's loss, where it is a part of a larger one
     variance, covariance  weights of VICReg's penalties on the predictions
-    context     weight of the same loss at the context, where the predictor has a head for it
+    context     weight of the same error at the context, over the tokens of all families alike,
+                where the predictor has a head for it
     Returns (weight * (loss + context * loss at the context) + penalties, to call backward() on;
     float32 [3] without gradient: loss, squared, spread). squared and spread are the squared errors
     of the predictions and of the per-position mean, summed over the same target elements in
@@ -306,11 +309,12 @@ def salt_loss(
     sums = [sum(values) for values in zip(*errors, strict=True)]
     if seen is not None:
         index = torch.cat([drawn.context for drawn in batch.masks], dim=1)  # [B, sum Kc]
-        weighted, _ = ops.weighted_mse(seen, y, index, kind, weight=weight * context, **how)
+        weighted, error = ops.weighted_mse(seen, y, index, kind, weight=weight * context, **how)
         losses.append(weighted)
         with torch.no_grad():
-            guesses = seen, space.zero[index]
-            sums += [ops.masked_mse(x, y, index, **how) * seen.numel() for x in guesses]
+            plain = error if kind == "mse" else ops.masked_mse(seen, y, index, **how)
+            of_mean = ops.masked_mse(space.zero[index], y, index, **how)
+        sums += [plain * seen.numel(), of_mean * seen.numel()]
     loss: Any = sum(losses)
     return loss, torch.stack(sums)
 

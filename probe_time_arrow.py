@@ -14,7 +14,7 @@ import math
 import os
 from typing import Literal
 
-from salt import config, runs
+from salt import alive, config, runs
 from salt.errors import InputError
 from salt.files import prepare_file, write_whole
 
@@ -84,7 +84,7 @@ prepare_file(out)
 asked = probed.Asked(settings, print)
 path = checkpoint_path
 if after:
-    path = os.path.join(runs.wait_for_end(after, checkpoints, run_logs, poll_seconds), "best.pth")
+    path = os.path.join(alive.wait_for_end(after, checkpoints, run_logs, poll_seconds), "best.pth")
 place = ranks.pick_device(device)
 ops.keep_freed_memory(one_place=True)
 odd_videos.watch(math.inf, tqdm.write)

@@ -63,7 +63,7 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
     import numpy as np
     import torch
 
-    from salt import cache_writer
+    from salt import cache_writer, shards
     from salt.cache_format import plan_of
     from salt.stored import to_stored
     from salt.views import View
@@ -72,7 +72,7 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
     random = np.random.default_rng(0)
     tokens = 1568
     dim = 768
-    before, cache_writer.SHARD_ROWS = cache_writer.SHARD_ROWS, shard_rows
+    before, shards.SHARD_ROWS = shards.SHARD_ROWS, shard_rows
     try:
         teacher = {"name": "random", "sha256": "", "dim": dim, "compute": "fp32"}
         teacher |= {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -88,7 +88,7 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
                     )
         writer.finish()
     finally:
-        cache_writer.SHARD_ROWS = before
+        shards.SHARD_ROWS = before
 
 
 def processor(device="cpu"):

@@ -72,9 +72,10 @@ import torch
 import torch.nn.functional as F
 
 from salt import cache, ops, views
+from salt.clips import Records, Videos
 from salt.folders import VIDEO_SUFFIXES, find_videos
 from salt.lists import Row
-from salt.loader import CONTEXT, TARGET, Loader, Records, Videos
+from salt.loader import CONTEXT, TARGET, Loader
 from salt.masks import in_order, sample_masks, shuffled
 from salt.video import read_clip
 from salt.views import View, frame_numbers

@@ -46,10 +46,10 @@ _settings = config.apply(globals(), least={"rounds": 3})
 import numpy as np  # after the settings, so that --help is quick
 import torch  # noqa: F401  its import is not what is measured
 
-from salt import cache, cache_format, cache_writer
-from salt.cache_writer import npy_header
-from salt.loader import Records
+from salt import cache, cache_format
+from salt.clips import Records
 from salt.masks import mask_counts, permute, shuffled
+from salt.shards import SHARD_ROWS, npy_header
 from salt.views import View
 
 if inside:
@@ -99,8 +99,8 @@ def make_index(where, count):
     where.mkdir()
     shards = []
     formats = {"latents": ((N, D), np.dtype(np.float16)), "patches": ((N, P), np.dtype(np.uint8))}
-    for number in range(-(-count // cache_writer.SHARD_ROWS)):
-        rows, entry = min(cache_writer.SHARD_ROWS, count - number * cache_writer.SHARD_ROWS), {}
+    for number in range(-(-count // SHARD_ROWS)):
+        rows, entry = min(SHARD_ROWS, count - number * SHARD_ROWS), {}
         for kind, (shape, dtype) in formats.items():
             header = npy_header((rows, *shape), dtype)
             with open(where / cache_format.shard_name(kind, number), "wb") as file:
@@ -228,7 +228,7 @@ for count in records:
         size = sum(file.stat().st_blocks * 512 for file in where.iterdir())
         metadata = (where / "metadata.json").stat().st_size
         print(
-            f"{count:>10,} records, {-(-count // cache_writer.SHARD_ROWS):,} shards of each kind"
+            f"{count:>10,} records, {-(-count // SHARD_ROWS):,} shards of each kind"
             f" ({size / 1e6:.0f} MB of disk here, metadata.json {metadata / 1e6:.1f} MB): opened in"
             f" {middle['open_s']:.2f} s, with sampler and first batch"
             f" {middle['open_and_sampler_s']:.2f} s; memory grew by at most"

@@ -69,7 +69,8 @@ import torch.nn.functional as F
 import model
 from benchmarks import budget
 from salt import cache, ops, optimiser
-from salt.loader import CONTEXT, TARGET, Batch, Loader, Records
+from salt.clips import Records
+from salt.loader import CONTEXT, TARGET, Batch, Loader
 from salt.masks import mask_counts, sample_masks, shuffled
 from salt.score import Space
 

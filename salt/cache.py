@@ -38,6 +38,7 @@ import numpy as np
 import torch
 
 from salt.cache_format import (
+    Ids,
     check_header,
     check_size,
     content_digest,
@@ -53,55 +54,6 @@ from salt.rows import File, RowError, advise, read_rows
 from salt.views import IMAGENET_MEAN, IMAGENET_STD, View
 
 # ------------------------------------------------------------------------------------------ reading
-
-
-class Ids:
-    """The video ids of a cache, read lazily from ids.txt: ten million of them take 80 MB of line
-    offsets, not a list of str.
-    """
-
-    def __init__(self, path):
-        self.path = path
-        self.digest = hashlib.sha256()
-        parts = []
-        at = 0
-        try:
-            # read, not mapped: a failing disk is an error here, not SIGBUS
-            self.file = open(path, "rb", buffering=0)
-            while chunk := self.file.read(1 << 24):
-                self.digest.update(chunk)
-                parts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at)
-                at += len(chunk)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from None
-        self.ends = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-    def __len__(self):
-        return len(self.ends)
-
-    def fields(self, row):
-        """(video id, view number) of a record."""
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} of a list of {len(self)} ids")
-        row %= len(self)
-        start = int(self.ends[row - 1]) + 1 if row else 0
-        try:
-            line = os.pread(self.file.fileno(), int(self.ends[row]) - start, start)
-            name, _, view = line.decode().partition("\t")
-            return name, int(view)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self.path}, line {row}:"
-                f" {getattr(error, 'strerror', None) or 'it is cut short or damaged'}; check the"
-                " disk, then the cache with `python cache_latents.py --verify"
-                f" {Path(self.path).parent}`"
-            ) from None
-
-    def __getitem__(self, row):
-        return self.fields(row)[0]
-
-    def __iter__(self):
-        return (self[row] for row in range(len(self)))
 
 
 class Cache:

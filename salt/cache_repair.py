@@ -4,10 +4,8 @@ import json
 
 import numpy as np
 
-from salt import cache_writer
-from salt.cache import Ids
-from salt.cache_format import fingerprint, read_metadata, row_formats, shard_name, sources_of
-from salt.cache_writer import shard_rows
+from salt import shards
+from salt.cache_format import Ids, fingerprint, read_metadata, row_formats, shard_name, sources_of
 from salt.errors import InputError
 from salt.files import sha256, write_whole
 from salt.upkeep import CHANGED, OTHER_CLIPS, checksums, read_failures, remedy, verify
@@ -29,11 +27,11 @@ def reopen(writer, ids, readable=lambda row: False):
     metadata = read_metadata(folder)
     problems, bad = repairable(writer, metadata)
     failures = failures_of(folder, metadata, ids)
-    back = [row for row in failures if row // cache_writer.SHARD_ROWS not in bad and readable(row)]
+    back = [row for row in failures if row // shards.SHARD_ROWS not in bad and readable(row)]
     problems += [
         f"the video {ids[row][0]!r}, which was left out, can be decoded now" for row in back
     ]
-    bad = sorted({*bad, *(row // cache_writer.SHARD_ROWS for row in back)})
+    bad = sorted({*bad, *(row // shards.SHARD_ROWS for row in back)})
     if not problems:
         return []
     marks = marks_of(folder, metadata, bad)
@@ -51,7 +49,7 @@ def reopen(writer, ids, readable=lambda row: False):
     write_whole(partial / "plan.json", json.dumps(writer.plan, indent=1).encode())
     sources, done = sources_of(folder, metadata), 0
     for number, shard in enumerate(metadata["shards"]):
-        rows = shard_rows(number, len(ids))
+        rows = shards.shard_rows(number, len(ids))
         held = [kept[row] for row in rows if row in kept]
         known = None if marks is None else marks[done : done + len(held)]
         cut_from = sources[done : done + len(held)]

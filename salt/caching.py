@@ -13,8 +13,9 @@ import numpy as np
 from salt import config, ops, teachers
 from salt.cache import open_cache
 from salt.cache_format import plan_of, source_mark
-from salt.cache_writer import SHARD_ROWS, list_digest, shard_rows
+from salt.cache_writer import list_digest
 from salt.errors import InputError, VideoError
+from salt.shards import SHARD_ROWS, shard_rows
 from salt.splits import load_split
 from salt.video import read_row
 from salt.views import View, grid_of

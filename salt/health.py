@@ -94,9 +94,9 @@ def diagnose(salt, space, clips, batch, loss_of):
     """Where non-finite numbers of a step come from: {'weights', 'targets', 'clips', 'gradients'},
     lists of parameter names and of clips' names.
 
-    clips       loader.Videos or loader.Records, which the batch is of
+    clips       clips.Videos or clips.Records, which the batch is of
     loss_of     (loader.Batch) -> what model.salt_loss gives
-    targets: clips whose targets are not finite; clips: those whose loss is not; gradients:
+    targets: clips whose targets are not finite; clips: those whose loss or sums are not; gradients:
     parameters whose gradient, over this rank's clips, is not. The clips go through one by one, so
     that little memory is needed.
     """

@@ -46,8 +46,8 @@ def hash_ids(pieces):
 
 
 def numbers_of(source):
-    """(int64 [n] of the ids, int64 [n] fingerprints or None) of the clips of loader.Videos or
-    loader.Records.
+    """(int64 [n] of the ids, int64 [n] fingerprints or None) of the clips of clips.Videos or
+    clips.Records.
     """
     if source.cache is None:
         return hash_ids([b"".join(f"{row.id}\t\n".encode() for row in source.rows)]), None
@@ -78,7 +78,7 @@ def records_to_measure(source, seen, what, allowed):
     """(int64 records of `source` that a model may be measured on, 'held-out' or 'training', a line
     for the log or None).
 
-    source   loader.Videos or loader.Records
+    source   clips.Videos or clips.Records
     seen     trained_on() of the model; None: of a checkpoint that does not say
     what     how to name the source in a message
     allowed  whether training videos may be among them, which are then called so

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from salt import config, extension, ranks, runs
+from salt import alive, config, extension, ranks, runs
 from salt.errors import InputError, report_in_one_line
 from salt.files import write_whole
 from salt.ranks import rank, world
@@ -83,7 +83,7 @@ def introduce(log, s, place):
     s: train.py's settings; place: its torch.device
     """
     log(f"start {log.start}: {' '.join(sys.argv)}")
-    log(f"process {json.dumps(runs.this_process())}")
+    log(f"process {json.dumps(alive.this_process())}")
     log(f"settings {json.dumps(s)}")
     for line in config.from_environment:
         log(line)

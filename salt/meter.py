@@ -72,7 +72,7 @@ class Meter:
         for loss in (*self.losses, *(values.sum().item() for values in self.pending)):
             self.bad = 0 if math.isfinite(loss) else self.bad + 1
         self.moments = []  # health.moments of each part of a step whose line is due
-        self.sums = 0  # what model.salt_loss gives, of the step under way
+        self.sums: Any = 0  # what model.salt_loss gives, of the step under way
         scale = [s.accumulate * world, 1, 1, *[1, 1] * (s.context_loss > 0)]
         self.scale = torch.tensor(scale, device=self.device)
         # singular values take 0.1 s of a line's step, beside which the GPU must not wait
@@ -121,8 +121,8 @@ class Meter:
 
     @property
     def loss(self):
-        """Of the whole batch, still on the device."""
-        return self.sums[0]
+        """Of the whole batch, still on the device; not finite where any of its sums is not."""
+        return self.sums[0] + 0 * self.sums.sum()
 
     def end_step(self, norm):
         """norm: of the gradient, float32 scalar on the device."""

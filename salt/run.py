@@ -74,6 +74,11 @@ class Run:
             raise InputError(
                 f"--resume {origin} was trained without --ema; leave it out, or start a new run"
             )
+        if self.s.context_loss and not saved["predictor_config"].get("seen"):
+            raise InputError(
+                f"--resume {origin} was trained without --context_loss; leave it out, or start a"
+                " new run"
+            )
         needed = ("optimizer", "rng", "losses", "history", "best", "stats")
         missing = [name for name in needed if name not in saved]
         if missing:

@@ -10,6 +10,7 @@ import shutil
 import time
 from typing import Any
 
+from salt.alive import this_process
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
 from salt.runs import (
@@ -19,7 +20,6 @@ from salt.runs import (
     lines_of,
     named,
     run_copied_to,
-    this_process,
     to_resume,
 )
 from salt.torch_files import step_and_run

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from salt.cache import Ids, open_cache
-from salt.cache_format import check_header, read_metadata, row_formats, same_clips, shard_name
-from salt.cache_writer import SHARD_ROWS, list_digest
+from salt.cache import open_cache
+from salt.cache_format import Ids, check_header, read_metadata, row_formats, same_clips, shard_name
+from salt.cache_writer import list_digest
+from salt.clips import Records
 from salt.errors import InputError
 from salt.files import sha256
-from salt.loader import Records, prefetch
+from salt.loader import prefetch
+from salt.shards import SHARD_ROWS
 from salt.splits import load_split
 
 

@@ -20,8 +20,9 @@ from salt import errors, ops, video
 from salt.cache import Cache, open_cache
 from salt.cache_format import plan_of
 from salt.cache_writer import Writer
+from salt.clips import Records
 from salt.errors import InputError
-from salt.loader import CONTEXT, NONE, TARGET, Loader, Records
+from salt.loader import CONTEXT, NONE, TARGET, Loader
 from salt.masks import STREAMS, Random, check_batch, in_order, sample_masks, shuffled
 from salt.splits import load_split
 from salt.views import (

@@ -8,8 +8,9 @@ import torch
 
 from salt import cache
 from salt.checkpoint import load_checkpoint, save_checkpoint
+from salt.clips import Records, Videos
 from salt.lists import Row
-from salt.loader import Loader, Records, Videos
+from salt.loader import Loader
 from salt.masks import keyed_sample
 from tests.stages import SMALL, error_of, run
 

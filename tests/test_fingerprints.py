@@ -11,8 +11,8 @@ import pytest
 from salt.cache import open_cache
 from salt.cache_format import metadata_digest
 from salt.checkpoint import load_checkpoint
+from salt.clips import Records
 from salt.errors import InputError
-from salt.loader import Records
 from salt.splits import load_split
 from salt.views import View
 from tests.stages import SMALL, VIEW, error_of, moving_square, run, run_folder

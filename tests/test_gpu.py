@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from salt import clips, ops, optimiser
 from salt import masks as salt_masks
-from salt import ops, optimiser
 from salt.errors import InputError
 
 pytestmark = [
@@ -417,7 +417,7 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, slow):
 
     monkeypatch.setattr(cache.Cache, "read_rows", read_rows)
     for (_, records), batch in zip(
-        steps, loader.Loader(loader.Records(opened), steps, **how, device="cuda"), strict=True
+        steps, loader.Loader(clips.Records(opened), steps, **how, device="cuda"), strict=True
     ):
         assert batch.patches.is_cuda and batch.latents.is_cuda and batch.ids.is_cuda
         if slow == "caller":

@@ -6,9 +6,9 @@ import torch
 
 from salt import cache, heldout
 from salt.cache_writer import Writer, list_digest
+from salt.clips import Records, Videos
 from salt.errors import InputError
 from salt.lists import Row
-from salt.loader import Records, Videos
 from tests.test_cache import PLAN, VIEW, half, patches_of
 
 

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from salt import cache_format, journal, ranks, runs
+from salt import alive, cache_format, journal, ranks, runs
 from salt.checkpoint import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
 from salt.errors import InputError
 from salt.run_folder import RunFolder, lock
@@ -454,7 +454,8 @@ def test_a_name_does_not_lead_to_a_copy(tmp_path, monkeypatch, logs):
     assert os.path.samefile(runs.checkpoint_of(copy.name), copy / "best.pth")
     if logs:
         assert (
-            runs.wait_for_end("salt", "checkpoints", "run_logs", 0.01) == f"checkpoints/salt{STAMP}"
+            alive.wait_for_end("salt", "checkpoints", "run_logs", 0.01)
+            == f"checkpoints/salt{STAMP}"
         )
 
 
@@ -477,7 +478,7 @@ def test_after_waits_for_the_run_at_work_whatever_its_name_says(tmp_path, monkey
     run_with_log(tmp_path, f"salt{STAMP}", 5)
     at_work = lock(f"checkpoints/salt{STAMP}")
     monkeypatch.setattr(time, "sleep", lambda seconds: at_work.close())
-    assert runs.wait_for_end("salt", "checkpoints", "run_logs", 0.01) == f"checkpoints/salt{STAMP}"
+    assert alive.wait_for_end("salt", "checkpoints", "run_logs", 0.01) == f"checkpoints/salt{STAMP}"
     assert (
         f"that is checkpoints/salt{STAMP}, not checkpoints/salt_20260203_030405_pid8"
         in capsys.readouterr().out
@@ -540,22 +541,22 @@ def log_of(folder, process, *more):
 
 
 def test_a_reused_pid_is_another_process(tmp_path):
-    mine = runs.this_process()
-    assert runs.alive(log_of(tmp_path, mine))
-    assert not runs.alive(log_of(tmp_path, {**mine, "ticks": mine["ticks"] - 1}))
-    assert not runs.alive(log_of(tmp_path, {**mine, "boot": "another"}))
-    assert not runs.alive(log_of(tmp_path, {**mine, "pid": 2**22 + 1}))
+    mine = alive.this_process()
+    assert alive.alive(log_of(tmp_path, mine))
+    assert not alive.alive(log_of(tmp_path, {**mine, "ticks": mine["ticks"] - 1}))
+    assert not alive.alive(log_of(tmp_path, {**mine, "boot": "another"}))
+    assert not alive.alive(log_of(tmp_path, {**mine, "pid": 2**22 + 1}))
     # nothing is known of it
-    assert runs.alive(log_of(tmp_path, {**mine, "host": "another", "ticks": 1}))
-    assert not runs.alive(log_of(tmp_path, None))
+    assert alive.alive(log_of(tmp_path, {**mine, "host": "another", "ticks": 1}))
+    assert not alive.alive(log_of(tmp_path, None))
 
 
 def test_after_does_not_wait_for_a_reused_pid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    mine = runs.this_process()
+    mine = alive.this_process()
     path = log_of(tmp_path, {**mine, "ticks": mine["ticks"] - 1}, "step 20/40 loss 1.0")
     with pytest.raises(InputError, match="is gone and its log .* has no last line"):
-        runs.wait_for_end(path, "checkpoints", "run_logs", 0.01)
+        alive.wait_for_end(path, "checkpoints", "run_logs", 0.01)
 
 
 def test_a_lock_tells_more_than_a_pid(tmp_path):
@@ -563,12 +564,12 @@ def test_a_lock_tells_more_than_a_pid(tmp_path):
     lives, and no longer.
     """
     found = opened(tmp_path, None)
-    assert runs.held(found.folder)
-    other = {**runs.this_process(), "host": "pod-2", "pid": 1, "ticks": 7}
+    assert alive.held(found.folder)
+    other = {**alive.this_process(), "host": "pod-2", "pid": 1, "ticks": 7}
     log = log_of(tmp_path, other)
-    assert runs.alive(log, found.folder)
+    assert alive.alive(log, found.folder)
     found.file.close()
-    assert not runs.alive(log, found.folder) and runs.alive(log)
+    assert not alive.alive(log, found.folder) and alive.alive(log)
 
 
 def test_the_log_of_another_folder_is_not_a_copys(tmp_path, monkeypatch):
@@ -588,15 +589,15 @@ def test_the_log_of_another_folder_is_not_a_copys(tmp_path, monkeypatch):
         and runs.logs_of_folder("checkpoints/copy", "run_logs") == []
     )
     with pytest.raises(InputError, match="has no log of its own"):
-        runs.wait_for_end("checkpoints/copy", "checkpoints", "run_logs", 0.01)
-    assert runs.wait_for_end(str(folder), "checkpoints", "run_logs", 0.01) == str(folder)
+        alive.wait_for_end("checkpoints/copy", "checkpoints", "run_logs", 0.01)
+    assert alive.wait_for_end(str(folder), "checkpoints", "run_logs", 0.01) == str(folder)
 
 
 def test_after_takes_a_runs_name_and_its_latest_start(world, monkeypatch):
     monkeypatch.chdir(world)
     folder = run_folder(world, "student")
     for word in ("student", folder.name, str(folder), str(folder / "best.pth")):
-        assert os.path.samefile(runs.wait_for_end(word, "checkpoints", "run_logs", 0.01), folder)
+        assert os.path.samefile(alive.wait_for_end(word, "checkpoints", "run_logs", 0.01), folder)
 
 
 # ------------------------------------------------------------------------------ silence and signals

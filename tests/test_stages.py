@@ -18,6 +18,7 @@ import model
 from benchmarks import budget
 from salt import cache, loader, teachers
 from salt.checkpoint import load_checkpoint, save_checkpoint
+from salt.clips import Records
 from salt.masks import mask_counts, shuffled
 from salt.ops import patchify
 from salt.video import read_clip
@@ -385,13 +386,27 @@ def test_the_context_loss_reads_the_latents_of_the_context(world, tmp_path):
     entry = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert f"R2 {entry['r2']:.4f} R2c {entry['r2_context']:.4f} lr" in said
     salt, space, saved = model.load_salt(folder / "last.pth")
-    clips = loader.Records(cache.open_cache(world / "latents"))
+    clips = Records(cache.open_cache(world / "latents"))
     order = shuffled(len(clips), saved["settings"]["batch_size"], 0, range(1))
     batch = next(loader.Loader(clips, order, ["short", "long"], 0))
     _, sums = model.salt_loss(salt, batch, space, context=0.5)
     assert entry["r2_context"] == pytest.approx(1 - (sums[3] / sums[4]).item(), rel=1e-4)
     assert "seen.weight" in saved["predictor"] and not any("seen" in x for x in saved["student"])
     run(tmp_path, "eval_distill", "--checkpoint", folder, "--cache", world / "held_out")
+
+
+def test_older_runs_have_no_loss_at_the_context(world, tmp_path):
+    last = run_folder(world, "student") / "last.pth"
+    saved = load_checkpoint(last)
+    del saved["predictor_config"]["seen"], saved["settings"]["context_loss"]
+    save_checkpoint(tmp_path / "last.pth", saved)
+    assert model.load_salt(tmp_path / "last.pth")[0].predictor.seen is None
+    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL]
+    flags += ["--epochs", "4", "--resume", tmp_path / "last.pth"]  # the end, and nothing to do
+    assert "resumed" in run(tmp_path, "train", *flags)
+    assert "was trained without --context_loss" in error_of(
+        tmp_path, "train", *flags, "--context_loss", "1"
+    )
 
 
 def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):

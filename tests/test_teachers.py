@@ -172,7 +172,7 @@ EXAMPLE = ROOT / "examples" / "teacher_efficientnet.py"
 installed = importlib.util.find_spec("efficientnet_lite_pytorch")
 
 
-@pytest.mark.skipif(not installed, reason="needs the packages of requirements-test.txt")
+@pytest.mark.skipif(not installed, reason="needs the packages of requirements-demo.txt")
 @pytest.mark.parametrize("name, size, dim", [("teacher", 224, 320), ("small", 112, 112)])
 def test_the_example(name, size, dim):
     """Latents are features of the second frame of a tubelet, at their place: what a frame of one

@@ -22,9 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from salt import config
+from salt.alive import alive, status_of
 from salt.errors import InputError
 from salt.files import prepare_file, write_whole
-from salt.runs import STAMP, alive, entries_of, find, lines_of, said, status_of
+from salt.runs import STAMP, entries_of, find, lines_of, said
 
 # ----------------------------------------------------------------------------------------- settings
 # logs, run folders, metrics.jsonl files or run names; words without a flag are these

@@ -15,10 +15,10 @@ import torch
 
 import model
 from salt import cache, cache_format, ops, teachers, upkeep
-from salt.cache_writer import npy_header
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
 from salt.run_folder import furthest
+from salt.shards import npy_header
 from salt.splits import load_split
 from salt.torch_files import step_and_run
 from salt.video import read_clip

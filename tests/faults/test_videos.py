@@ -57,12 +57,12 @@ def mutated(content, random):
 
 LOADER = """import json, resource, sys
 sys.path.insert(0, sys.argv[1])
-from salt import loader, masks, splits, views
+from salt import clips, loader, masks, splits, views
 rows, view = splits.load_split(sys.argv[2], "train"), views.View(8, 64, 64)
 failed, seen = [], 0
 def skip(i, error): failed.append((rows[i].id, str(error)))
 order = masks.in_order(range(len(rows)), 16)
-source = loader.Videos(rows, view, 16)
+source = clips.Videos(rows, view, 16)
 for batch in loader.Loader(source, order, ("short",), threads=2, failed=skip):
     assert batch.patches.shape[1:] == (64, 1536) and len(batch.ids) == len(batch.patches)
     seen += len(batch.ids)
