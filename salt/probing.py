@@ -26,6 +26,7 @@ DECAYS = (0.01, 0.1, 0.4, 0.8)
 BANK_HEADS = 4  # of attention
 PLACE = 5.0  # AdamW's steps are alike for all: a planted token is found in 200, by 1.0 in 800
 AT_ONCE = 16  # clips whose graph is kept, of a larger batch
+COLUMNS = 4096  # of features, in float64
 
 
 def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
@@ -40,23 +41,16 @@ def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
     Returns probabilities of the classes 0, 1, ... [m, max(y) + 1], or values [m, K], nan where y
     has none.
     """
-    from sklearn.decomposition import PCA
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
     # two thread pools, torch's and BLAS's, spin against each other: 13 times slower
     with warnings.catch_warnings(), threadpool_limits(1):
         # the weakest penalties need not converge to lose
         warnings.simplefilter("ignore", ConvergenceWarning)
-        scaler: Any = StandardScaler().fit(x)
-        # what hardly varies in a few clips would be divided by next to nothing
-        scaler.scale_ = np.maximum(scaler.scale_, 0.1 * np.sqrt(np.mean(scaler.var_)))
-        axes = make_pipeline(scaler, PCA(svd_solver="full").fit(scaler.transform(x)))
         columns = x.shape[1]
-        x, held_out = (axes.transform(part).astype(np.float64) for part in (x, held_out))
+        x, held_out = turned(x, held_out)
         if np.issubdtype(y.dtype, np.integer):
             grid = {"C": list(strengths)}
             fitted = chosen(LogisticRegression(max_iter=500), grid, None, folds, x, y, groups)
@@ -65,6 +59,38 @@ def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
             return said
         penalties = [columns / 100 / strength for strength in sorted(strengths)]
         return fit_values(x, y, groups, held_out, penalties, folds)
+
+
+def turned(x, held_out):
+    """x [n, F] and held_out [m, F], standardised by x and, where F is above n, turned to the at
+    most n principal axes of x: float64.
+
+    By inner products, COLUMNS at a time, so that beside x little is in memory: F is 74,000 of a
+    ViT-L's cells.
+    """
+    from sklearn.decomposition import KernelPCA
+
+    count, columns = x.shape
+    blocks = [slice(start, start + COLUMNS) for start in range(0, columns, COLUMNS)]
+    deviation = np.concatenate([x[:, some].std(0, dtype=np.float64) for some in blocks])
+    # what hardly varies in a few clips would be divided by next to nothing
+    scale = np.maximum(deviation, 0.1 * np.sqrt(np.mean(deviation**2)))
+    scale[scale == 0] = 1.0
+
+    def standardised(some):
+        mean = x[:, some].mean(0, dtype=np.float64)
+        return [torch.from_numpy((part[:, some] - mean) / scale[some]) for part in (x, held_out)]
+
+    if columns <= count:
+        return [part.numpy() for part in standardised(slice(None))]
+    inner = torch.zeros(count, count, dtype=torch.float64)
+    across = torch.zeros(len(held_out), count, dtype=torch.float64)
+    for some in blocks:
+        one, other = standardised(some)
+        inner.addmm_(one, one.T)
+        across.addmm_(other, one.T)
+    axes = KernelPCA(kernel="precomputed", eigen_solver="dense", remove_zero_eig=True)
+    return axes.fit_transform(inner.numpy()), axes.transform(across.numpy())
 
 
 def fit_values(x, y, groups, held_out, penalties, folds):

@@ -24,7 +24,7 @@ def pytest_configure(config):
 
 
 # files of minutes, which begin first, so that no process is left alone with one at the end
-LONG = "test_kernels test_stages test_ranks test_runs test_environment test_step".split()
+LONG = "test_stages test_ranks test_runs test_environment test_step".split()
 
 
 def pytest_collection_modifyitems(items):

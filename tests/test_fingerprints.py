@@ -469,7 +469,7 @@ def test_the_probe_knows_a_training_video_under_another_name(world, tmp_path):
     flags = [
         "--checkpoint",
         best,
-        *"--data . --folds 2 --untrained_seeds 0 --no_pixels --whole_videos".split(),
+        *"--data . --folds 2 --untrained_seeds 0 --no_pixels --whole_videos --heads mean".split(),
     ]
     assert "and in the split 'validation' as 'h0@0-10'" in error_of(
         tmp_path, "probe_time_arrow", *flags

@@ -50,7 +50,7 @@ BUDGETS = {
     "salt.ops": 450,
     "salt.optimiser": 70,
     "salt.probed": 315,
-    "salt.probing": 450,
+    "salt.probing": 480,
     "salt.ranks": 290,
     "salt.refusals": 100,
     "salt.rows": 100,

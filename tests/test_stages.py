@@ -467,7 +467,7 @@ def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):
         last,
         "--data",
         world / "data",
-        *"--ema --folds 2 --untrained_seeds 0 --no_pixels".split(),
+        *"--ema --folds 2 --untrained_seeds 0 --no_pixels --heads mean".split(),
     )
     assert "without --ema" in error_of(
         tmp_path,
@@ -734,7 +734,7 @@ def test_probe_writes_the_figures_and_their_controls(world):
         "probe_time_arrow",
         "--checkpoint",
         run_folder(world, "student") / "best.pth",
-        *"--data data --out probe2.json --folds 3 --untrained_seeds 2".split(),
+        *"--data data --out probe2.json --folds 3 --untrained_seeds 2 --heads mean".split(),
     )
     assert (
         json.loads((world / "probe2.json").read_text())["untrained"] == result["untrained"]
@@ -758,7 +758,7 @@ def test_probe_says_what_its_held_out_videos_are(world, tmp_path):
     flags = [
         "--checkpoint",
         run_folder(world, "student") / "best.pth",
-        *"--data . --out p.json --folds 2 --untrained_seeds 0 --no_pixels".split(),
+        *"--data . --out p.json --folds 2 --untrained_seeds 0 --no_pixels --heads mean".split(),
     ]
     said = run(tmp_path, "probe_time_arrow", *flags)
     assert (
@@ -801,7 +801,7 @@ def test_probe_after_a_run(world):
         "probe_time_arrow",
         "--after",
         f"run_logs/{name}.log",
-        *"--data data --folds 2 --untrained_seeds 0 --no_pixels".split(),
+        *"--data data --folds 2 --untrained_seeds 0 --no_pixels --heads mean".split(),
     )
     assert f"waiting for run_logs/{name}.log" in said and "time arrow" in said
     (world / "run_logs" / "x_20260101_000000_pid999999.log").write_text("step 20\n")
@@ -1070,7 +1070,7 @@ def test_every_stage_runs_where_semaphores_and_shared_memory_are_refused(world, 
                 best,
                 "--data",
                 world / "data",
-                *"--folds 2 --untrained_seeds 1".split(),
+                *"--folds 2 --untrained_seeds 1 --heads mean".split(),
             ],
         ),
     ):
