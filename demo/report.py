@@ -112,7 +112,6 @@ results = {
 }
 if run["teacher"] == "own":
     results["teacher_r2"] = [row["val_r2"] for row in held_out["teacher"]]
-write_whole(Path(out) / "results.json", json.dumps(results, indent=1).encode())
 
 # ---- one picture: curves above, a clip and its latents over time below
 salt, space, saved = model.load_salt(run_of("student") / "last.pth")
@@ -153,8 +152,8 @@ background, lookup = evaluation["r2_background"], evaluation["r2_lookup"]
 r2_axes.axhline(background, color="0.4", ls=":", label="mean of the clip's own context")
 r2_axes.axhline(lookup, color="0.4", ls="--", label="look-up among the training clips")
 r2_axes.set(title="held-out R²  (0: per-position mean)", xlabel="step")
-bottom = min(0.0, background, lookup, *results["r2"][1:])
-r2_axes.set_ylim(bottom - 0.1, min(1, max(background, lookup, *results["r2"]) + 0.2))
+lowest = min(0.0, background, lookup, *results["r2"][1:])
+r2_axes.set_ylim(lowest - 0.1, min(1, max(background, lookup, *results["r2"]) + 0.2))
 sizes = states["labels"]
 for name, row in states["table"].items():
     cells = [row.get(f"attentive, {size}") or row.get(f"grid, {size}") for size in sizes]
@@ -207,6 +206,7 @@ for line, (name, colours) in zip(axes, rows.items()):
         else:
             axis.imshow(colours.reshape(*c.grid, 3)[number])
 figure.savefig(Path(out) / "report.png", dpi=80)
+write_whole(Path(out) / "results.json", json.dumps(results, indent=1).encode())
 
 
 # ---- the table, and what it allows one to say

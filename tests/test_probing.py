@@ -272,7 +272,8 @@ def test_linear_heads_read_what_is_linear_and_know_where(tmp_path):
     assert score.value > 0.9 and score.each.min() > 0.9
 
 
-def test_turning_to_principal_axes_changes_no_fit():
+def test_turning_to_principal_axes_changes_no_fit(monkeypatch):
+    monkeypatch.setattr(probing, "COLUMNS", 70)  # of 300, so that there are several blocks
     from sklearn.linear_model import Ridge
     from sklearn.preprocessing import StandardScaler
 

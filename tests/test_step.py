@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from salt import ops, optimiser
 from salt.errors import InputError
 from salt.loader import Batch
 from salt.masks import mask_counts, sample_masks
+from salt.meter import Meter
 from salt.score import Space, clip_errors
 
 ROOT = Path(ops.__file__).resolve().parent.parent
@@ -567,6 +569,16 @@ def test_working_copies_leave_no_trace():
     )
     model.cast_matrices(salt, "bf16")
     assert salt.float()(patches, masks)["long"].dtype == torch.float32
+
+
+def test_a_step_is_skipped_where_any_of_its_sums_is_not_finite():
+    """L1 of an infinite target has a finite gradient: its loss must tell."""
+
+    def loss_of(*sums):
+        return Meter.loss.fget(types.SimpleNamespace(sums=torch.tensor(sums)))
+
+    assert loss_of(0.7, 3.0, 4.0, 5.0, 6.0) == torch.tensor(0.7)
+    assert not loss_of(0.7, 3.0, 4.0, torch.inf, 6.0).isfinite()
 
 
 @pytest.mark.parametrize("clip", [0.02, 0])
