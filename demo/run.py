@@ -1,7 +1,7 @@
 """The whole of SALT on a small physics-video data set made on the spot: videos, the latents of a
 teacher, a student, its evaluation, and what it knows.
 
-    python demo/run.py                  some twelve minutes on two CPU cores
+    python demo/run.py                  some eleven minutes on two CPU cores
     python demo/run.py --short          some three: the same stages, fewer videos and steps
     python demo/run.py --teacher own    stage 1, too: a teacher of the videos' pixels
 
