@@ -139,10 +139,11 @@ from salt.lookup import lookup_of_training
 from salt.masks import in_order, keyed_sample, shuffled
 from salt.meter import Meter
 from salt.ranks import rank, world
+from salt.refusals import refuse
 from salt.run import Run
 
 # ---- log and device
-task.refuse(settings)
+refuse(settings)
 log = journal.Log(run_logs, run_name)  # its last line is always `Process exiting.`
 stop = schedule.Stop(log)
 place = ranks.pick_device(ranks.start(device))
@@ -180,7 +181,7 @@ model.compile_blocks(salt, compile, place, log)
 net = ranks.data_parallel(salt, place) if world > 1 and not fsdp else salt  # what a step calls
 if place.type == "cpu":
     ops.keep_freed_memory()
-warmup_steps = task.warmup_steps(settings, total_steps)
+warmup_steps = schedule.warmup_steps(settings, total_steps)
 log(
     f"{len(clips)} clips, view {view.hash()}, grid {work.encoder.grid}; {total_steps} steps of"
     f" {batch_size}, {epoch_length} an epoch"

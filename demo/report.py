@@ -63,7 +63,6 @@ for name in ("teacher", "student") if run["teacher"] == "own" else ("student",):
 held_out = {name: [row for row in rows if "val_r2" in row] for name, rows in logs.items()}
 evaluation = read_json("eval.json")["results"][0]
 states, surprise, arrow = map(read_json, ("states.json", "surprise.json", "time_arrow.json"))
-most = max(states["labels"])
 
 
 def untrained_of(rows):
@@ -136,9 +135,9 @@ batch = next(
 with torch.no_grad():
     predictions = salt(batch.patches, batch.masks)
 
-figure = plt.figure(figsize=(15, 6.5 + 1.4 * (2 + len(batch.masks))), layout="constrained")
-ratios = [6.5, 1.4 * (2 + len(batch.masks))]
-parts: Any = figure.subfigures(2, 1, height_ratios=ratios)
+heights = [6.5, 1.4 * (2 + len(batch.masks))]
+figure = plt.figure(figsize=(15, sum(heights)), layout="constrained")
+parts: Any = figure.subfigures(2, 1, height_ratios=heights)
 top, bottom = parts
 (loss_axes, r2_axes), (state_axes, surprise_axes) = top.subplots(2, 2)
 for name, log in logs.items():

@@ -281,8 +281,10 @@ def keep_freed_memory(one_place=False):
         # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX of malloc.h. What is asked for ahead
         # is touched bit by bit, 1.5 kB a step, so a large M_TOP_PAD looks like a leak until all of
         # it was touched: with 256 MB over 28,000 steps and on, with 4 MB it stood still.
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 24), (-8, 1))[: 3 + one_place]:
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 24)):
             mallopt(option, value)
+        if one_place:
+            mallopt(-8, 1)
 
 
 def on_tiles(x):

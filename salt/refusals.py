@@ -74,14 +74,3 @@ def refuse_optimisation(s):
             " parts of a batch have one size, so it must be a multiple of"
             f" {world * s.accumulate}"
         )
-
-
-def warmup_steps(s, total_steps):
-    """Steps of the warm-up. Raises InputError where it is longer than the run."""
-    steps = min(2000, total_steps // 10) if s.warmup is None else s.warmup
-    if steps > total_steps:
-        raise InputError(
-            f"--warmup {steps} is longer than the run, {total_steps} steps: the learning rate would"
-            " never reach --lr; lower it"
-        )
-    return steps

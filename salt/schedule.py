@@ -7,6 +7,7 @@ import sys
 import time
 
 from salt import errors, ranks
+from salt.errors import InputError
 from salt.ranks import rank
 
 
@@ -86,6 +87,17 @@ class Due:
 def cosine(start, end, share):
     """From `start` to `end` along half a cosine, as `share` goes from 0 to 1."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
+
+
+def warmup_steps(s, total_steps):
+    """Steps of the warm-up. Raises InputError where it is longer than the run."""
+    steps = min(2000, total_steps // 10) if s.warmup is None else s.warmup
+    if steps > total_steps:
+        raise InputError(
+            f"--warmup {steps} is longer than the run, {total_steps} steps: the learning rate would"
+            " never reach --lr; lower it"
+        )
+    return steps
 
 
 def rate(step, total_steps, peak, end, warmup):

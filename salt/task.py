@@ -15,7 +15,7 @@ from salt.clips import Records, Videos
 from salt.errors import InputError
 from salt.masks import check_batch
 from salt.odd_videos import odd_videos
-from salt.refusals import refuse, refuse_optimisation, warmup_steps  # noqa: F401  for train.py
+from salt.refusals import refuse_optimisation
 from salt.splits import load_split
 from salt.views import IMAGENET_MEAN, IMAGENET_STD, View
 

@@ -107,6 +107,14 @@ def start_ranks(count, words, folder, limit=300):
     return watched(process, process.pids, limit)
 
 
+def probe(script, fast, world, data, folder, *flags):
+    """(what a probe of the world's student prints, its JSON); fast: flags of all calls."""
+    best = run_folder(world, "student") / "best.pth"
+    words = ["--checkpoint", best, "--data", data, "--out", "x.json", *fast, *flags]
+    said = run(folder, script, *words)
+    return said, json.loads((folder / "x.json").read_text())
+
+
 def stopped_at(beginning, words, folder, number=signal.SIGTERM, **environ):
     """Start a process and, at the first line with that beginning, signal it; returns what it
     printed, when it has ended.

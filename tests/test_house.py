@@ -57,7 +57,7 @@ BUDGETS = {
     "salt.run": 240,
     "salt.run_folder": 290,
     "salt.runs": 340,
-    "salt.schedule": 100,
+    "salt.schedule": 110,
     "salt.score": 320,
     "salt.shapes": 100,
     "salt.shards": 200,

@@ -2,15 +2,18 @@
 protocol on a small scale.
 """
 
+import functools
 import json
 
 import numpy as np
 import pytest
 
-from tests.stages import error_of, run, run_folder
+from tests import stages
+from tests.stages import error_of, run_folder
 from tests.test_data import write_video
 
 FAST = "--untrained_seeds 1 --dtype fp32 --threads 2 --epochs 1".split()
+probe = functools.partial(stages.probe, "probe_labels", FAST)
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +34,6 @@ def data(tmp_path_factory):
     for split, rows in lists.items():
         (folder / f"{split}.json").write_text(json.dumps(rows))
     return folder
-
-
-def probe(world, data, folder, *flags):
-    best = run_folder(world, "student") / "best.pth"
-    words = ["--checkpoint", best, "--data", data, "--out", "x.json", *FAST, *flags]
-    said = run(folder, "probe_labels", *words)
-    return said, json.loads((folder / "x.json").read_text())
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -2,17 +2,20 @@
 values.
 """
 
+import functools
 import json
 
 import numpy as np
 import pytest
 
 from salt import probing
-from tests.stages import error_of, run, run_folder
+from tests import stages
+from tests.stages import error_of, run_folder
 from tests.test_data import write_video
 from tests.test_teachers import TINY
 
 FAST = "--untrained_seeds 1 --dtype fp32 --threads 2 --heads grid --ahead 0.5 --draws 2".split()
+probe = functools.partial(stages.probe, "probe_states", FAST)
 FRAMES = 24
 
 
@@ -40,13 +43,6 @@ def data(tmp_path_factory):
     (folder / "states.json").write_text(json.dumps(states))
     (folder / "state_names.json").write_text('["x", "sometimes", "constant", "never"]')
     return folder
-
-
-def probe(world, data, folder, *flags):
-    best = run_folder(world, "student") / "best.pth"
-    words = ["--checkpoint", best, "--data", data, "--out", "x.json", *FAST, *flags]
-    said = run(folder, "probe_states", *words)
-    return said, json.loads((folder / "x.json").read_text())
 
 
 def test_where_the_square_is_and_goes(world, data, tmp_path):
