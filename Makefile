@@ -39,7 +39,8 @@ lint: setup $(TEST_REQUIREMENTS)
 faults: setup $(TEST_REQUIREMENTS)
 	rm -f out/faults.jsonl
 	SALT_FAULTS=full $(PY) -m pytest -q tests/faults \
-	  tests/test_cache.py::test_killed_at_any_change_to_the_disk
+	  tests/test_cache.py::test_killed_at_any_change_to_the_disk \
+	  tests/test_ranks.py::test_a_killed_rank_leads_to_a_clean_restart
 	$(PY) -m tests.faults.harness
 
 SANITIZE := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off \

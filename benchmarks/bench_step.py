@@ -33,7 +33,9 @@ sizes = ["base", "large"]  # students
 batch_sizes = [2]  # clips a step
 device: Literal["cpu", "cuda"] = "cpu"  # cpu or cuda
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute of both; attention is always measured in bf16
+depth: int | None = None  # student blocks, where not those of its size
 predictor_depth = 12  # predictor blocks
+predictor_dim = 512  # predictor width, of 8 heads
 rounds = 6  # turns of each, the first of which is a warm-up
 # who takes turns; with compiled on a GPU CUDA graphs and --deterministic, too, alone
 variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "loader"]] = [
@@ -58,7 +60,9 @@ out = "benchmarks"  # folder for it
 # (internal: the process whose memory is measured, SIZE,VARIANT,BATCH_SIZE)
 inside: str | None = None
 
-settings = config.apply(globals(), least={"rounds": 3, "clips": 1, "predictor_depth": 1})
+settings = config.apply(
+    globals(), least={"rounds": 3, "clips": 1, "depth": 1, "predictor_depth": 1, "predictor_dim": 8}
+)
 
 if not (inside and ",textbook," in inside):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py
@@ -79,7 +83,7 @@ GRID = (8, 14, 14)
 N = 1568
 D = 768
 COUNTS = [mask_counts(family, GRID) for family in FAMILIES]
-PREDICTOR = {"dim": 512, "depth": predictor_depth, "heads": 8}
+PREDICTOR = {"dim": predictor_dim, "depth": predictor_depth, "heads": 8}
 on_gpu = device == "cuda"
 if on_gpu and not torch.cuda.is_available():
     raise InputError("--device cuda: torch sees no GPU here")
@@ -287,7 +291,7 @@ def some_batch(batch_size, seed=0):
 
 def set_up(size):
     torch.manual_seed(0)
-    encoder_config = model.config_of_size(size)
+    encoder_config = model.config_of_size(size, **({"depth": depth} if depth else {}))
     return encoder_config, model.build_salt(
         encoder_config,
         {
@@ -359,6 +363,9 @@ def alone(size, variant, batch_size):
         dtype,
         "--predictor_depth",
         str(predictor_depth),
+        "--predictor_dim",
+        str(predictor_dim),
+        *(["--depth", str(depth)] if depth else []),
         "--rounds",
         "8" if on_gpu else "4",
     ]

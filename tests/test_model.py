@@ -63,7 +63,7 @@ def shake(network):
     [
         {
             "hidden_size": 768,
-            "num_hidden_layers": 12,
+            "num_hidden_layers": 3,
             "num_attention_heads": 12,
             "intermediate_size": 3072,
             "image_size": 224,
@@ -81,7 +81,7 @@ def shake(network):
             "patch_size": 8,
         },
     ],
-    ids=["base", "no qkv bias", "odd shape, no final norm"],
+    ids=["as wide as base", "no qkv bias", "odd shape, no final norm"],
 )
 def test_load_teacher_matches_transformers(tmp_path, changes):
     theirs = shake(transformers.VideoMAEModel(transformers.VideoMAEConfig(**{**TINY, **changes})))

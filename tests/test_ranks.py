@@ -154,7 +154,10 @@ def test_bfloat16_over_ranks_and_shards(alone, tmp_path):
         )
 
 
-@pytest.mark.parametrize("more", [[], ["--fsdp"]])
+FULL = pytest.mark.skipif(os.environ.get("SALT_FAULTS") != "full", reason="in make faults")
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(["--fsdp"], marks=FULL)])
 def test_a_killed_rank_leads_to_a_clean_restart(alone, tmp_path, more):
     """Rank 1 dies after a line of step 6: torchrun starts both again, they go on from last.pth, and
     the result is the one of two ranks undisturbed.

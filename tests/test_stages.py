@@ -275,10 +275,12 @@ def test_resuming_is_exact(world, threads, more, tmp_path):
         world / "held_out",
         *"--epochs 4 --run_name r --save_every 5 --eval_every 6".split(),
         *SMALL,
+        "--compute_threads",
+        threads,
         *more.split(),
     ]
-    run(tmp_path, "train", *flags, "--checkpoints", "whole", OMP_NUM_THREADS=threads)
-    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path, OMP_NUM_THREADS=threads)
+    run(tmp_path, "train", *flags, "--checkpoints", "whole")
+    process = start([sys.executable, ROOT / "train.py", *flags], tmp_path)
     for line in process.stdout:
         if line.startswith("step 6/"):
             process.send_signal(signal.SIGTERM)
@@ -295,7 +297,7 @@ def test_resuming_is_exact(world, threads, more, tmp_path):
     } and 6 <= load_checkpoint(stopped / "last.pth")["step"] < 16
     # every step that ran is in it: `minimum loss .. at step a of b`
     assert f"of {load_checkpoint(stopped / 'last.pth')['step']}\n" in rest
-    said = run(tmp_path, "train", *flags, "--resume", "auto", OMP_NUM_THREADS=threads)
+    said = run(tmp_path, "train", *flags, "--resume", "auto")
     assert f"resuming from {Path('checkpoints') / stopped.name}" in said
     whole = load_checkpoint(next(tmp_path.glob("whole/r_*")) / "last.pth")
     # one run, one folder, and in it the logs of its starts

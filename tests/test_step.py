@@ -662,7 +662,8 @@ def test_bench_compares_and_counts(tmp_path):
             "benchmarks/bench.py",
             "step",
             *"""--sizes tiny --batch_sizes 1 --rounds 3 --variants textbook,ours,loader
---predictor_depth 1 --no_memory --no_attention --clips 4 --dtype fp32""".split(),
+--depth 2 --predictor_depth 1 --predictor_dim 64 --no_memory --no_attention
+--clips 4 --dtype fp32""".split(),
             "--folder",
             str(tmp_path),
             "--json",
@@ -681,8 +682,8 @@ def test_bench_compares_and_counts(tmp_path):
         and "x the textbook's speed" in done.stdout
     )
     assert step["flops"] == budget.step_flops(
-        model.config_of_size("tiny"),
-        {"dim": 512, "depth": 1, "dim_out": 768},
+        model.config_of_size("tiny", depth=2),
+        {"dim": 64, "depth": 1, "dim_out": 768},
         [(352, 784), (112, 1088)],
     )
     done = subprocess.run(
