@@ -3,7 +3,7 @@ two together with their loss; then loading and export of students. Shapes are in
 
 The encoder is built as VideoMAE builds it (Tong et al. 2022, arXiv 2203.12602), so that its weights
 load from and export to `transformers` unchanged: pre-norm blocks, exact GELU, biases on q and v but
-none on k, a fixed 1-D sin-cos table, no cls token.
+none on k, no cls token; and where its positions are a table, a fixed 1-D sin-cos one.
 """
 
 import dataclasses
@@ -26,8 +26,9 @@ from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
 from salt.linear import Linear, cast_matrices  # noqa: F401  public here
 from salt.masks import FAMILIES, sample_masks  # noqa: F401  likewise
+from salt.positions import Positions, turned
 from salt.score import Space
-from salt.shapes import SIZES, EncoderConfig, config_of_size, position_table  # noqa: F401
+from salt.shapes import SIZES, EncoderConfig, config_of_size  # noqa: F401
 from salt.torch_files import from_file, load_weights, restored
 from salt.videomae import read_transformers, write_transformers
 
@@ -36,7 +37,7 @@ SEEN = "what is seen"  # beside the families: predictions at the context
 
 class Attention(nn.Module):
     """Self-attention within each of `lengths` tokens, [B, K, D] -> [B, K, D], with biases on q and
-    v alone.
+    v alone; queries and keys turned by positions.Positions.turned_by.
     """
 
     def __init__(self, dim, heads, qkv_bias=True):
@@ -47,14 +48,15 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.proj = Linear(dim, dim)
 
-    def forward(self, x, lengths):
+    def forward(self, x, lengths, turns=None):
         bias = (
             None
             if self.q_bias is None
             else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         )
         qkv = rearrange(self.qkv(x, bias), "b n (qkv h d) -> b n qkv h d", qkv=3, h=self.heads)
-        return self.proj(rearrange(ops.attention(qkv, lengths), "b n h d -> b n (h d)"))
+        seen = ops.attention(turned(qkv, turns), lengths)
+        return self.proj(rearrange(seen, "b n h d -> b n (h d)"))
 
 
 class Block(nn.Module):
@@ -69,20 +71,20 @@ class Block(nn.Module):
         self.fc1 = Linear(dim, mlp_dim)
         self.fc2 = Linear(mlp_dim, dim)
 
-    def forward(self, x, lengths):
-        x = x + self.attn(self.norm1(x), lengths)
+    def forward(self, x, lengths, turns=None):
+        x = x + self.attn(self.norm1(x), lengths, turns)
         return x + self.fc2(self.fc1(self.norm2(x)), of=ops.gelu_linear)
 
 
-def run_blocks(blocks, x, lengths, recompute=False):
+def run_blocks(blocks, x, lengths, turns, recompute=False):
     """x [B, K, D] through the blocks; with recompute a block keeps nothing but its input for the
     backward pass, and runs again there.
     """
     for block in blocks:
         x = (
-            checkpoint(block, x, lengths, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(block, x, lengths, turns, use_reentrant=False, preserve_rng_state=False)
             if recompute and torch.is_grad_enabled()
-            else block(x, lengths)
+            else block(x, lengths, turns)
         )
     return x
 
@@ -106,9 +108,7 @@ class Encoder(nn.Module):
         self.config = config
         self.view = views.View(config.frames, config.size, config.size)  # a checkpoint's: its own
         self.patch_embed = Linear(config.patch_dim, config.dim)
-        self.register_buffer(
-            "position", position_table(config.tokens, config.dim), persistent=False
-        )
+        self.position = Positions(config.positions, config.grid, config.dim, config.heads)
         self.blocks = nn.ModuleList(
             Block(config.dim, config.heads, config.mlp_dim, config.eps, config.qkv_bias)
             for _ in range(config.depth)
@@ -133,8 +133,9 @@ class Encoder(nn.Module):
         lengths: tokens of each mask where several share the pass (K in sum): tokens of one do not
         see those of another.
         """
-        x = self.patch_embed(patches) + (self.position if index is None else self.position[index])
-        return self.norm(run_blocks(self.blocks, x, lengths or (x.shape[1],), self.recompute))
+        x = self.patch_embed(patches) + self.position.added(index)
+        lengths, turns = lengths or (x.shape[1],), self.position.turned_by(index)
+        return self.norm(run_blocks(self.blocks, x, lengths, turns, self.recompute))
 
     def encode(self, clips, grad=False):
         """Features of all tokens of clips, or of one clip, on the encoder's device.
@@ -154,7 +155,7 @@ class Encoder(nn.Module):
         alone = clips.ndim == len(expected)
         if clips.dtype != torch.uint8 or tuple(clips.shape[not alone :]) != expected:
             raise InputError(self.refusal(clips))
-        device: Any = self.position.device
+        device = self.patch_embed.weight.device
         clips = torch.as_tensor(clips).to(device)
         patches = clips if as_patches else ops.patchify(clips, c.patch, c.tubelet)
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
@@ -212,7 +213,18 @@ class Predictor(nn.Module):
     recompute = False
 
     def __init__(
-        self, dim_in, dim_out, tokens, families, dim=512, depth=12, heads=8, eps=1e-6, seen=False
+        self,
+        dim_in,
+        dim_out,
+        tokens,
+        families,
+        dim=512,
+        depth=12,
+        heads=8,
+        eps=1e-6,
+        seen=False,
+        positions="table",
+        grid=None,
     ):
         super().__init__()
         if dim % heads:
@@ -222,7 +234,8 @@ class Predictor(nn.Module):
         self.families = list(families)
         self.embed = Linear(dim_in, dim)
         self.mask_tokens = nn.Parameter(torch.zeros(len(self.families), dim))
-        self.register_buffer("position", position_table(tokens, dim), persistent=False)
+        # checkpoints from before there were other positions have no grid
+        self.position = Positions(positions, grid or (1, 1, tokens), dim, heads)
         self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.proj = Linear(dim, dim_out)
@@ -241,11 +254,13 @@ class Predictor(nn.Module):
         tokens = []
         for drawn, seen in zip(masks, self.embed(context).split(counts, dim=1), strict=True):
             asked = self.mask_tokens[self.families.index(drawn.family)]
-            tokens.append(seen + self.position[drawn.context])  # [B, Kc, dim]
-            tokens.append(asked + self.position[drawn.target])  # [B, Kt, dim]
+            tokens.append(seen)  # [B, Kc, dim]
+            tokens.append(asked.expand(*drawn.target.shape, -1))  # [B, Kt, dim]
         sizes = [part.shape[1] for part in tokens]
         lengths = [seen + asked for seen, asked in zip(sizes[::2], sizes[1::2], strict=True)]
-        x = run_blocks(self.blocks, torch.cat(tokens, dim=1), lengths, self.recompute)
+        index = torch.cat([part for drawn in masks for part in (drawn.context, drawn.target)], 1)
+        x = torch.cat(tokens, dim=1) + self.position.added(index)
+        x = run_blocks(self.blocks, x, lengths, self.position.turned_by(index), self.recompute)
         targets = x.split(sizes, dim=1)[1::2]
         predictions = {
             drawn.family: self.proj(self.norm(target))
@@ -380,7 +395,12 @@ def export_transformers(encoder, folder):
     it does to the pixels of frames as video.read_clip(video, encoder.view) gives them. Frames that
     other code picks, crops and resizes give other features.
     """
-    folder = Path(folder)
+    folder, kind = Path(folder), encoder.config.positions
+    if kind != "table":
+        raise InputError(
+            f"VideoMAE's positions are a table of token numbers, this encoder's are {kind}:"
+            " transformers has no such VideoMAE; load it with load_encoder"
+        )
     held = [
         name
         for name in ("config.json", "model.safetensors", "pytorch_model.bin")

@@ -29,6 +29,8 @@ depth: int | None = None  # student blocks, where not those of its size
 predictor_depth: int = 12  # predictor blocks
 predictor_dim: int = 512  # predictor width
 predictor_heads: int = 8  # predictor attention heads
+# places of tokens: by a table of their numbers, one of t, y and x, or rotary; of both networks
+positions: Literal["table", "table3d", "rope"] = "table"
 # mask families, all predicted in each step
 masks: list[Literal["short", "long", "ratio"]] = ["short", "long"]
 loss: Literal["mse", "l1", "smooth_l1"] = "mse"  # error of a prediction (pixels: mse)

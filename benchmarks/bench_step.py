@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import bench
 from salt import config
 from salt.errors import InputError
+from salt.positions import position_table
 
 sizes = ["base", "large"]  # students
 batch_sizes = [2]  # clips a step
@@ -129,7 +130,7 @@ class TextbookEncoder(nn.Module):
         self.patch_embed = nn.Conv3d(
             3, c.dim, (c.tubelet, c.patch, c.patch), (c.tubelet, c.patch, c.patch)
         )
-        self.register_buffer("position", model.position_table(c.tokens, c.dim))
+        self.register_buffer("position", position_table(c.tokens, c.dim))
         self.blocks = nn.ModuleList(
             TextbookBlock(c.dim, c.heads, c.mlp_dim) for _ in range(c.depth)
         )
@@ -149,7 +150,7 @@ class TextbookPredictor(nn.Module):
         dim = PREDICTOR["dim"]
         self.embed = nn.Linear(dim_in, dim)
         self.mask_tokens = nn.Parameter(torch.zeros(len(FAMILIES), dim))
-        self.register_buffer("position", model.position_table(N, dim))
+        self.register_buffer("position", position_table(N, dim))
         self.blocks = nn.ModuleList(
             TextbookBlock(dim, PREDICTOR["heads"], 4 * dim) for _ in range(PREDICTOR["depth"])
         )
@@ -569,7 +570,7 @@ def draw_curves():
     }
     random = torch.Generator().manual_seed(0)
     projection = torch.randn(96, D) / 8
-    places = model.position_table(N, 96)
+    places = position_table(N, 96)
     losses = []
     for step in tqdm(range(curves), unit="step", dynamic_ncols=True):
         ids = torch.randint(0, 2**62, (2,), generator=random)

@@ -79,6 +79,12 @@ class Run:
                 f"--resume {origin} was trained without --context_loss; leave it out, or start a"
                 " new run"
             )
+        positions = saved["encoder_config"].get("positions", "table")
+        if self.s.positions != positions:  # also of checkpoints from before there was a choice
+            raise InputError(
+                f"--resume {origin} was trained with --positions {positions}, not"
+                f" {self.s.positions}; give the same, or start a new run"
+            )
         needed = ("optimizer", "rng", "losses", "history", "best", "stats")
         missing = [name for name in needed if name not in saved]
         if missing:

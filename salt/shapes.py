@@ -1,13 +1,11 @@
-"""Shapes of encoders: what decides one, the named sizes, and the table of its positions."""
+"""Shapes of encoders: what decides one, and the named sizes."""
 
 import dataclasses
 import math
 
-import numpy as np
-import torch
-
 from salt import views
 from salt.errors import InputError, nearest
+from salt.positions import KINDS
 
 SIZES = {  # name: width, blocks, heads, patch, MLP width
     "tiny": (192, 12, 3, 16, 768),
@@ -17,7 +15,6 @@ SIZES = {  # name: width, blocks, heads, patch, MLP width
     "huge": (1280, 32, 16, 16, 5120),
     "giant": (1408, 40, 16, 14, 6144),
 }
-MAX_TABLE = 2**27  # numbers in a position table: 60 times those of giant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +34,7 @@ class EncoderConfig:
     final_norm: bool = True
     mean: tuple = views.IMAGENET_MEAN
     std: tuple = views.IMAGENET_STD
+    positions: str = "table"  # see positions.Positions
 
     def __post_init__(self):
         object.__setattr__(self, "mean", tuple(map(float, self.mean)))
@@ -51,6 +49,10 @@ class EncoderConfig:
             raise InputError(
                 f"an encoder's mean and std are three numbers each, std above 0; not {self.mean}"
                 f" and {self.std}"
+            )
+        if self.positions not in KINDS:
+            raise InputError(
+                f"an encoder's positions are {', '.join(KINDS)}, not {self.positions!r}"
             )
         if self.dim % self.heads:
             raise InputError(
@@ -81,17 +83,3 @@ def config_of_size(name, **other):
     return EncoderConfig(
         **{"dim": dim, "depth": depth, "heads": heads, "patch": patch, "mlp_dim": mlp_dim, **other}
     )
-
-
-def position_table(tokens, dim):
-    """float32 [tokens, dim]: sin on even, cos on odd channels of n / 10000^(2 (j // 2) / dim)
-    (Vaswani et al. 2017, arXiv 1706.03762).
-    """
-    if tokens * dim > MAX_TABLE:
-        raise InputError(
-            f"{tokens} tokens of width {dim} are more than any model here has; is its "
-            "configuration damaged?"
-        )
-    angle = np.arange(tokens)[:, None] / np.power(10000.0, 2 * (np.arange(dim) // 2) / dim)
-    angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
-    return torch.from_numpy(angle.astype(np.float32))

@@ -101,7 +101,7 @@ def open_training(s, device, log):
     view = clips.view
     shape |= {"frames": view.frames, "size": view.size}
     shape |= {"patch": clips.patch, "tubelet": clips.tubelet}
-    shape |= {"depth": s.depth} if s.depth else {}
+    shape |= {"positions": s.positions} | ({"depth": s.depth} if s.depth else {})
     encoder = model.config_of_size(s.size, **shape)
     predictor = {
         "dim_in": encoder.dim,
@@ -112,6 +112,8 @@ def open_training(s, device, log):
         "depth": s.predictor_depth,
         "heads": s.predictor_heads,
         "seen": s.context_loss > 0,
+        "positions": s.positions,
+        "grid": encoder.grid,
     }
     identity = {
         "train": clips.cache.identity if clips.cache else identity_of_list(clips.rows),

@@ -12,6 +12,7 @@ from model import EncoderConfig
 from salt import teachers
 from salt.checkpoint import CHECKPOINT_PARTS, save_checkpoint
 from salt.errors import InputError
+from salt.positions import position_table
 from salt.torch_files import load_pickle
 from tests.test_model import as_original, shake
 
@@ -168,6 +169,6 @@ def test_what_does_not_lie_is_loaded_as_it_was_saved(tmp_path):
             torch.equal(value, saved[name][key]) for key, value in module.state_dict().items()
         )
         assert all(parameter.requires_grad for parameter in module.parameters())
-        assert module.position.device.type == "cpu"
-    table = model.position_table(CONFIG.tokens, CONFIG.dim)
-    assert torch.equal(salt.student.position, table)
+        assert module.position.table.device.type == "cpu"
+    table = position_table(CONFIG.tokens, CONFIG.dim)
+    assert torch.equal(salt.student.position.table, table)

@@ -19,6 +19,7 @@ from benchmarks import budget
 from salt import cache, loader, teachers
 from salt.checkpoint import load_checkpoint, save_checkpoint
 from salt.clips import Records
+from salt.errors import InputError
 from salt.masks import mask_counts, shuffled
 from salt.ops import patchify
 from salt.video import read_clip
@@ -409,6 +410,21 @@ def test_older_runs_have_no_loss_at_the_context(world, tmp_path):
     assert "was trained without --context_loss" in error_of(
         tmp_path, "train", *flags, "--context_loss", "1"
     )
+
+
+@pytest.mark.parametrize("kind", ["table3d", "rope"])
+def test_a_run_with_other_positions(kind, world, tmp_path):
+    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL]
+    run(tmp_path, "train", *flags, "--max_steps", "2", "--positions", kind)
+    (folder,) = tmp_path.glob("checkpoints/*")
+    encoder = model.load_encoder(folder / "last.pth")
+    assert encoder.config.positions == kind
+    run(tmp_path, "eval_distill", "--checkpoint", folder, "--cache", world / "held_out")
+    again = ["--max_steps", "2", "--resume", folder / "last.pth"]
+    said = error_of(tmp_path, "train", *flags, *again)
+    assert f"was trained with --positions {kind}, not table" in said
+    with pytest.raises(InputError, match=f"this encoder's are {kind}"):
+        model.export_transformers(encoder, tmp_path / "exported")
 
 
 def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):

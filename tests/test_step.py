@@ -26,6 +26,7 @@ from salt.errors import InputError
 from salt.loader import Batch
 from salt.masks import mask_counts, sample_masks
 from salt.meter import Meter
+from salt.positions import KINDS
 from salt.score import Space, clip_errors
 
 ROOT = Path(ops.__file__).resolve().parent.parent
@@ -35,10 +36,10 @@ needs_tiles = pytest.mark.skipif(
 GRID, FAMILIES = (4, 6, 6), ("short", "long")
 
 
-def make_salt(depth=2, families=FAMILIES, seed=0, seen=False):
+def make_salt(depth=2, families=FAMILIES, seed=0, seen=False, positions="table"):
     torch.manual_seed(seed)
     encoder_config = model.EncoderConfig(
-        dim=64, depth=depth, heads=2, mlp_dim=128, frames=8, size=96
+        dim=64, depth=depth, heads=2, mlp_dim=128, frames=8, size=96, positions=positions
     )
     salt = model.build_salt(
         encoder_config,
@@ -51,6 +52,8 @@ def make_salt(depth=2, families=FAMILIES, seed=0, seen=False):
             "depth": depth,
             "heads": 3,
             "seen": seen,
+            "positions": positions,
+            "grid": encoder_config.grid,
         },
     )
     with torch.no_grad():  # zeros would hide mistakes
@@ -318,8 +321,9 @@ def test_linear_and_its_gradients(dtype, bias, gelu):
 # --------------------------------------------------------------------------------- one pass for all
 
 
-def test_one_pass_gives_what_a_pass_a_family_gives():
-    salt, batch = make_salt(), some_batch()
+@pytest.mark.parametrize("positions", KINDS)
+def test_one_pass_gives_what_a_pass_a_family_gives(positions):
+    salt, batch = make_salt(positions=positions), some_batch()
     together = salt(batch.patches, batch.masks)
     for drawn in batch.masks:
         alone = salt(batch.patches, [drawn])[drawn.family]
@@ -328,8 +332,9 @@ def test_one_pass_gives_what_a_pass_a_family_gives():
     torch.testing.assert_close(swapped["short"], together["short"], rtol=1e-4, atol=1e-5)
 
 
-def test_masks_of_one_clip_do_not_see_each_other():
-    salt, batch = make_salt(), some_batch(1)
+@pytest.mark.parametrize("positions", KINDS)
+def test_masks_of_one_clip_do_not_see_each_other(positions):
+    salt, batch = make_salt(positions=positions), some_batch(1)
     patches, masks = batch.patches, batch.masks
     seen, other = (drawn.context[0].tolist() for drawn in masks)
     only_short = [n for n in seen if n not in other]
@@ -460,14 +465,14 @@ def plain_steps(salt, steps):
 
             x = (
                 F.linear(pixels.flatten(-2), student.patch_embed.weight, student.patch_embed.bias)
-                + student.position
+                + student.position.table
             )
             x = student.norm(blocks(student.blocks, at(x, drawn.context)))
             x = torch.cat(
                 [
                     F.linear(x, predictor.embed.weight, predictor.embed.bias)
-                    + predictor.position[drawn.context],
-                    predictor.mask_tokens[number] + predictor.position[drawn.target],
+                    + predictor.position.table[drawn.context],
+                    predictor.mask_tokens[number] + predictor.position.table[drawn.target],
                 ],
                 1,
             )
