@@ -1072,6 +1072,7 @@ def test_training_from_a_cache_with_clips_needs_no_av(world, tmp_path):
 
 
 def test_every_stage_runs_where_semaphores_and_shared_memory_are_refused(world, tmp_path):
+    (tmp_path / "refuse.py").write_text(REFUSE)
     best = run_folder(world, "student") / "best.pth"
     teacher = next(world.glob("checkpoints/teacher_*/best.pth"))
     for script, flags in (
@@ -1092,10 +1093,7 @@ def test_every_stage_runs_where_semaphores_and_shared_memory_are_refused(world, 
             ],
         ),
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", REFUSE, str(ROOT / f"{script}.py"), *map(str, flags)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        words = [sys.executable, tmp_path / "refuse.py", ROOT / f"{script}.py", *flags]
+        process = start(words, tmp_path)
+        said = process.communicate()[0]
+        assert process.returncode == 0, said

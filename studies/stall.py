@@ -1,0 +1,167 @@
+"""Study 1: what makes a run stall? One change at a time from a run that learns.
+
+The reference is make demo's student at half its steps: 8 epochs of 1,000 clips of the demo's videos
+(112 pixels, 8 frames), layer-normed latents of an EfficientNet, a student 192 wide and 4 deep. Its
+learning rate is by the square-root rule what 2.4e-3 is for batch 24.
+
+Fixed before the first run: a cause is ranked by R2 in layer-normed latents, held out, against its
+reference, seed by seed; beside it the states of bodies from 30 and 300 labels, and surprise, which
+say whether it matters. A change counts where the interval over seeds does not hold 0.
+"""
+
+from studies.world import Row
+
+REFERENCE = {
+    "size": "tiny",
+    "depth": 4,
+    "predictor_dim": 96,
+    "predictor_depth": 2,
+    "predictor_heads": 3,
+    "masks": "ratio",
+    "context_loss": 1.0,
+    "target_norm": "layer_norm",
+    "batch_size": 16,
+    "max_steps": 500,
+    "lr": 2e-3,
+    "weight_decay_end": 0.05,
+    "grad_clip": 1.0,
+    "dtype": "fp32",
+    "eval_every": 50,
+    "log_every": 10,
+    "save_every": 100000,
+    "threads": 1,
+}
+
+# ---- what the product must not offer, as changes to train.py's lines
+UPDATE = "    norm = optimiser.update(optimizer, parameters, grad_clip, meter.loss)"
+IN_BFLOAT16 = (
+    UPDATE + "  # not finite: skipped\n",
+    UPDATE
+    + """
+    with torch.no_grad():
+        for p in parameters:
+            for kept in (p, *(x for key, x in optimizer.state[p].items() if key != "step")):
+                kept.copy_(kept.bfloat16())
+""",
+)
+DECAY_ON_ALL = ('decay * group["decays"]  # matrices alone', "decay")
+BATCH = (
+    "    batch = work.with_latents(meter.waiting_for(batches))  # on the device; this rank's part\n"
+)
+OTHER_CLIPS = (
+    BATCH,
+    BATCH
+    + """    if step == run.step:
+        from salt.cache import open_cache
+        other = open_cache("{center}")
+    clips_of_batch = [torch.from_numpy(other.patches(int(i))) for i in batch.records]
+    batch = batch._replace(patches=torch.stack(clips_of_batch))
+""",
+)
+# V-JEPA's collator cuts all masks of a batch to one length by leaving out their last tokens
+CUT_AT_THE_END = (
+    "# ---- log and device\n",
+    """import math
+import numpy as np
+import salt.masks
+
+def drawn_and_cut(epoch, seed, sample_id, grid, counts, blocks, redraws, sizes, low, high, stream):
+    random = salt.masks.Random(seed, epoch, sample_id, stream)
+    size = (grid[0], *sizes[random.below(len(sizes))].tolist()) if len(sizes) else None
+    for _ in range(redraws + 1):
+        union = salt.masks.union_of(random, grid, blocks, size, low, high).reshape(-1)
+        if union.sum() >= counts[1] and (~union).sum() >= counts[0]:
+            return np.flatnonzero(~union)[: counts[0]], np.flatnonzero(union)[: counts[1]]
+    raise RuntimeError("no union of these counts")
+
+salt.masks.draw_one_mask = drawn_and_cut
+salt.masks.has_kernel = lambda ids: False
+# ---- log and device
+""".replace("{", "{{").replace("}", "}}"),
+)
+
+
+def rates(batch_size, *factors):
+    """Rows of other learning rates at a batch size, as many clips seen as in the reference."""
+    by_rule = REFERENCE["lr"] * (batch_size / REFERENCE["batch_size"]) ** 0.5
+    steps = round(REFERENCE["max_steps"] * REFERENCE["batch_size"] / batch_size)
+    every = max(1, steps // 10)
+    shape = {"batch_size": batch_size, "max_steps": steps, "eval_every": every}
+    for factor in factors:
+        flags = {**shape, "lr": float(f"{by_rule * factor:.3g}")}
+        if batch_size != REFERENCE["batch_size"] or factor != 1:
+            yield (
+                f"batch_{batch_size}_lr_x{factor:g}",
+                Row("the square-root rule holds: best at x1 of every batch size", flags),
+            )
+
+
+ROWS = {
+    "reference": Row("learns: R2 above 0.05, states above untrained networks'", controls=True),
+    "bfloat16_weights": Row(
+        "small updates are rounded away: stalls, the more the lower the rate",
+        patches=[IN_BFLOAT16],
+    ),
+    "decay_on_all": Row("of no account at a decay of .05", patches=[DECAY_ON_ALL]),
+    "decay_on_all_0.4": Row(
+        "norms shrink: worse than the same decay on matrices alone",
+        {"weight_decay_end": 0.4},
+        patches=[DECAY_ON_ALL],
+        against="weight_decay_end_0.4",
+    ),
+    "other_clips": Row(
+        "latents of a square of the frame's whole for clips of its middle: the largest effect",
+        patches=[OTHER_CLIPS],
+        needs=["center"],
+    ),
+    "masks_short_long": Row("as good: families of V-JEPA", {"masks": "short,long"}),
+    "masks_cut_at_the_end": Row(
+        "the clip's end is hardly asked for, its beginning seldom seen: worse than short,long",
+        {"masks": "short,long"},
+        patches=[CUT_AT_THE_END],
+        against="masks_short_long",
+    ),
+    "weight_decay_end_0.2": Row("a little worse", {"weight_decay_end": 0.2}),
+    "weight_decay_end_0.4": Row("worse: the decay of long runs", {"weight_decay_end": 0.4}),
+    **dict(rates(16, 0.25, 0.5, 2, 4)),
+    **dict(rates(8, 0.5, 1, 2)),
+    **dict(rates(72, 0.25, 0.5, 1, 2)),
+    "warmup_0": Row("of no account at this size", {"warmup": 0}),
+    "warmup_250": Row("worse: half the run is spent below the rate", {"warmup": 250}),
+    "lr_constant": Row("worse: the last gains come with a falling rate", {"lr_end": 2e-3}),
+    "grad_clip_0.02": Row(
+        "slows AdamW little, since it divides by its own scale", {"grad_clip": 0.02}
+    ),
+    "grad_clip_0.1": Row("likewise", {"grad_clip": 0.1}),
+    "grad_clip_off": Row("of no account", {"grad_clip": 0}),
+    "target_none": Row("a few loud channels and tokens take the loss", {"target_norm": "none"}),
+    "target_standardise": Row("as layer_norm", {"target_norm": "standardise"}),
+    "l1": Row("as good", {"loss": "l1"}),
+    "target_none_l1": Row(
+        "better than MSE on raw targets",
+        {"target_norm": "none", "loss": "l1"},
+        against="target_none",
+    ),
+    "target_standardise_l1": Row(
+        "as good", {"target_norm": "standardise", "loss": "l1"}, against="target_standardise"
+    ),
+    "no_context_loss": Row(
+        "states fall below untrained networks', R2 does not show it", {"context_loss": 0}
+    ),
+    "views_4": Row("R2 a little up: other crops of as many videos", latents="net_views4"),
+    "views_16": Row("as views_4: more than the epochs of this run", latents="net_views16"),
+    "steps_x4": Row("R2 up: a run of 500 steps is short", {"max_steps": 2000, "eval_every": 200}),
+    "predictor_6": Row("R2 up, states down", {"predictor_depth": 6}),
+    "predictor_12": Row("likewise, more so", {"predictor_depth": 12}),
+    "product_defaults": Row(
+        "stalls at R2 0: what train.py's defaults make of this run",
+        {
+            "masks": "short,long",
+            "context_loss": 0,
+            "target_norm": "none",
+            "lr": 2e-4,
+            "weight_decay_end": 0.4,
+            "grad_clip": 0.02,
+        },
+    ),
+}
