@@ -3,7 +3,7 @@ measured alike.
 
     python studies/run.py stall --seeds 1,2,3 --jobs 2      what is on disk is skipped
     python studies/run.py stall --rows reference,lr_x4 --again
-    python studies/run.py stall --draw                      table and picture of what there is
+    python studies/run.py stall --jobs 0                    table and picture of what there is
 
 A study is studies/NAME.py: its hypotheses, its reference, its rows; studies/world.py makes the
 clips and latents that they name. Results go to studies/NAME.json as they come, the picture to
@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ sys.excepthook = report_in_one_line
 NAMES = sorted(
     path.stem for path in (ROOT / "studies").glob("*.py") if "\nROWS = " in path.read_text()
 )
-name = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
+ASKED = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
 # ----------------------------------------------------------------------------------------- settings
 seeds: list[int] = [1, 2, 3]  # of weights, masks and order; settings were chosen by seed 0
 rows: list[str] = []  # some rows alone [all]
@@ -42,9 +43,10 @@ keep: bool = False  # keep checkpoints and logs of the runs
 out = "out/studies"  # folder of the world and of the runs
 # -------------------------------------------------------------------------------------------------
 settings = config.apply(globals(), least={"jobs": 0})
+name = ASKED
 if name not in NAMES:
     raise InputError(
-        f"which study? {name!r}{nearest(name or '', NAMES)}; there are {', '.join(NAMES)}"
+        f"which study? {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}"
     )
 study = importlib.import_module(f"studies.{name}")
 unknown = [row for row in rows if row not in study.ROWS]
@@ -178,6 +180,7 @@ wanted = [
 failed = []
 if wanted and jobs:
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    signal.signal(signal.SIGTERM, lambda *which: signal.raise_signal(signal.SIGINT))
     try:
         futures = [pool.submit(one, job) for job in wanted]
         done = concurrent.futures.as_completed(futures)
