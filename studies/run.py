@@ -45,9 +45,7 @@ out = "out/studies"  # folder of the world and of the runs
 settings = config.apply(globals(), least={"jobs": 0})
 name = ASKED
 if name not in NAMES:
-    raise InputError(
-        f"which study? {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}"
-    )
+    raise InputError(f"which study? {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
 study = importlib.import_module(f"studies.{name}")
 unknown = [row for row in rows if row not in study.ROWS]
 if unknown:
@@ -139,7 +137,7 @@ def run(row_name, seed):
             if "loss" in line
         ],
         "commit": commit(),
-    } | world.measured(checkpoint, caches["validation"], folder, out, call, row.controls)
+    } | world.measured(checkpoint, caches, flags, study.REFERENCE, folder, out, call, row.controls)
     if not keep:
         shutil.rmtree(folder)
     return found

@@ -60,17 +60,39 @@ def made(name, split, out, call):
         return folder
 
 
-def measured(checkpoint, cache, folder, out, call, controls):
-    """{measure: {"value", "ci95"}} of a trained network, intervals over held-out videos or pairs:
-    R2 and R2 from the best dumb predictor, both in layer-normed latents; R2 of the states of bodies
-    by a linear head on 3x3 cells, from 30 and 300 labelled videos; the share of pairs of which the
-    impossible twin surprises more. With controls the same of untrained networks.
+def yardstick(cache, masks, shape, folder, call):
+    """The checkpoint of a run of one step: it holds the per-position mean of layer-normed latents,
+    which networks lack that were trained on others.
     """
     call(
         folder,
-        "eval_distill.py",
-        checkpoint=checkpoint,
+        "train.py",
         cache=cache,
+        masks=masks,
+        **{key: value for key, value in shape.items() if key not in ("masks", "max_steps")},
+        max_steps=1,
+        run_name="yardstick",
+        checkpoints=folder / "yardstick",
+        run_logs=folder / "run_logs",
+    )
+    return next(folder.glob("yardstick/*/last.pth"))
+
+
+def measured(checkpoint, caches, flags, reference, folder, out, call, controls):
+    """{measure: {"value", "ci95"}} of a trained network, intervals over held-out videos or pairs:
+    R2, and R2 from the best dumb predictor, both in layer-normed latents and under the run's own
+    masks; R2 of the states of bodies by a linear head on 3x3 cells, from 30 and 300 labelled
+    videos; the share of pairs of which the impossible twin surprises more. With controls the same
+    of untrained networks.
+    """
+    checkpoints = [checkpoint]
+    if flags["target_norm"] != "layer_norm":
+        checkpoints.append(yardstick(caches["train"], flags["masks"], reference, folder, call))
+    call(
+        folder,
+        "eval_distill.py",
+        checkpoint=checkpoints,
+        cache=caches["validation"],
         space="layer_norm",
         dtype="fp32",
         out=folder / "eval.json",
@@ -96,7 +118,6 @@ def measured(checkpoint, cache, folder, out, call, controls):
         "probe_surprise.py",
         data=data / "twins",
         teacher=NET,
-        space="layer_norm",
         threads=1,
         out=folder / "surprise.json",
         **how,
