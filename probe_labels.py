@@ -70,7 +70,7 @@ paths = [runs.checkpoint_of(word) for word in checkpoint]
 import numpy as np  # after the settings, so that --help and a mistyped flag answer at once
 from tqdm import tqdm
 
-from salt import ops, probed, probing, ranks
+from salt import ops, probed, probing, ranks, verdict
 from salt.features import Features
 from salt.odd_videos import odd_videos
 from salt.views import SegmentView
@@ -168,13 +168,13 @@ def labelled(made, count):
 
 
 def answered(said, y):
-    """(probing.Score of the best, its number) of said: probabilities float [m, K] of one head or
+    """(verdict.Score of the best, its number) of said: probabilities float [m, K] of one head or
     [C, m, K] of several, a row a square; averaged over the squares of a video.
     """
     mean = said.reshape(-1, len(y), used.views, said.shape[-1]).mean(2)  # [C, videos, K]
     right = (mean.argmax(-1) == y).mean(1)
     best = int(right.argmax())
-    return probing.Score(mean[best].argmax(-1), y, np.arange(len(y))), best
+    return verdict.Score(mean[best].argmax(-1), y, np.arange(len(y))), best
 
 
 # ---- tokens of all clips, once; then head by head
@@ -231,7 +231,7 @@ for student in encoders.students:  # beside those that have other heads
         if not row.keys() & scores[student].keys():
             head, theirs = next(reversed(scores[student])), next(iter(row))
             names = f"{student} ({head})", f"{other} ({theirs})"
-            print(probing.verdict(names[0], scores[student][head], names[1], row[theirs]))
+            print(verdict.verdict(names[0], scores[student][head], names[1], row[theirs]))
 print(probed.peak_memory(place))
 if out:
     content = {"table": table.to_dict(), "protocol": protocol, "used": used, "chosen": chosen}

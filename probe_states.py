@@ -63,7 +63,7 @@ paths = [runs.checkpoint_of(word) for word in checkpoint]
 import numpy as np  # after the settings, so that --help and a mistyped flag answer at once
 from tqdm import tqdm
 
-from salt import ops, probed, probing, ranks
+from salt import ops, probed, probing, ranks, verdict
 from salt.containers import frame_count, frame_rate
 from salt.features import Features
 from salt.masks import STREAMS, Random
@@ -217,8 +217,8 @@ with Features(features, encoders.sources, count) as kept:
             videos = np.random.default_rng([seed, draw]).permutation(whole)[:size]
             some = train.of(np.isin(train.videos, videos))
             said = probing.probe(kept, source.name, head, some, held_out.numbers, how, place)
-            found.append(probing.Score(said, held_out.y, held_out.videos, constant))
-        scores.setdefault(source.name, {})[f"{head}, {size}"] = probing.mean_score(found)
+            found.append(verdict.Score(said, held_out.y, held_out.videos, constant))
+        scores.setdefault(source.name, {})[f"{head}, {size}"] = verdict.mean_score(found)
 asked.say_what_is_odd()
 
 # ---- the table, its picture and its figures

@@ -65,7 +65,7 @@ from tqdm import tqdm
 
 import model
 from benchmarks import budget
-from salt import heldout, ops, probed, probing, ranks, surprise, teachers
+from salt import heldout, ops, probed, ranks, surprise, teachers, verdict
 from salt.comparison import Table
 from salt.loader import Batch, prefetch
 from salt.odd_videos import odd_videos
@@ -231,7 +231,7 @@ for student in students:
     for other in shares:
         for kind in kinds if other != student else ():
             both = [shares[name][kind][surprise.LAWS] for name in (student, other)]
-            print(f"{kind}: {probing.verdict(student, both[0], other, both[1])}")
+            print(f"{kind}: {verdict.verdict(student, both[0], other, both[1])}")
 print(probed.peak_memory(place))
 if out:
     broken = [each for each in pairs if not each.control]

@@ -69,7 +69,7 @@ import numpy as np  # after the settings, so that --help and a mistyped flag ans
 from tqdm import tqdm
 
 from benchmarks import budget
-from salt import extension, ops, probed, probing, ranks
+from salt import extension, ops, probed, probing, ranks, verdict
 from salt.features import Features
 from salt.odd_videos import odd_videos
 from salt.views import MirroredView, random_half
@@ -138,7 +138,7 @@ with Features(features, encoders.sources, 2 * sum(map(len, rows.values()))) as k
     jobs = [(source, each) for source, each in jobs if each in source.heads]
     for source, each in tqdm(jobs, desc="fitting", unit="head", dynamic_ncols=True):
         said = probing.probe(kept, source.name, each, train, held_out.numbers, how, place)
-        score = probing.Score(said, held_out.y, held_out.videos)
+        score = verdict.Score(said, held_out.y, held_out.videos)
         scores.setdefault(source.name, {})[each] = score
 
 # ---- the table, and the figure of --head beside its controls

@@ -33,6 +33,7 @@ predictor_heads: int = 8  # predictor attention heads
 positions: Literal["table", "table3d", "rope"] = "table"
 # mask families, all predicted in each step
 masks: list[Literal["short", "long", "ratio"]] = ["short", "long"]
+targets: float = 1.0  # share of a family's target tokens that is predicted, drawn at random
 loss: Literal["mse", "l1", "smooth_l1"] = "mse"  # error of a prediction (pixels: mse)
 # weight of the same loss on the visible tokens, by a linear head on the student; 0 is off
 context_loss: float = 0.0
@@ -194,9 +195,9 @@ if run.saved:
     run.restore(optimizer, place)
     run.leave_if_finished(total_steps)
 
-# ---- batches, with the rows of them that a step looks at
+# ---- batches, with what of them a step looks at
 clips_a_pass = batch_size // world // accumulate
-rows = rows_to_read(target, work.teacher, context=context_loss > 0)
+wanted = rows_to_read(target, work.teacher, context=context_loss > 0) | {"share": targets}
 rows_held_out = rows_to_read(target, context=True)
 reading = {"threads": threads, "device": place}
 
@@ -205,7 +206,7 @@ def training_batches(steps):
     """The batch of each step in `steps`, counted from 0; this rank's part of it."""
     order = shuffled(len(clips), batch_size, seed, steps, rank, world)
     failed = functools.partial(run.failed, "training")
-    return Loader(clips, order, masks, seed, **rows, **reading, failed=failed, substitutes=True)
+    return Loader(clips, order, masks, seed, **wanted, **reading, failed=failed, substitutes=True)
 
 
 def whole_batches(records):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from salt.masks import mask_counts
+from salt.masks import kept_targets, mask_counts
 from salt.ranks import world
 
 # Bytes a parameter: bf16 copy made (4 + 2), its gradient to float32 (2 + 4), norm (4), AdamW reads
@@ -152,6 +152,7 @@ def of_training(s, work, place, log):
     s, work  train.py's settings and its task.Task
     """
     counts = [mask_counts(family, work.encoder.grid) for family in s.masks]
+    counts = [(context, kept_targets(target, s.targets)) for context, target in counts]
     flops = step_flops(work.encoder, work.predictor, counts)
     rate = 1e12 * s.matrix_rate if s.matrix_rate else matrix_rate(place, s.dtype)
     advice = []

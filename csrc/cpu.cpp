@@ -144,7 +144,7 @@ inline SALT_INLINE void draw_clips(const Draw& draw, int64_t begin, int64_t end,
                                    uint64_t* scratch) {
   for (int64_t i = begin; i < end; ++i)
     draw_masks(Team{}, draw.spec, draw.seed, draw.epoch, static_cast<uint64_t>(draw.sample_ids[i]),
-               scratch, draw.context + i * draw.spec.context, draw.target + i * draw.spec.target);
+               scratch, draw.context + i * draw.spec.context, draw.target + i * draw.spec.kept);
 }
 
 }  // namespace

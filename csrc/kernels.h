@@ -19,7 +19,7 @@ enum class Kind { mse, l1, smooth_l1 };                  // in the order of ops.
 enum class Normalise { none, layer_norm, standardise };  // in the order of ops.NORMALISATIONS
 constexpr double LAYER_NORM_EPS = 1e-6;
 
-// Masks of B clips: context [B, spec.context], target [B, spec.target].
+// Masks of B clips: context [B, spec.context], target [B, spec.kept].
 struct Draw {
   MaskSpec spec;
   uint64_t seed;

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(WARP, 1)
     expect(id >= 0, "sample_ids must be at least 0");
     uint64_t* scratch = scratch_words ? global_scratch + i * scratch_words : shared_scratch;
     draw_masks(team, draw.spec, draw.seed, draw.epoch, static_cast<uint64_t>(id), scratch,
-               draw.context + i * draw.spec.context, draw.target + i * draw.spec.target);
+               draw.context + i * draw.spec.context, draw.target + i * draw.spec.kept);
     __syncwarp();
   }
 }

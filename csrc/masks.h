@@ -3,7 +3,7 @@
 // whatever order numbers are drawn in here is part of the format.
 //
 //   in   spec (below), (seed, epoch, sample id)
-//   out  context[spec.context], target[spec.target]: sorted token numbers n = (t * H + y) * W + x,
+//   out  context[spec.context], target[spec.kept]: sorted token numbers n = (t * H + y) * W + x,
 //   disjoint
 //
 // The union and its complement are bitmaps of N bits: blocks are set a row at a time, counting is
@@ -22,6 +22,7 @@ namespace salt {
 struct MaskSpec {
   int32_t T, H, W;                 // token grid
   int32_t context, target;         // how many of each
+  int32_t kept;                    // of the target, drawn at random; the rest is neither
   int32_t min_blocks, max_blocks;  // blocks in the union
   int32_t redraws;  // further draws allowed where the union or its complement is too small
   int32_t n_sizes;  // > 0: a clip takes one (h, w) of `sizes` for all its blocks, which span all of
@@ -228,7 +229,7 @@ SALT_HD void draw_masks(const Team& team, const MaskSpec& spec, uint64_t seed, u
     covered += short_of_target;
   }
   move_tokens(team, random, rest, nullptr, moved, pool, words, n - covered - spec.context);
-  move_tokens(team, random, in_union, nullptr, moved, pool, words, covered - spec.target);
+  move_tokens(team, random, in_union, nullptr, moved, pool, words, covered - spec.kept);
   team.list(rest, words, context);
   team.list(in_union, words, target);
 }

@@ -96,8 +96,8 @@ Tensor checked_index(const Tensor& index, const Tensor& like, int64_t B, int64_t
   return rows;
 }
 
-// grid [3], counts [2] of context and target, blocks [2] fewest and most, redraws, sizes [S, 2],
-// low [3], high [3] and stream are those of a MaskSpec.
+// grid [3], counts [3] of context, target and what is kept of it, blocks [2] fewest and most,
+// redraws, sizes [S, 2], low [3], high [3] and stream are those of a MaskSpec.
 std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch, int64_t seed,
                                         at::IntArrayRef grid, at::IntArrayRef counts,
                                         at::IntArrayRef blocks, int64_t redraws,
@@ -110,17 +110,19 @@ std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch,
   check_device(sizes, sample_ids, "sizes");
   TORCH_CHECK(epoch >= 0 && epoch <= 0xFFFFFFFFll && seed >= 0,
               "epoch must be in [0, 2^32) and seed in [0, 2^63)");
-  TORCH_CHECK(grid.size() == 3 && counts.size() == 2 && blocks.size() == 2 && low.size() == 3 &&
+  TORCH_CHECK(grid.size() == 3 && counts.size() == 3 && blocks.size() == 2 && low.size() == 3 &&
                   high.size() == 3,
-              "a mask takes 3 sides of the grid, 2 counts, 2 numbers of blocks, 3 low and 3 high");
+              "a mask takes 3 sides of the grid, 3 counts, 2 numbers of blocks, 3 low and 3 high");
   int64_t n = 1;
   for (const int64_t side : grid) {
     TORCH_CHECK(side > 0 && side < (1 << 26) && n * side < (1 << 26),
                 "grid must be positive and hold fewer than 2^26 tokens");
     n *= side;
   }
-  TORCH_CHECK(counts[0] > 0 && counts[1] > 0 && counts[0] <= n && counts[1] <= n - counts[0],
-              "counts (", counts[0], ", ", counts[1], ") do not fit ", n, " tokens");
+  TORCH_CHECK(counts[0] > 0 && counts[1] > 0 && counts[0] <= n && counts[1] <= n - counts[0] &&
+                  counts[2] > 0 && counts[2] <= counts[1],
+              "counts (", counts[0], ", ", counts[1], ", ", counts[2], ") do not fit ", n,
+              " tokens");
   TORCH_CHECK(blocks[0] >= 0 && blocks[0] <= blocks[1] && blocks[1] < (1 << 20) && redraws >= 0 &&
                   redraws < (1 << 20) && stream >= 0 && stream < 16,
               "blocks, redraws or stream out of range");
@@ -141,7 +143,7 @@ std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch,
   salt::Draw draw{};
   salt::MaskSpec& spec = draw.spec;
   spec.T = grid[0], spec.H = grid[1], spec.W = grid[2];
-  spec.context = counts[0], spec.target = counts[1];
+  spec.context = counts[0], spec.target = counts[1], spec.kept = counts[2];
   spec.min_blocks = blocks[0], spec.max_blocks = blocks[1];
   spec.redraws = redraws, spec.n_sizes = table.size(0),
   spec.sizes = table.const_data_ptr<int32_t>();
@@ -150,7 +152,7 @@ std::tuple<Tensor, Tensor> sample_masks(const Tensor& sample_ids, int64_t epoch,
   draw.B = ids.numel(), draw.sample_ids = ids.const_data_ptr<int64_t>(), draw.seed = seed,
   draw.epoch = epoch;
   Tensor context = at::empty({draw.B, counts[0]}, ids.options()),
-         target = at::empty({draw.B, counts[1]}, ids.options());
+         target = at::empty({draw.B, counts[2]}, ids.options());
   draw.context = context.mutable_data_ptr<int64_t>(),
   draw.target = target.mutable_data_ptr<int64_t>();
   compute(

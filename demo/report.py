@@ -39,8 +39,8 @@ from salt.cache import open_cache
 from salt.clips import Records
 from salt.loader import Loader
 from salt.masks import in_order
-from salt.probing import sentence
 from salt.score import show_interval
+from salt.verdict import sentence
 
 folder = Path(out) / "work"
 if not (folder / "run.json").is_file():

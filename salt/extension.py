@@ -148,7 +148,7 @@ if EXTENSION["devices"]:
 
     @torch.library.register_fake("salt_ops::sample_masks")
     def _(sample_ids, epoch, seed, grid, counts, *how):
-        return tuple(sample_ids.new_empty(sample_ids.shape[0], count) for count in counts)
+        return tuple(sample_ids.new_empty(sample_ids.shape[0], counts[i]) for i in (0, 2))
 
     @torch.library.register_fake("salt_ops::attention")
     def _(qkv, lengths):

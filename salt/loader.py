@@ -156,6 +156,7 @@ class Loader:
     ahead        batches prepared early; memory for one more is kept
     device       where the batches go; to a GPU on a stream beside the caller's, whole, since PCIe
                  has the room: 116 MB for 24 clips
+    share        of the families' targets, see masks.sample_masks
     failed       called with (record, VideoError) in the order of the batches; by default the error
                  is raised
     substitutes  True (training): the place of a video that cannot be decoded goes to the next
@@ -182,10 +183,12 @@ class Loader:
         device="cpu",
         failed=None,
         substitutes=False,
+        share=1.0,
     ):
         self.source = source
         self.families = families
         self.seed = seed
+        self.share = share
         self.rows = {"patches": patches, "latents": latents}
         self.threads = threads
         self.ahead = ahead
@@ -257,8 +260,8 @@ class Loader:
     def plan(self, epoch, records):
         """(sample ids, [Masks], {kind: rows to read, bool [B, N], or None for all}) of a batch."""
         ids = torch.tensor([sample_id(*self.source.name(int(record))) for record in records])
-        grid = self.source.grid
-        masks = [sample_masks(ids, epoch, self.seed, family, grid) for family in self.families]
+        how = {"grid": self.source.grid, "share": self.share}
+        masks = [sample_masks(ids, epoch, self.seed, family, **how) for family in self.families]
         shape = len(ids), self.source.patch_shape[0]
         return ids, masks, {kind: self.rows[kind].wanted(masks, shape) for kind in self.reads}
 

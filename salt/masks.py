@@ -133,7 +133,14 @@ def size_table(area, h, w, device):
     return _size_tables[area, h, w, device]
 
 
-def mask_spec(family, grid, counts, device="cpu"):
+def kept_targets(count, share):
+    """How many of `count` target tokens are predicted where a share of them is: rounded down to a
+    multiple of 8, at least 8 where there are as many.
+    """
+    return count if share == 1 else min(count, max(8, int(count * share) // 8 * 8))
+
+
+def mask_spec(family, grid, counts, device="cpu", share=1.0):
     """What a draw on `device` needs, as the kernel takes it: whole numbers only, so that every
     compiler and device agrees. A family with a `draw` has that, too, which no kernel takes.
 
@@ -151,17 +158,19 @@ def mask_spec(family, grid, counts, device="cpu"):
             f"{family} masks of {counts} (context, target) tokens do not fit the {math.prod(grid)}"
             f" tokens of grid {grid}"
         )
+    if not 0 < share <= 1:
+        raise InputError(f"the share of the targets that is predicted is above 0 to 1, not {share}")
     low, high = (1, 1, 1), (1, 1, 1)
     if area is None:
-        share = ((0.10, 0.50), (0.15, 0.70), (0.15, 0.70))
-        low = tuple(max(1, round(s[0] * g)) for s, g in zip(share, grid))
-        high = tuple(max(1, round(s[1] * g)) for s, g in zip(share, grid))
+        sides = ((0.10, 0.50), (0.15, 0.70), (0.15, 0.70))
+        low = tuple(max(1, round(s[0] * g)) for s, g in zip(sides, grid))
+        high = tuple(max(1, round(s[1] * g)) for s, g in zip(sides, grid))
         sizes = torch.zeros((0, 2), dtype=torch.int32, device=device)
     else:
         sizes = size_table(area, grid[1], grid[2], device)
     return {
         "grid": grid,
-        "counts": counts,
+        "counts": (*counts, kept_targets(counts[1], share)),
         "blocks": blocks,
         "redraws": redraws,
         "sizes": sizes,
@@ -171,7 +180,7 @@ def mask_spec(family, grid, counts, device="cpu"):
     } | ({"draw": draw} if draw else {})
 
 
-def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None):
+def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None, share=1.0):
     """Draw one mask of `family` for each clip: a pure function of (seed, epoch, sample id, family).
 
     sample_ids  int64 [B], >= 0 (views.sample_id); the masks are made on its device
@@ -181,6 +190,7 @@ def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None)
                 space-time blocks), or another of FAMILIES
     grid        (time, height, width) in tokens
     counts      (context, target) tokens a clip; by default the family's share of the grid
+    share       of the target tokens that are predicted, drawn at random: (0, 1]
     Returns Masks(context int64 [B, Kc], target int64 [B, Kt]). Raises InputError on arguments out
     of range, ValueError on a negative id (a device assert on a GPU).
     """
@@ -199,6 +209,7 @@ def sample_masks(sample_ids, epoch, seed, family, grid=(8, 14, 14), counts=None)
         tuple(map(int, grid)),
         None if counts is None else tuple(map(int, counts)),
         str(ids.device),
+        share,
     )
     if has_kernel(ids) and "draw" not in spec:
         context, target = torch.ops.salt_ops.sample_masks(ids, epoch, seed, **spec)
@@ -212,7 +223,7 @@ def sample_masks_reference(sample_ids, epoch, seed, spec):
     if (sample_ids < 0).any():
         raise InputError("sample_ids must be at least 0")
     drawn = [draw_one_mask(epoch, seed, sample_id, **spec) for sample_id in sample_ids.tolist()]
-    shape = [(len(drawn), count) for count in spec["counts"]]
+    shape = [(len(drawn), spec["counts"][i]) for i in (0, 2)]
     return Masks(
         *(
             torch.from_numpy(np.array([pair[i] for pair in drawn], np.int64).reshape(shape[i]))
@@ -249,7 +260,7 @@ def draw_one_mask(
     move(1, 0, counts[0] - (n - in_union))  # a count below 1 moves nothing
     move(0, 1, counts[1] - in_union)
     move(0, 2, int((state == 0).sum()) - counts[0])
-    move(1, 2, int((state == 1).sum()) - counts[1])
+    move(1, 2, int((state == 1).sum()) - counts[2])
     return np.flatnonzero(state == 0), np.flatnonzero(state == 1)
 
 

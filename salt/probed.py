@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import model
-from salt import features, heldout, probing, teachers
+from salt import features, heldout, teachers, verdict
 from salt.cache_format import fingerprint
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError, VideoError
@@ -248,7 +248,7 @@ class Table:
         self.rows = {name: row for name, row in scores.items() if name not in untrained}
         if untrained:
             self.rows[f"untrained, mean of {len(untrained)}"] = {
-                column: probing.mean_score([scores[name][column] for name in untrained])
+                column: verdict.mean_score([scores[name][column] for name in untrained])
                 for column in scores[untrained[0]]
             }
         self.columns = list(dict.fromkeys(c for row in self.rows.values() for c in row))
@@ -269,7 +269,7 @@ class Table:
                 for column in self.columns if other != student else ():
                     if column in self.rows[other] and column in self.rows[student]:
                         scores = self.rows[student][column], self.rows[other][column]
-                        yield f"{column}: {probing.verdict(student, scores[0], other, scores[1])}"
+                        yield f"{column}: {verdict.verdict(student, scores[0], other, scores[1])}"
 
     def figure(self, column):
         """{'accuracy', 'ci95', 'untrained', 'pixels', 'difference_ci95'} of the first student."""

@@ -55,6 +55,8 @@ def refuse_optimisation(s):
             "--target pixels is trained with the MSE on per-patch standardised pixels; leave --loss"
             " and --target_norm alone"
         )
+    if not 0 < s.targets <= 1:
+        raise InputError(f"--targets is {s.targets}; a share is above 0, and 1 at most")
     if s.ema >= 1:
         raise InputError(f"--ema is {s.ema}; a decay is at least 0 (off) and below 1")
     if s.fsdp and world == 1:

@@ -74,17 +74,6 @@ class Run:
             raise InputError(
                 f"--resume {origin} was trained without --ema; leave it out, or start a new run"
             )
-        if self.s.context_loss and not saved["predictor_config"].get("seen"):
-            raise InputError(
-                f"--resume {origin} was trained without --context_loss; leave it out, or start a"
-                " new run"
-            )
-        positions = saved["encoder_config"].get("positions", "table")
-        if self.s.positions != positions:  # also of checkpoints from before there was a choice
-            raise InputError(
-                f"--resume {origin} was trained with --positions {positions}, not"
-                f" {self.s.positions}; give the same, or start a new run"
-            )
         needed = ("optimizer", "rng", "losses", "history", "best", "stats")
         missing = [name for name in needed if name not in saved]
         if missing:
@@ -98,8 +87,8 @@ class Run:
                     f"--resume {origin} was trained with {what}; give the same, or start a new run"
                 )
         for name, value in self.s.items():
-            before = saved["settings"].get(name)
-            if name in self.may_change or name not in saved["settings"]:
+            before = saved["settings"].get(name, BEFORE.get(name, value))
+            if name in self.may_change:
                 continue
             if json.dumps(before) != json.dumps(value):
                 raise InputError(
@@ -239,6 +228,8 @@ class Run:
             os.remove(self.path("previous.pth"))
 
 
+# what runs had from before there was a choice
+BEFORE = {"context_loss": 0.0, "positions": "table", "targets": 1.0}
 OTHER_RUN = {  # part of the identity: what was another
     "train": "other training clips (--cache, --data), of other ids, pixels or latents",
     "teacher": "another teacher",

@@ -16,7 +16,7 @@ from salt import ops
 from salt.containers import frame_count
 from salt.errors import InputError, VideoError
 from salt.masks import Masks, sample_masks
-from salt.probing import Score
+from salt.verdict import Score
 from salt.video import read_clip
 from salt.views import sample_id
 

@@ -258,6 +258,7 @@ void check_masks() {
   if (n < 2) return;
   spec.context = static_cast<int32_t>(whole(1, n - 1)),
   spec.target = static_cast<int32_t>(whole(1, n - spec.context));
+  spec.kept = static_cast<int32_t>(whole(1, spec.target));
   spec.min_blocks = static_cast<int32_t>(whole(0, 4)),
   spec.max_blocks = spec.min_blocks + static_cast<int32_t>(whole(0, 4)),
   spec.redraws = static_cast<int32_t>(whole(0, 5));
@@ -273,14 +274,14 @@ void check_masks() {
   const int64_t B = whole(0, 4);
   std::vector<int64_t> ids;
   for (int64_t b = 0; b < B; ++b) ids.push_back(whole(0, INT64_MAX));
-  Array context(B * spec.context, 8), target(B * spec.target, 8);
+  Array context(B * spec.context, 8), target(B * spec.kept, 8);
   work.seed = engine(), work.epoch = static_cast<uint32_t>(engine()), work.sample_ids = ids.data(),
   work.B = B;
   work.context = context.as<int64_t>(), work.target = target.as<int64_t>();
   if (B > 0) draw(work);
 #ifdef SALT_EMULATE
   std::vector<int64_t> context_cpu(static_cast<size_t>(B * spec.context)),
-      target_cpu(static_cast<size_t>(B * spec.target));
+      target_cpu(static_cast<size_t>(B * spec.kept));
   Draw same = work;
   same.context = context_cpu.data(), same.target = target_cpu.data();
   draw_cpu(same, 0, B);
@@ -291,7 +292,7 @@ void check_masks() {
   for (int64_t b = 0; b < B; ++b) {
     std::vector<int> seen(static_cast<size_t>(n), 0);
     for (const auto& [list, count] : {std::pair{work.context + b * spec.context, spec.context},
-                                      std::pair{work.target + b * spec.target, spec.target}})
+                                      std::pair{work.target + b * spec.kept, spec.kept}})
       for (int32_t i = 0; i < count; ++i) {
         expect(list[i] >= 0 && list[i] < n && (i == 0 || list[i] > list[i - 1]), "a mask's order");
         expect(!seen[static_cast<size_t>(list[i])]++, "a mask's disjointness");

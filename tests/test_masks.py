@@ -81,6 +81,31 @@ def test_extension_and_reference_agree_exactly(family, grid, counts, draws):
     assert torch.equal(fast.context, plain.context) and torch.equal(fast.target, plain.target)
 
 
+@needs_extension
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("grid, share, kept", [((8, 14, 14), 0.25, None), ((4, 7, 7), 0.01, 8)])
+def test_a_share_of_the_targets(family, grid, share, kept):
+    """It is part of them, of the same counts whatever is drawn, as likely in each slice; and the
+    context does not know of it.
+    """
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, 2**63, 400))
+    whole = sample_masks(ids, 3, 7, family, grid)
+    part = sample_masks(ids, 3, 7, family, grid, share=share)
+    spec = mask_spec(family, grid, None, share=share)
+    plain = sample_masks_reference(ids, 3, 7, spec)
+    assert torch.equal(part.context, plain.context) and torch.equal(part.target, plain.target)
+    kept = kept or int(whole.target.shape[1] * share) // 8 * 8
+    assert part.target.shape[1] == kept == spec["counts"][2]
+    assert torch.equal(part.context, whole.context)
+    assert (part.target.diff(dim=1) > 0).all()
+    in_whole = torch.zeros(len(ids), math.prod(grid), dtype=torch.bool)
+    in_whole.scatter_(1, whole.target, True)
+    assert in_whole.gather(1, part.target).all()
+    time = part.target // (grid[1] * grid[2])
+    of_whole = (whole.target // (grid[1] * grid[2])).double().mean()
+    assert abs(time.double().mean() - of_whole) < 5 * time.double().std() / kept**0.5
+
+
 @pytest.mark.parametrize(
     "family, counts", [("short", (352, 784)), ("long", (112, 1088)), ("ratio", (392, 1176))]
 )

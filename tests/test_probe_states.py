@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from salt import probing
+from salt import probing, verdict
 from tests import stages
 from tests.stages import error_of, run_folder
 from tests.test_data import write_video
@@ -102,7 +102,7 @@ def test_values_that_are_missing_change_no_others():
     np.testing.assert_allclose(found[:, 1:2], alone)
     np.testing.assert_allclose(found[:, 1], whole[:, 1], atol=0.1)
     assert np.isnan(found[:, 2]).all()
-    score = probing.Score(found, holes, groups, np.nanmean(y, axis=0))
+    score = verdict.Score(found, holes, groups, np.nanmean(y, axis=0))
     assert score.each[:2].min() > 0.99 and np.isnan(score.each[2]) and score.value > 0.99
 
 

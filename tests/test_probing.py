@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from salt import probing
+from salt import probing, verdict
 from salt.errors import InputError
 from salt.features import Features, Source, pixel_sources
 from salt.probing import Labelled
@@ -210,7 +210,7 @@ def test_an_attentive_head_says_where_a_thing_is(tmp_path):
     with made(tmp_path, torch.from_numpy(tokens)) as features:
         train = Labelled(numbers[:200], known[:200], numbers[:200])
         said = probing.probe(features, "planted", "attentive", train, numbers[200:])
-    score = probing.Score(said, y[200:], numbers[200:], y[:200].mean(0))
+    score = verdict.Score(said, y[200:], numbers[200:], y[:200].mean(0))
     assert score.each[[0, 2]].min() > 0.8 and score.each[1] > 0.4 and score.each[3] < 0.1
 
 
@@ -268,7 +268,7 @@ def test_linear_heads_read_what_is_linear_and_know_where(tmp_path):
         labelled = Labelled(numbers[:160], values[:160].astype(np.float32), numbers[:160])
         said = probing.probe(features, "planted", "mean", labelled, numbers[160:])
     assert right["grid"] > 0.95 and right["mean"] < 0.7
-    score = probing.Score(said, values[160:], numbers[160:], values[:160].mean(0))
+    score = verdict.Score(said, values[160:], numbers[160:], values[:160].mean(0))
     assert score.value > 0.9 and score.each.min() > 0.9
 
 
@@ -315,19 +315,19 @@ def test_scores_and_their_differences_are_over_videos():
     y = random.integers(0, 2, 200)
     often = np.where(random.random(200) < 0.9, y, 1 - y)
     seldom = np.where(random.random(200) < 0.6, y, 1 - y)
-    good, bad = (probing.Score(said, y, videos) for said in (often, seldom))
+    good, bad = (verdict.Score(said, y, videos) for said in (often, seldom))
     assert good.value == pytest.approx((often == y).mean())
     low, high = good.interval()
     assert low < good.value < high and high - low < 0.2
-    assert probing.verdict("a", good, "b", bad).startswith("a beats b: +0.")
-    assert probing.verdict("b", bad, "a", good).startswith("b is worse than a: -0.")
-    assert "does not differ from" in probing.verdict("a", good, "a", good) or "cannot" in (
-        probing.verdict("a", good, "a", good)
+    assert verdict.verdict("a", good, "b", bad).startswith("a beats b: +0.")
+    assert verdict.verdict("b", bad, "a", good).startswith("b is worse than a: -0.")
+    assert "does not differ from" in verdict.verdict("a", good, "a", good) or "cannot" in (
+        verdict.verdict("a", good, "a", good)
     )
     values = random.normal(size=(200, 3))
-    r2 = probing.Score(values + 0.1 * random.normal(size=(200, 3)), values, videos, values.mean(0))
+    r2 = verdict.Score(values + 0.1 * random.normal(size=(200, 3)), values, videos, values.mean(0))
     assert r2.value == pytest.approx(0.99, abs=0.01) == r2.each.mean()
-    half = probing.mean_score(
-        [r2, probing.Score(values * 0 + values.mean(0), values, videos, values.mean(0))]
+    half = verdict.mean_score(
+        [r2, verdict.Score(values * 0 + values.mean(0), values, videos, values.mean(0))]
     )
     assert half.value == pytest.approx(r2.value / 2, abs=1e-6)

@@ -398,18 +398,26 @@ def test_the_context_loss_reads_the_latents_of_the_context(world, tmp_path):
     run(tmp_path, "eval_distill", "--checkpoint", folder, "--cache", world / "held_out")
 
 
-def test_older_runs_have_no_loss_at_the_context(world, tmp_path):
+def test_older_runs_have_what_was_there_before_the_choice(world, tmp_path):
     last = run_folder(world, "student") / "last.pth"
     saved = load_checkpoint(last)
-    del saved["predictor_config"]["seen"], saved["settings"]["context_loss"]
+    for name in ("context_loss", "positions", "targets"):
+        del saved["settings"][name]
+    for part in ("seen", "positions", "grid"):
+        del saved["predictor_config"][part]
+    del saved["encoder_config"]["positions"]
     save_checkpoint(tmp_path / "last.pth", saved)
     assert model.load_salt(tmp_path / "last.pth")[0].predictor.seen is None
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL]
     flags += ["--epochs", "4", "--resume", tmp_path / "last.pth"]  # the end, and nothing to do
     assert "resumed" in run(tmp_path, "train", *flags)
-    assert "was trained without --context_loss" in error_of(
-        tmp_path, "train", *flags, "--context_loss", "1"
-    )
+    for name, before, now in (
+        ("context_loss", "0.0", "1.0"),
+        ("positions", "table", "rope"),
+        ("targets", "1.0", "0.5"),
+    ):
+        said = error_of(tmp_path, "train", *flags, f"--{name}", now)
+        assert f"was trained with --{name} {before}, not {now}" in said
 
 
 @pytest.mark.parametrize("kind", ["table3d", "rope"])
@@ -425,6 +433,19 @@ def test_a_run_with_other_positions(kind, world, tmp_path):
     assert f"was trained with --positions {kind}, not table" in said
     with pytest.raises(InputError, match=f"this encoder's are {kind}"):
         model.export_transformers(encoder, tmp_path / "exported")
+
+
+def test_fewer_targets_are_part_of_them(world, tmp_path):
+    """A quarter of the targets: another loss of the same step, the same evaluation."""
+    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL]
+    flags += "--max_steps 1 --lr 0 --lr_end 0".split()
+    for share in ("1", "0.25"):
+        run(tmp_path, "train", *flags, "--targets", share, "--run_name", f"r{share[-1]}")
+    ends = [load_checkpoint(run_folder(tmp_path, f"r{x}") / "last.pth") for x in "15"]
+    assert ends[0]["history"] == ends[1]["history"]
+    assert not torch.equal(ends[0]["losses"], ends[1]["losses"])
+    said = error_of(tmp_path, "train", *flags, "--targets", "0")
+    assert "--targets is 0.0; a share is above 0" in said
 
 
 def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):
