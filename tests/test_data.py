@@ -798,13 +798,14 @@ def test_batches_of_a_cache_hold_the_rows_that_the_masks_ask_for(
         patches=CONTEXT,
         latents=TARGET,
         threads=threads,
+        share=0.5,
     )
     for (epoch, records), batch in zip(steps, stream, strict=True):
         ids = torch.tensor([sample_id(f"v{record}") for record in records])
         assert torch.equal(batch.ids, ids)
         assert [drawn.family for drawn in batch.masks] == ["short", "long"]
         for drawn in batch.masks:
-            expected = sample_masks(ids, epoch, 7, drawn.family, (2, 4, 4))
+            expected = sample_masks(ids, epoch, 7, drawn.family, (2, 4, 4), share=0.5)
             assert torch.equal(drawn.context, expected.context) and torch.equal(
                 drawn.target, expected.target
             )

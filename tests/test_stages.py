@@ -435,15 +435,13 @@ def test_a_run_with_other_positions(kind, world, tmp_path):
         model.export_transformers(encoder, tmp_path / "exported")
 
 
-def test_fewer_targets_are_part_of_them(world, tmp_path):
-    """A quarter of the targets: another loss of the same step, the same evaluation."""
-    flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL]
-    flags += "--max_steps 1 --lr 0 --lr_end 0".split()
-    for share in ("1", "0.25"):
+def test_fewer_targets(world, tmp_path):
+    flags = ["--target", "pixels", "--data", world / "data", *SMALL, "--max_steps", "1"]
+    flags += ["--resolution", "96", "--stats_clips", "4"]
+    for share in ("1", "0.5"):
         run(tmp_path, "train", *flags, "--targets", share, "--run_name", f"r{share[-1]}")
-    ends = [load_checkpoint(run_folder(tmp_path, f"r{x}") / "last.pth") for x in "15"]
-    assert ends[0]["history"] == ends[1]["history"]
-    assert not torch.equal(ends[0]["losses"], ends[1]["losses"])
+    whole, part = (load_checkpoint(run_folder(tmp_path, f"r{x}") / "last.pth") for x in "15")
+    assert part["losses"].isfinite() and not torch.equal(whole["losses"], part["losses"])
     said = error_of(tmp_path, "train", *flags, "--targets", "0")
     assert "--targets is 0.0; a share is above 0" in said
 
