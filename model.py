@@ -9,6 +9,7 @@ none on k, no cls token; and where its positions are a table, a fixed 1-D sin-co
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import shutil
 from pathlib import Path
@@ -234,8 +235,11 @@ class Predictor(nn.Module):
         self.families = list(families)
         self.embed = Linear(dim_in, dim)
         self.mask_tokens = nn.Parameter(torch.zeros(len(self.families), dim))
-        # checkpoints from before there were other positions have no grid
-        self.position = Positions(positions, grid or (1, 1, tokens), dim, heads)
+        if grid is None and positions == "table":  # from before there were others
+            grid = (1, 1, tokens)
+        if grid is None or math.prod(grid) != tokens:
+            raise InputError(f"a predictor's grid {grid} is not one of its {tokens} tokens")
+        self.position = Positions(positions, grid, dim, heads)
         self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.proj = Linear(dim, dim_out)
@@ -469,4 +473,7 @@ def load_salt(path, device="cpu", ema=False):
     make = functools.partial(Predictor, **shape)
     predictor = restored(path, saved["predictor"], shape.get("depth", 12), make)
     salt = Salt(student_of(saved, path), predictor)
+    grid = salt.student.config.grid
+    if tuple(shape.get("grid") or grid) != tuple(grid):
+        raise InputError(f"{path}: the predictor's grid is {shape['grid']}, the student's {grid}")
     return salt.to(device).eval(), from_file(path, Space, **saved["space"]).to(device), saved

@@ -93,8 +93,8 @@ def rotations(grid, width):
     third = 2 * (width // 3 // 2)
     if third < 2 or width % 2:
         raise InputError(
-            f"rotary positions need heads of an even width of at least 6, not {width}; give"
-            " another width or another number of heads"
+            f"rotary positions need attention heads of an even width of at least 6, not {width}:"
+            " another width or number of heads (--size, --predictor_dim, --predictor_heads)"
         )
     frequency = np.power(10000.0, -2 * (np.arange(third) % (third // 2)) / third)
     angles = [at[:, None] * frequency for at in places(grid)]

@@ -41,6 +41,7 @@ def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
     has none.
     """
     from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
     # two thread pools, torch's and BLAS's, spin against each other: 13 times slower
@@ -50,7 +51,8 @@ def fit_linear(x, y, groups, held_out, strengths=STRENGTHS, folds=5):
         columns = x.shape[1]
         x, held_out = turned(x, held_out)
         if np.issubdtype(y.dtype, np.integer):
-            fitted = chosen_classifier(x, y, groups, sorted(strengths), folds)
+            grid = {"C": list(strengths)}
+            fitted = chosen(LogisticRegression(max_iter=500), grid, None, folds, x, y, groups)
             said = np.zeros((len(held_out), int(y.max()) + 1))
             said[:, fitted.classes_] = fitted.predict_proba(held_out)
             return said
@@ -90,32 +92,9 @@ def turned(x, held_out):
     return axes.fit_transform(inner.numpy()), axes.transform(across.numpy())
 
 
-def chosen_classifier(x, y, groups, strengths, folds):
-    """Logistic regression of the strength that cross-validation prefers. Each fit begins where that
-    of the strength before it, the next weaker one, ended.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold
-
-    def fits(x, y, strengths):
-        head = LogisticRegression(max_iter=100, warm_start=True)
-        for strength in strengths:
-            yield head.set_params(C=strength).fit(x, y)
-
-    folds, right = min(folds, len(np.unique(groups))), np.zeros(len(strengths))
-    for rows, others in GroupKFold(folds).split(x, y, groups) if folds > 1 else ():
-        if len(np.unique(y[rows])) > 1:
-            heads = fits(x[rows], y[rows], strengths)
-            right += [(head.predict(x[others]) == y[others]).sum() for head in heads]
-    best = int(right.argmax()) if right.any() else len(strengths) // 2
-    *_, fitted = fits(x, y, strengths[: best + 1])
-    return fitted
-
-
 def fit_values(x, y, groups, held_out, penalties, folds):
     """Ridge regression, see fit_linear; values that the same clips lack are fitted together."""
     from sklearn.linear_model import Ridge
-    from sklearn.model_selection import GridSearchCV, GroupKFold
 
     said = np.full((len(held_out), y.shape[1]), np.nan)
     there = np.isfinite(y)
@@ -125,16 +104,23 @@ def fit_values(x, y, groups, held_out, penalties, folds):
             continue
         some = y[pattern][:, values]
         centre, spread = some.mean(0), np.maximum(some.std(0), 1e-6)
-        fitted: Any = Ridge(alpha=penalties[0])
-        parts = min(folds, len(np.unique(groups[pattern])))
-        if parts > 1:
-            # by the squared error of all folds: R2 of a fold of two clips is a lottery
-            how = {"scoring": "neg_mean_squared_error", "cv": GroupKFold(parts)}
-            fitted = GridSearchCV(fitted, {"alpha": penalties}, **how)
-        given = {"groups": groups[pattern]} if parts > 1 else {}
-        fitted.fit(x[pattern], (some - centre) / spread, **given)
+        # by the squared error of all folds: R2 of a fold of two clips is a lottery
+        how = "neg_mean_squared_error", folds, x[pattern], (some - centre) / spread, groups[pattern]
+        fitted = chosen(Ridge(alpha=penalties[0]), {"alpha": penalties}, *how)
         said[:, values] = fitted.predict(held_out).reshape(len(held_out), -1) * spread + centre
     return said
+
+
+def chosen(head, grid, scoring, folds, x, y, groups) -> Any:
+    """The head of the grid that cross-validation prefers, fitted; as it is, where all is of one
+    group.
+    """
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+
+    folds = min(folds, len(np.unique(groups)))
+    if folds < 2:
+        return head.fit(x, y)
+    return GridSearchCV(head, grid, scoring=scoring, cv=GroupKFold(folds)).fit(x, y, groups=groups)
 
 
 class AttentiveBank(nn.Module):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {
     "cache_latents": 310,
     "eval_distill": 210,
-    "model": 475,
+    "model": 480,
     "probe_labels": 260,
     "probe_states": 250,
     "probe_surprise": 260,

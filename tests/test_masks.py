@@ -103,7 +103,7 @@ def test_a_share_of_the_targets(family, grid, share, kept):
     assert in_whole.gather(1, part.target).all()
     time = part.target // (grid[1] * grid[2])
     of_whole = (whole.target // (grid[1] * grid[2])).double().mean()
-    assert abs(time.double().mean() - of_whole) < 5 * time.double().std() / kept**0.5
+    assert abs(time.double().mean() - of_whole) < 5 * time.double().std() / time.numel() ** 0.5
 
 
 @pytest.mark.parametrize(

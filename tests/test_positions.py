@@ -2,8 +2,6 @@
 and encoders that see no more of a place than they are told.
 """
 
-import math
-
 import pytest
 import torch
 
@@ -106,4 +104,6 @@ def test_what_positions_refuse():
         model.EncoderConfig(positions="learnt")
     with pytest.raises(InputError, match="more than any model"):
         Positions("rope", (2**20, 2**5, 2**5), 64, 2)
-    assert math.prod(GRID) == 36
+    for grid in (None, (4, 3, 4)):
+        with pytest.raises(InputError, match="its 36 tokens"):
+            model.Predictor(48, 8, 36, ["short"], dim=48, depth=1, positions="rope", grid=grid)
