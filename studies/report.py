@@ -1,5 +1,6 @@
 """What a study came to: a table of its rows, and its picture."""
 
+import io
 import math
 
 import matplotlib
@@ -9,16 +10,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-SHOWN = ("R2", "states, 30 labels", "states, 300 labels", "surprise, ratio masks")
+from salt.files import write_whole
+
+RANKED = "states, 300 labels"
+SHOWN = ("R2", "states, 30 labels", RANKED, "surprise, own masks", "surprise, future masks")
+CHOSEN_BY = "0"  # the seed that settings were chosen by, of which nothing is shown
+
+
+def trained(runs, row):
+    """{seed: entry} of a row's runs that came to an end."""
+    entries = runs.get(row, {}).items()
+    return {seed: x for seed, x in entries if seed != CHOSEN_BY and "measures" in x}
 
 
 def values_of(runs, row, measure):
     """{seed: value} of a row's runs that have the measure."""
-    return {
-        seed: run["measures"][measure]["value"]
-        for seed, run in runs.get(row, {}).items()
-        if measure in run["measures"]
-    }
+    measures = {seed: entry["measures"] for seed, entry in trained(runs, row).items()}
+    return {seed: x[measure]["value"] for seed, x in measures.items() if measure in x}
 
 
 def difference(runs, row, against, measure):
@@ -36,13 +44,25 @@ def difference(runs, row, against, measure):
 
 
 def ranked(study, runs):
-    """Names of rows that have runs, the reference first, then from the worst R2 on."""
+    """Names of rows that have runs, the reference first, then from the worst on."""
 
     def place(name):
-        found = difference(runs, name, study.ROWS[name].against, SHOWN[0])
-        return (name != "reference", math.inf if found is None else found[0])
+        found = difference(runs, name, study.ROWS[name].against, RANKED)
+        return (name != "reference", -math.inf if found is None else found[0])
 
     return sorted((name for name in study.ROWS if runs.get(name)), key=place)
+
+
+def cell(runs, name, against, measure):
+    own = list(values_of(runs, name, measure).values())
+    if not own:
+        return "-"
+    found = difference(runs, name, against, measure) if against else None
+    if not found:
+        return f"{np.mean(own):.3f}"
+    mean, half = found
+    width = "" if math.isnan(half) else f" ± {half:.3f}"
+    return f"{np.mean(own):.3f} ({mean:+.3f}{width})" + "*" * (abs(mean) > half)
 
 
 def lines(study, runs):
@@ -51,38 +71,32 @@ def lines(study, runs):
     yield "|---|---|" + "---|" * (len(SHOWN) + 2)
     for name in ranked(study, runs):
         against = study.ROWS[name].against if name != "reference" else ""
-        cells = []
-        for measure in SHOWN:
-            own = list(values_of(runs, name, measure).values())
-            if not own:
-                cells.append("-")
-                continue
-            cell = f"{np.mean(own):.3f}"
-            found = difference(runs, name, against, measure) if against else None
-            if found:
-                mean, half = found
-                sure = "*" if abs(mean) > half else ""
-                cell += (
-                    f" ({mean:+.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}") + f"){sure}"
-                )
-            cells.append(cell)
-        seconds = np.mean([run["seconds"] for run in runs[name].values()])
-        count = len(runs[name])
-        yield f"| {name} | {against} | {count} | {' | '.join(cells)} | {seconds:.0f} |"
+        entries = trained(runs, name)
+        failed = sum("failed" in entry for entry in runs[name].values())
+        count = f"{len(entries)}" + f", {failed} diverged" * (failed > 0)
+        cells = " | ".join(cell(runs, name, against, measure) for measure in SHOWN)
+        seconds = np.mean([x["seconds"] for x in entries.values()]) if entries else math.nan
+        yield f"| {name} | {against} | {count} | {cells} | {seconds:.0f} |"
+        if study.ROWS[name].controls:
+            cells = " | ".join(cell(runs, name, "", f"untrained: {x}") for x in SHOWN)
+            yield f"| untrained, mean of 3 | | {len(entries)} | {cells} | |"
 
 
-def show(study, results, path):
-    """Print the table and draw it, with the held-out curves of the four worst rows."""
-    runs = results["runs"]
+def show(study, runs, path):
+    """Print the table and draw it, with the training loss of the four worst rows."""
     for line in lines(study, runs):
         print(line)
-    names = [name for name in ranked(study, runs) if name != "reference"]
-    if not names or "reference" not in runs:
+    names = [name for name in ranked(study, runs) if name != "reference" and trained(runs, name)]
+    if not names or not trained(runs, "reference"):
         return
     figure, axes = plt.subplots(
         1, 4, figsize=(15, 1.5 + 0.28 * len(names)), width_ratios=(1, 1, 1, 1.5)
     )
-    for axis, measure in zip(axes, (SHOWN[0], *SHOWN[2:])):
+    labels = []
+    for name in reversed(names):
+        against = study.ROWS[name].against
+        labels.append(name if against == "reference" else f"{name}\n(minus {against})")
+    for axis, measure in zip(axes, (RANKED, "R2", "surprise, future masks")):
         for y, name in enumerate(reversed(names)):
             found = difference(runs, name, study.ROWS[name].against, measure)
             if found:
@@ -90,16 +104,17 @@ def show(study, results, path):
                 axis.errorbar(found[0], y, xerr=half, fmt="o", color="C0", markersize=4)
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set_title(f"{measure},\nminus the reference", fontsize=9)
-        axis.set_yticks(range(len(names)), reversed(names) if axis is axes[0] else [], fontsize=8)
+        axis.set_yticks(range(len(names)), labels if axis is axes[0] else [], fontsize=8)
     for name in ["reference", *names[:4]]:
-        curves = np.array([run["curve"] for run in runs[name].values()])
+        entry = next(iter(trained(runs, name).values()))
+        steps, figures = zip(*entry["curve"])
         style = {"color": "black"} if name == "reference" else {}
-        axes[3].plot(curves[0, :, 0], curves[:, :, 1].mean(0), label=name, **style)
-    axes[3].set_title(
-        "held-out R2 in training (in the run's own space),\nmean of seeds", fontsize=9
-    )
-    axes[3].set_xlabel("steps")
-    axes[3].set_ylim(-0.2, None)
+        axes[3].plot(np.array(steps) / max(1, steps[-1]), figures, label=name, **style)
+    axes[3].set_title("held-out R2 in training, of the run's own masks and space", fontsize=9)
+    axes[3].set_xlabel("share of the steps")
+    axes[3].set_ylim(-0.3, None)
     axes[3].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    write_whole(str(path), drawn.getvalue())

@@ -2,16 +2,19 @@
 measured alike.
 
     python studies/run.py stall --seeds 1,2,3 --jobs 2      what is on disk is skipped
-    python studies/run.py stall --rows reference,lr_x4 --again
+    python studies/run.py stall --rows reference,batch_16_lr_x4 --again
     python studies/run.py stall --jobs 0                    table and picture of what there is
 
 A study is studies/NAME.py: its hypotheses, its reference, its rows; studies/world.py makes the
 clips and latents that they name. Results go to studies/NAME.json as they come, the picture to
-studies/NAME.png; what runs leave stays under --out. Ctrl-C loses the runs that are under way.
-Needs requirements-demo.txt.
+studies/NAME.png; a result counts for the flags, patches and latents that it was made with, and
+where a row is another by now it is run again. Ctrl-C loses the runs that are under way. Needs
+requirements-demo.txt; a run takes some six minutes on one core.
 """
 
 import concurrent.futures
+import fcntl
+import hashlib
 import importlib
 import json
 import os
@@ -41,24 +44,25 @@ again: bool = False  # run them although results are there
 jobs: int = 1  # runs at a time, of one thread each; 0: none, table and picture alone
 keep: bool = False  # keep checkpoints and logs of the runs
 out = "out/studies"  # folder of the world and of the runs
+results = "studies"  # folder of NAME.json and NAME.png
 # -------------------------------------------------------------------------------------------------
 settings = config.apply(globals(), least={"jobs": 0})
 name = ASKED
 if name not in NAMES:
     raise InputError(f"which study? {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
 study = importlib.import_module(f"studies.{name}")
-unknown = [row for row in rows if row not in study.ROWS]
-if unknown:
-    raise InputError(f"no row {unknown[0]!r} in studies/{name}.py{nearest(unknown[0], study.ROWS)}")
+for row in rows:
+    if row not in study.ROWS:
+        raise InputError(f"no row {row!r} in studies/{name}.py{nearest(row, study.ROWS)}")
 
 from tqdm import tqdm
 
-from studies import world
+from studies import report, world
 
-results_file = ROOT / "studies" / f"{name}.json"
-results = json.loads(results_file.read_text()) if results_file.is_file() else {"runs": {}}
-lock = threading.Lock()  # of results and their file
-running = set()  # processes
+results_file = Path(results) / f"{name}.json"
+found = json.loads(results_file.read_text()) if results_file.is_file() else {"runs": {}}
+lock = threading.Lock()  # of found and its file, of running and stopping
+running, stopping = set(), threading.Event()
 
 
 class Failed(Exception):
@@ -71,15 +75,19 @@ def call(folder, script, **flags):
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(folder / "said.txt", "a") as said:
         print(f"$ python {script} {' '.join(words)}", file=said, flush=True)
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *words], stdout=said, stderr=said, env=environ
-        )
-        running.add(process)
+        with lock:
+            if stopping.is_set():
+                raise Failed("stopped")
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / script), *words], stdout=said, stderr=said, env=environ
+            )
+            running.add(process)
         code = process.wait()
-        running.discard(process)
+        with lock:
+            running.discard(process)
     if code:
         last = (folder / "said.txt").read_text().splitlines()[-1]
-        raise Failed(f"{script} ended with {code}: {last}; see {folder}/said.txt")
+        raise Failed(f"{script} ended with {code}: {last}")
 
 
 def text(value):
@@ -88,19 +96,21 @@ def text(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def patched(folder, patches):
-    """A copy of train.py with [(old, new)] in place, or train.py."""
-    if not patches:
-        return ROOT / "train.py"
+def patched(row):
+    """train.py's source with the row's patches in place."""
     source = (ROOT / "train.py").read_text()
-    for old, new in patches:
+    for old, new in row.patches:
         if source.count(old) != 1:
-            raise InputError(
-                f"train.py holds {source.count(old)} times what a patch looks for: {old}"
-            )
+            raise InputError(f"train.py has {source.count(old)} times what a patch replaces: {old}")
         source = source.replace(old, new)
-    (folder / "train.py").write_text(source)
-    return (folder / "train.py").resolve()
+    return source
+
+
+def digest(row):
+    """What a result is the result of."""
+    flags = {**study.REFERENCE, **row.flags}
+    what = [flags, row.patches, row.needs, row.latents, world.recipe(row.latents), world.VIDEOS]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run(row_name, seed):
@@ -111,86 +121,105 @@ def run(row_name, seed):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     caches = {split: world.made(row.latents, split, out, call) for split in world.SPLITS}
-    needed = {each: world.made(each, "train", out, call) for each in row.needs}
-    patches = [(old, new.format(**needed)) for old, new in row.patches]
+    script = ROOT / "train.py"
+    if row.patches:
+        needed = [world.made(each, "train", out, call) for each in row.needs]
+        script = (folder / "train.py").resolve()
+        script.write_text(patched(row).replace("NEEDED", str(needed[0]) if needed else ""))
     began = time.time()
-    call(
-        folder,
-        patched(folder, patches),
-        cache=caches["train"],
-        val_cache=caches["validation"],
-        seed=seed,
-        run_name="run",
-        checkpoints=folder / "checkpoints",
-        run_logs=folder / "run_logs",
-        **flags,
-    )
-    seconds = time.time() - began
+    entry = {"of": digest(row), "flags": row.flags, "commit": COMMIT}
+    try:
+        call(
+            folder,
+            script,
+            cache=caches["train"],
+            val_cache=caches["validation"],
+            seed=seed,
+            run_name="run",
+            checkpoints=folder / "checkpoints",
+            run_logs=folder / "run_logs",
+            **flags,
+        )
+    except Failed as error:  # a run that diverges is a result
+        if "finite" not in str(error):
+            raise
+        return entry | {"failed": str(error)}
+    entry["seconds"] = round(time.time() - began, 1)
     checkpoint = next(folder.glob("checkpoints/run_*/last.pth"))
     lines = [json.loads(line) for line in open(checkpoint.parent / "metrics.jsonl")]
-    found = {
-        "seconds": round(seconds, 1),
-        "curve": [[line["step"], round(line["val_r2"], 4)] for line in lines if "val_r2" in line],
-        "log": [
-            [line["step"], *(round(line[key], 4) for key in ("loss", "r2", "grad_norm"))]
-            for line in lines
-            if "loss" in line
-        ],
-        "commit": commit(),
-    } | world.measured(checkpoint, caches, flags, study.REFERENCE, folder, out, call, row.controls)
+    figures = ("loss", "r2", "grad_norm")
+    entry["curve"] = [[x["step"], round(x["val_r2"], 4)] for x in lines if "val_r2" in x]
+    entry["log"] = [[x["step"], *(round(x[f], 4) for f in figures)] for x in lines if "loss" in x]
+    own_space = world.has_the_space_of(study.REFERENCE, flags, row.latents)
+    cache = caches["validation"] if own_space else None
+    entry["measures"] = world.measured(checkpoint, cache, folder, out, call, row.controls)
     if not keep:
         shutil.rmtree(folder)
-    return found
+    return entry
 
 
-def commit():
-    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+def git(*words):
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    return done.stdout.strip()
 
 
-def save():
-    results["reference"] = study.REFERENCE
-    results["rows"] = {
-        key: {"flags": row.flags, "latents": row.latents, "says": row.says}
-        for key, row in study.ROWS.items()
-    }
-    write_whole(str(results_file), (json.dumps(results, indent=1) + "\n").encode())
+COMMIT = git("rev-parse", "--short", "HEAD") + " with changes" * bool(git("diff", "HEAD", "--stat"))
 
 
 def one(job):
+    """Why a run gave no result, or None."""
     row_name, seed = job
     try:
-        found = run(row_name, seed)
+        entry = run(row_name, seed)
     except Failed as error:
         return f"{row_name}, seed {seed}: {error}"
     with lock:
-        results["runs"].setdefault(row_name, {})[str(seed)] = found
-        save()
+        found["runs"].setdefault(row_name, {})[str(seed)] = entry
+        found["reference"] = study.REFERENCE
+        found["says"] = {key: row.says for key, row in study.ROWS.items()}
+        write_whole(str(results_file), (json.dumps(found, indent=1) + "\n").encode())
     return None
 
 
+def stop():
+    with lock:
+        stopping.set()
+        for process in running:
+            process.terminate()
+
+
+for row in study.ROWS:
+    patched(study.ROWS[row])  # fits, before hours are spent
+    for seed, entry in list(found["runs"].get(row, {}).items()):
+        if entry["of"] != digest(study.ROWS[row]):  # of another row by this name
+            del found["runs"][row][seed]
 wanted = [
     (row, seed)
     for seed in seeds  # every row once, then every row a second time
     for row in rows or study.ROWS
-    if again or str(seed) not in results["runs"].get(row, {})
+    if again or str(seed) not in found["runs"].get(row, {})
 ]
-failed = []
+failures = []
 if wanted and jobs:
-    pool = concurrent.futures.ThreadPoolExecutor(jobs)
-    signal.signal(signal.SIGTERM, lambda *which: signal.raise_signal(signal.SIGINT))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    held = open(Path(out) / f"{name}.lock", "w")
     try:
-        futures = [pool.submit(one, job) for job in wanted]
-        done = concurrent.futures.as_completed(futures)
-        for future in tqdm(done, total=len(wanted), desc=name, unit="run", dynamic_ncols=True):
-            failed += [future.result()] if future.result() else []
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
-            process.terminate()
-        sys.exit(130)
-from studies import report
-
-report.show(study, results, ROOT / "studies" / f"{name}.png")
-if failed:
-    raise InputError(f"{len(failed)} runs failed; the first: {failed[0]}")
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{out} is at work on the study {name}; wait, or another --out") from None
+    signal.signal(signal.SIGTERM, lambda *which: signal.raise_signal(signal.SIGINT))
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        try:
+            futures = [pool.submit(one, job) for job in wanted]
+            done = concurrent.futures.as_completed(futures)
+            for future in tqdm(done, total=len(wanted), desc=name, unit="run", dynamic_ncols=True):
+                failures += filter(None, [future.result()])
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop()
+            if isinstance(error, KeyboardInterrupt):
+                sys.exit(130)
+            raise
+report.show(study, found["runs"], results_file.with_suffix(".png"))
+if failures:
+    raise InputError(f"{len(failures)} runs gave no result; the first: {failures[0]}")

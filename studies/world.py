@@ -2,6 +2,7 @@
 a trained network is measured. All of it is made by the project's own scripts.
 """
 
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -17,8 +18,7 @@ CACHES = {
     "net": {"teacher": NET, "crop": "squash", "clips": "on"},
     "net_views4": {"teacher": NET, "crop": "squash", "clips": "on", "views": 4},
     "net_views16": {"teacher": NET, "crop": "squash", "clips": "on", "views": 16},
-    "clips": {"teacher": "none", "crop": "squash", "resolution": 112},
-    "center": {"teacher": "none", "crop": "center", "resolution": 112},
+    "center": {"teacher": "none", "crop": "center", "frames": 8, "resolution": 112},
 }
 TRAINING_ALONE = {"net_views4", "net_views16"}  # held out on the plain view of "net"
 making = threading.Lock()
@@ -36,9 +36,19 @@ class Row(NamedTuple):
     controls: bool = False  # also measure untrained networks of its shape
 
 
+def recipe(name):
+    """What a cache is made by, and in digits of the names of folders."""
+    return {"videos": VIDEOS, **CACHES[name]}
+
+
+def named(name, what):
+    """NAME_DIGITS: of another recipe, another folder."""
+    return f"{name}_{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]}"
+
+
 def videos(out, call):
     """The folder of the videos, made where it is not there."""
-    folder = Path(out) / "world" / "videos"
+    folder = Path(out) / "world" / named("videos", VIDEOS)
     if not (folder / "done").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         call(folder.parent, "demo/make_videos.py", out=folder, **VIDEOS)
@@ -52,7 +62,7 @@ def made(name, split, out, call):
         if split != "train" and name in TRAINING_ALONE:
             name = "net"
         data = videos(out, call)
-        folder = Path(out) / "world" / f"{name}_{split}"
+        folder = data.parent / named(f"{name}_{split}", recipe(name))
         if not (folder / "metadata.json").exists():
             call(
                 data.parent, "cache_latents.py", data=data, split=split, out=folder, **CACHES[name]
@@ -60,43 +70,34 @@ def made(name, split, out, call):
         return folder
 
 
-def yardstick(cache, masks, shape, folder, call):
-    """The checkpoint of a run of one step: it holds the per-position mean of layer-normed latents,
-    which networks lack that were trained on others.
+def has_the_space_of(reference, flags, latents):
+    """Whether R2 of a run can stand beside the reference's: latents, their space, its zero and what
+    is hidden are the same. Predictions of raw latents, layer-normed, are no predictions of
+    layer-normed ones.
     """
-    call(
-        folder,
-        "train.py",
-        cache=cache,
-        masks=masks,
-        **{key: value for key, value in shape.items() if key not in ("masks", "max_steps")},
-        max_steps=1,
-        run_name="yardstick",
-        checkpoints=folder / "yardstick",
-        run_logs=folder / "run_logs",
-    )
-    return next(folder.glob("yardstick/*/last.pth"))
+    same = all(flags[key] == reference[key] for key in ("target_norm", "masks"))
+    return same and latents == "net"
 
 
-def measured(checkpoint, caches, flags, reference, folder, out, call, controls):
+def measured(checkpoint, cache, folder, out, call, controls):
     """{measure: {"value", "ci95"}} of a trained network, intervals over held-out videos or pairs:
-    R2, and R2 from the best dumb predictor, both in layer-normed latents and under the run's own
-    masks; R2 of the states of bodies by a linear head on 3x3 cells, from 30 and 300 labelled
-    videos; the share of pairs of which the impossible twin surprises more. With controls the same
-    of untrained networks.
+    R2, and R2 from the best dumb predictor, where there is a cache to measure it on; R2 of the
+    states of bodies by a linear head on 3x3 cells, from 30 and 300 labelled videos; the share of
+    pairs of which the impossible twin surprises more. With controls the same of untrained networks.
     """
-    checkpoints = [checkpoint]
-    if flags["target_norm"] != "layer_norm":
-        checkpoints.append(yardstick(caches["train"], flags["masks"], reference, folder, call))
-    call(
-        folder,
-        "eval_distill.py",
-        checkpoint=checkpoints,
-        cache=caches["validation"],
-        space="layer_norm",
-        dtype="fp32",
-        out=folder / "eval.json",
-    )
+    found = {}
+    if cache:
+        call(
+            folder,
+            "eval_distill.py",
+            checkpoint=checkpoint,
+            cache=cache,
+            dtype="fp32",
+            out=folder / "eval.json",
+        )
+        (own,) = json.loads((folder / "eval.json").read_text())["results"]
+        found["R2"] = {"value": own["r2"], "ci95": own["r2_ci95"]}
+        found["R2 over the best dumb predictor"] = {"value": own["r2_over_best"]}
     data = videos(out, call)
     how = {"checkpoint": checkpoint, "dtype": "fp32", "untrained_seeds": 3 * controls, "seed": SEED}
     call(
@@ -122,27 +123,18 @@ def measured(checkpoint, caches, flags, reference, folder, out, call, controls):
         out=folder / "surprise.json",
         **how,
     )
-    evaluation, states, surprise = (
-        json.loads((folder / f"{part}.json").read_text()) for part in ("eval", "states", "surprise")
+    states, surprise = (
+        json.loads((folder / f"{part}.json").read_text()) for part in ("states", "surprise")
     )
-    own = evaluation["results"][0]
-    found = {
-        "R2": {"value": own["r2"], "ci95": own["r2_ci95"]},
-        "R2 over the best dumb predictor": {"value": own["r2_over_best"]},
-    }
-    for source, prefix in (("student", ""), ("untrained, mean of 3", "untrained: "))[
-        : 1 + controls
-    ]:
+    sources = (
+        {"student": "", "untrained, mean of 3": "untrained: "} if controls else {"student": ""}
+    )
+    for source, prefix in sources.items():
         for column, cell in states["table"][source].items():
-            found[f"{prefix}states, {column.split(', ')[1]} labels"] = {
-                "value": cell["R2"],
-                "ci95": cell["ci95"],
-            }
-        of_kinds = surprise["shares"][source]
-        for kind in of_kinds:
-            cell = of_kinds[kind]["all"]
-            found[f"{prefix}surprise, {kind} masks"] = {
-                "value": cell["share"],
-                "ci95": cell["ci95"],
-            }
-    return {"measures": found}
+            measure = f"{prefix}states, {column.split(', ')[1]} labels"
+            found[measure] = {"value": cell["R2"], "ci95": cell["ci95"]}
+        for kind, of_groups in surprise["shares"][source].items():
+            measure = f"{prefix}surprise, {kind if kind == 'future' else 'own'} masks"
+            cell = of_groups["all"]
+            found.setdefault(measure, {"value": cell["share"], "ci95": cell["ci95"]})
+    return found
