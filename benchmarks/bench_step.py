@@ -35,6 +35,7 @@ batch_sizes = [2]  # clips a step
 device: Literal["cpu", "cuda"] = "cpu"  # cpu or cuda
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute of both; attention is always measured in bf16
 depth: int | None = None  # student blocks, where not those of its size
+positions: Literal["table", "table3d", "rope"] = "table"  # of ours; the textbook's are a table
 predictor_depth = 12  # predictor blocks
 predictor_dim = 512  # predictor width, of 8 heads
 rounds = 6  # turns of each, the first of which is a warm-up
@@ -85,6 +86,8 @@ N = 1568
 D = 768
 COUNTS = [mask_counts(family, GRID) for family in FAMILIES]
 PREDICTOR = {"dim": predictor_dim, "depth": predictor_depth, "heads": 8}
+if positions != "table" and "textbook" in variants and not inside:
+    raise InputError(f"--positions {positions} is ours alone: leave textbook out of --variants")
 on_gpu = device == "cuda"
 if on_gpu and not torch.cuda.is_available():
     raise InputError("--device cuda: torch sees no GPU here")
@@ -292,7 +295,8 @@ def some_batch(batch_size, seed=0):
 
 def set_up(size):
     torch.manual_seed(0)
-    encoder_config = model.config_of_size(size, **({"depth": depth} if depth else {}))
+    shape = {"positions": positions} | ({"depth": depth} if depth else {})
+    encoder_config = model.config_of_size(size, **shape)
     return encoder_config, model.build_salt(
         encoder_config,
         {
@@ -300,6 +304,8 @@ def set_up(size):
             "dim_out": D,
             "tokens": N,
             "families": FAMILIES,
+            "positions": positions,
+            "grid": encoder_config.grid,
             **PREDICTOR,
         },
     ).to(device)
@@ -367,6 +373,8 @@ def alone(size, variant, batch_size):
         "--predictor_dim",
         str(predictor_dim),
         *(["--depth", str(depth)] if depth else []),
+        "--positions",
+        positions,
         "--rounds",
         "8" if on_gpu else "4",
     ]

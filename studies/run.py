@@ -109,7 +109,7 @@ def patched(row):
 def digest(row):
     """What a result is the result of."""
     flags = {**study.REFERENCE, **row.flags}
-    what = [flags, row.patches, row.needs, row.latents, world.recipe(row.latents), world.VIDEOS]
+    what = [flags, row.patches, *(world.recipe(each) for each in (row.latents, *row.needs))]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -166,6 +166,17 @@ def git(*words):
 COMMIT = git("rev-parse", "--short", "HEAD") + " with changes" * bool(git("diff", "HEAD", "--stat"))
 
 
+def as_lines(content):
+    """JSON, a run a line."""
+    rows = []
+    for row, entries in content["runs"].items():
+        entries = [f"  {json.dumps(seed)}: {json.dumps(entry)}" for seed, entry in entries.items()]
+        rows.append(f" {json.dumps(row)}: {{\n" + ",\n".join(entries) + "\n }")
+    rest = {key: value for key, value in content.items() if key != "runs"}
+    head = json.dumps(rest, indent=1).removesuffix("\n}")
+    return head + ',\n "runs": {\n' + ",\n".join(rows) + "\n }\n}\n"
+
+
 def one(job):
     """Why a run gave no result, or None."""
     row_name, seed = job
@@ -177,7 +188,7 @@ def one(job):
         found["runs"].setdefault(row_name, {})[str(seed)] = entry
         found["reference"] = study.REFERENCE
         found["says"] = {key: row.says for key, row in study.ROWS.items()}
-        write_whole(str(results_file), (json.dumps(found, indent=1) + "\n").encode())
+        write_whole(str(results_file), as_lines(found).encode())
     return None
 
 
@@ -201,12 +212,12 @@ wanted = [
 ]
 failures = []
 if wanted and jobs:
-    Path(out).mkdir(parents=True, exist_ok=True)
-    held = open(Path(out) / f"{name}.lock", "w")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"{out} is at work on the study {name}; wait, or another --out") from None
+    for each in (out, results):
+        Path(each).mkdir(parents=True, exist_ok=True)
+        try:  # by one at a time, as long as this process is there
+            fcntl.flock(os.open(each, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another study is at work in {each}; wait, or give others") from None
     signal.signal(signal.SIGTERM, lambda *which: signal.raise_signal(signal.SIGINT))
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         try:

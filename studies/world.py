@@ -1,5 +1,5 @@
 """What the runs of studies share: videos of the demo's generator, latents of teachers, and how a
-a trained network is measured. All of it is made by the project's own scripts.
+trained network is measured. All of it is made by the project's own scripts.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 def recipe(name):
-    """What a cache is made by, and in digits of the names of folders."""
+    """What a cache is made by."""
     return {"videos": VIDEOS, **CACHES[name]}
 
 
@@ -83,7 +83,8 @@ def measured(checkpoint, cache, folder, out, call, controls):
     """{measure: {"value", "ci95"}} of a trained network, intervals over held-out videos or pairs:
     R2, and R2 from the best dumb predictor, where there is a cache to measure it on; R2 of the
     states of bodies by a linear head on 3x3 cells, from 30 and 300 labelled videos; the share of
-    pairs of which the impossible twin surprises more. With controls the same of untrained networks.
+    pairs of which the impossible twin surprises more, under the run's own masks (of two families
+    the first) and under `future`. With controls the same of untrained networks.
     """
     found = {}
     if cache:
