@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -70,7 +71,11 @@ class Failed(Exception):
 
 
 def call(folder, script, **flags):
-    """Run a script of the project; what it prints goes to FOLDER/said.txt."""
+    """Run a script of the project, or the one of this name in FOLDER/scripts; what it prints goes
+    to FOLDER/said.txt.
+    """
+    own = folder.resolve() / "scripts" / script
+    path = own if own.exists() else ROOT / script
     words = [f"--{key}={text(value)}" for key, value in flags.items()]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(folder / "said.txt", "a") as said:
@@ -79,7 +84,7 @@ def call(folder, script, **flags):
             if stopping.is_set():
                 raise Failed("stopped")
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / script), *words], stdout=said, stderr=said, env=environ
+                [sys.executable, str(path), *words], stdout=said, stderr=said, env=environ
             )
             running.add(process)
         code = process.wait()
@@ -96,14 +101,19 @@ def text(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def patched(row):
-    """train.py's source with the row's patches in place."""
-    source = (ROOT / "train.py").read_text()
-    for old, new in row.patches:
-        if source.count(old) != 1:
-            raise InputError(f"train.py has {source.count(old)} times what a patch replaces: {old}")
-        source = source.replace(old, new)
-    return source
+def patched(row, needed=""):
+    """{file: its source with the row's patches in place}."""
+    sources = {}
+    for file, patches in row.patches.items():
+        source = (ROOT / file).read_text()
+        for old, new in patches:
+            if source.count(old) != 1:
+                raise InputError(
+                    f"{file} has {source.count(old)} times what a patch replaces: {old}"
+                )
+            source = source.replace(old, new)
+        sources[file] = source.replace("NEEDED", needed)
+    return sources
 
 
 def digest(row):
@@ -120,18 +130,19 @@ def run(row_name, seed):
     folder = Path(out) / name / f"{row_name}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    caches = {split: world.made(row.latents, split, out, call) for split in world.SPLITS}
-    script = ROOT / "train.py"
-    if row.patches:
-        needed = [world.made(each, "train", out, call) for each in row.needs]
-        script = (folder / "train.py").resolve()
-        script.write_text(patched(row).replace("NEEDED", str(needed[0]) if needed else ""))
+    caches = {split: world.cache(row.latents, split, out, call) for split in world.SPLITS}
+    needed = [str(world.cache(each, "train", out, call)) for each in row.needs]
+    if row.patches:  # copies of the root's scripts, of which one or more are other ones
+        (folder / "scripts").mkdir()
+        sources = {path.name: path.read_text() for path in ROOT.glob("*.py")}
+        for file, source in (sources | patched(row, *needed)).items():
+            (folder / "scripts" / file).write_text(source)
     began = time.time()
     entry = {"of": digest(row), "flags": row.flags, "commit": COMMIT}
     try:
         call(
             folder,
-            script,
+            "train.py",
             cache=caches["train"],
             val_cache=caches["validation"],
             seed=seed,
@@ -145,14 +156,15 @@ def run(row_name, seed):
             raise
         return entry | {"failed": str(error)}
     entry["seconds"] = round(time.time() - began, 1)
+    (cost,) = re.findall(r"GFLOP \((\S+) a clip\)", (folder / "said.txt").read_text())
+    entry["gflop_a_clip"] = float(cost)
     checkpoint = next(folder.glob("checkpoints/run_*/last.pth"))
     lines = [json.loads(line) for line in open(checkpoint.parent / "metrics.jsonl")]
     figures = ("loss", "r2", "grad_norm")
     entry["curve"] = [[x["step"], round(x["val_r2"], 4)] for x in lines if "val_r2" in x]
     entry["log"] = [[x["step"], *(round(x[f], 4) for f in figures)] for x in lines if "loss" in x]
-    own_space = world.has_the_space_of(study.REFERENCE, flags, row.latents)
-    cache = caches["validation"] if own_space else None
-    entry["measures"] = world.measured(checkpoint, cache, folder, out, call, row.controls)
+    comparable = world.has_the_space_of(study.REFERENCE, flags, row.latents)
+    entry["measures"] = world.measured(checkpoint, row, comparable, folder, out, call)
     if not keep:
         shutil.rmtree(folder)
     return entry

@@ -104,25 +104,31 @@ ROWS = {
     "reference": Row("learns: R2 above 0, states above untrained networks'", controls=True),
     "bfloat16_weights": Row(
         "weights and both moments: small updates are rounded away, so it stalls",
-        patches=[IN_BFLOAT16],
+        patches={"train.py": [IN_BFLOAT16]},
     ),
-    "decay_on_all": Row("of no account at a decay of .05", patches=[DECAY_ON_ALL]),
+    "bfloat16_weights_lr_x0.25": Row(
+        "worse still: the smaller the update, the more of it is rounded away",
+        {"lr": REFERENCE["lr"] / 4},
+        patches={"train.py": [IN_BFLOAT16]},
+        against="batch_16_lr_x0.25",
+    ),
+    "decay_on_all": Row("of no account at a decay of .05", patches={"train.py": [DECAY_ON_ALL]}),
     "decay_on_all_0.4": Row(
         "norms shrink: worse than the same decay on matrices alone",
         {"weight_decay_end": 0.4},
-        patches=[DECAY_ON_ALL],
+        patches={"train.py": [DECAY_ON_ALL]},
         against="weight_decay_end_0.4",
     ),
     "other_clips": Row(
         "latents of whole frames made square for clips of their middle squares: the largest effect",
-        patches=[OTHER_CLIPS],
+        patches={"train.py": [OTHER_CLIPS]},
         needs=["center"],
     ),
     "masks_short_long": Row("R2 is of other masks; states as good", {"masks": "short,long"}),
     "masks_cut_at_the_end": Row(
         "the clip's end is hardly seen and hardly asked for: worse than short,long",
         {"masks": "short,long"},
-        patches=[CUT_AT_THE_END],
+        patches={"train.py": [CUT_AT_THE_END]},
         against="masks_short_long",
     ),
     "weight_decay_end_0.2": Row("a little worse", {"weight_decay_end": 0.2}),
@@ -157,6 +163,24 @@ ROWS = {
     "steps_x4": Row("R2 up: a run of 500 steps is short", {"max_steps": 2000, "eval_every": 200}),
     "predictor_6": Row("R2 up, states down", {"predictor_depth": 6}),
     "predictor_12": Row("likewise, more so", {"predictor_depth": 12}),
+    "new_videos_x4": Row(
+        "better than as many clips of a quarter of the videos",
+        {"max_steps": 2000, "eval_every": 200},
+        latents="net_new_videos",
+        against="steps_x4",
+    ),
+    "no_context_loss_x4": Row(
+        "a longer run does not mend it",
+        {"max_steps": 2000, "eval_every": 200, "context_loss": 0},
+        against="steps_x4",
+    ),
+    "teacher_pixels_10": Row(
+        "a teacher of 50 steps from pixels: little of the states to pass on", latents="pixels_50"
+    ),
+    "teacher_pixels_30": Row("150 steps: more of them", latents="pixels_150"),
+    "teacher_pixels_100": Row(
+        "500 steps: as good as 150, worse than ImageNet's EfficientNet", latents="pixels_500"
+    ),
     "product_defaults": Row(
         "stalls at R2 0: what train.py's defaults make of this run",
         {

@@ -2,6 +2,7 @@
 trained network is measured. All of it is made by the project's own scripts.
 """
 
+import functools
 import hashlib
 import json
 import threading
@@ -12,16 +13,49 @@ SPLITS = ("train", "validation")
 SEED = 0  # of the videos; the runs' own seeds are of weights, masks and order
 VIDEOS = {"train": 1000, "validation": 300, "twins": 70, "seed": SEED}
 NET = "examples/teacher_efficientnet.py:tiny"  # ImageNet's, block 10: 112 channels, 7x7 a frame
-
-# cache_latents.py's flags by the name of a cache; of training clips alone where it says so
-CACHES = {
-    "net": {"teacher": NET, "crop": "squash", "clips": "on"},
-    "net_views4": {"teacher": NET, "crop": "squash", "clips": "on", "views": 4},
-    "net_views16": {"teacher": NET, "crop": "squash", "clips": "on", "views": 16},
-    "center": {"teacher": "none", "crop": "center", "frames": 8, "resolution": 112},
-}
-TRAINING_ALONE = {"net_views4", "net_views16"}  # held out on the plain view of "net"
+VIEW = {"crop": "squash"}  # bodies at the sides are seen, too
+OF_NET = {"teacher": NET, "clips": "on", **VIEW}
+CLIPS = {"teacher": "none", "frames": 8, "resolution": 112}
 making = threading.Lock()
+# stage 1 of the reference's student: a teacher of the videos' own pixels
+STAGE_1 = {
+    "target": "pixels",
+    "size": "tiny",
+    "depth": 4,
+    "predictor_dim": 96,
+    "predictor_depth": 2,
+    "predictor_heads": 3,
+    "masks": "ratio",
+    "batch_size": 16,
+    "lr": 2e-3,
+    "weight_decay_end": 0.05,
+    "grad_clip": 1.0,
+    "dtype": "fp32",
+    "save_every": 100000,
+    "threads": 1,
+}
+
+
+class Latents(NamedTuple):
+    """How a cache is made."""
+
+    flags: dict  # of cache_latents.py
+    videos: dict = VIDEOS  # flags of demo/make_videos.py
+    stage_1: dict = {}  # of train.py, for a teacher of its own, made before
+    training_alone: bool = False  # its runs are measured on "net"'s held-out clips
+
+
+LATENTS = {
+    "net": Latents(OF_NET),
+    "net_views4": Latents({**OF_NET, "views": 4}, training_alone=True),
+    "net_views16": Latents({**OF_NET, "views": 16}, training_alone=True),
+    "net_new_videos": Latents(OF_NET, VIDEOS | {"train": 4000, "twins": 0}, training_alone=True),
+    "clips": Latents({**CLIPS, **VIEW}),
+    "center": Latents({**CLIPS, "crop": "center"}),
+    "pixels_50": Latents({"dtype": "fp32"}, stage_1={**STAGE_1, "max_steps": 50}),
+    "pixels_150": Latents({"dtype": "fp32"}, stage_1={**STAGE_1, "max_steps": 150}),
+    "pixels_500": Latents({"dtype": "fp32"}, stage_1={**STAGE_1, "max_steps": 500}),
+}
 
 
 class Row(NamedTuple):
@@ -29,45 +63,73 @@ class Row(NamedTuple):
 
     says: str  # what is expected of it, written before its first run
     flags: dict = {}  # of train.py
-    latents: str = "net"  # the cache that it is trained on
-    patches: list = []  # [(old, new)] of train.py's lines: what the product must not offer
-    needs: list = []  # caches of training clips that a patch reads
+    latents: str = "net"  # what it is trained on
+    patches: dict = {}  # {file: [(old, new)]} of the root's files: what the product must not offer
+    needs: list = []  # latents whose training cache a patch reads, as NEEDED
     against: str = "reference"  # the row it is one change away from
     controls: bool = False  # also measure untrained networks of its shape
 
 
 def recipe(name):
     """What a cache is made by."""
-    return {"videos": VIDEOS, **CACHES[name]}
+    return LATENTS[name]._asdict()
 
 
-def named(name, what):
-    """NAME_DIGITS: of another recipe, another folder."""
-    return f"{name}_{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]}"
+def folder_of(name, what, out):
+    """OUT/world/NAME_DIGITS: of another recipe, another folder."""
+    digits = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+    return Path(out) / "world" / f"{name}_{digits}"
 
 
-def videos(out, call):
-    """The folder of the videos, made where it is not there."""
-    folder = Path(out) / "world" / named("videos", VIDEOS)
-    if not (folder / "done").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        call(folder.parent, "demo/make_videos.py", out=folder, **VIDEOS)
-        (folder / "done").touch()
+def made(folder, last, make):
+    """The folder, made where its `last` file is not there; one at a time."""
+    if not (folder / last).exists():
+        with making:
+            if not (folder / last).exists():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                make(folder)
     return folder
 
 
-def made(name, split, out, call):
-    """The path of a cache, made where it is not there; one at a time."""
-    with making:
-        if split != "train" and name in TRAINING_ALONE:
-            name = "net"
-        data = videos(out, call)
-        folder = data.parent / named(f"{name}_{split}", recipe(name))
-        if not (folder / "metadata.json").exists():
-            call(
-                data.parent, "cache_latents.py", data=data, split=split, out=folder, **CACHES[name]
-            )
-        return folder
+def videos(what, out, call):
+    """The folder of videos made by these flags."""
+
+    def make(folder):
+        call(folder.parent, "demo/make_videos.py", out=folder, **what)
+        (folder / "done").touch()
+
+    return made(folder_of("videos", what, out), "done", make)
+
+
+def teacher(name, out, call):
+    """What cache_latents.py --teacher takes, of LATENTS[name]."""
+    stage_1 = LATENTS[name].stage_1
+    if not stage_1:
+        return LATENTS[name].flags["teacher"]
+    clips = cache("clips", "train", out, call)
+
+    def make(folder):
+        folders = {"checkpoints": folder / "checkpoints", "run_logs": folder / "run_logs"}
+        call(folder.parent, "train.py", cache=clips, run_name="run", **folders, **stage_1)
+        (folder / "done").touch()
+
+    folder = made(folder_of("teacher", recipe(name), out), "done", make)
+    return max(folder.glob("checkpoints/run_*/last.pth"))
+
+
+def cache(name, split, out, call):
+    """The path of a cache of LATENTS[name]."""
+    if split != "train" and LATENTS[name].training_alone:
+        name = "net"
+    flags = {**LATENTS[name].flags, "split": split}
+    if LATENTS[name].stage_1:
+        flags["teacher"] = teacher(name, out, call)
+        flags["clips_from"] = cache("clips", split, out, call)
+    else:
+        flags["data"] = videos(LATENTS[name].videos, out, call)
+    place = folder_of(f"{name}_{split}", recipe(name), out)
+    make = functools.partial(call, place.parent, "cache_latents.py", out=place, **flags)
+    return made(place, "metadata.json", lambda folder: make())
 
 
 def has_the_space_of(reference, flags, latents):
@@ -76,30 +138,30 @@ def has_the_space_of(reference, flags, latents):
     layer-normed ones.
     """
     same = all(flags[key] == reference[key] for key in ("target_norm", "masks"))
-    return same and latents == "net"
+    return same and latents in ("net", "net_new_videos")
 
 
-def measured(checkpoint, cache, folder, out, call, controls):
+def measured(checkpoint, row, comparable, folder, out, call):
     """{measure: {"value", "ci95"}} of a trained network, intervals over held-out videos or pairs:
-    R2, and R2 from the best dumb predictor, where there is a cache to measure it on; R2 of the
-    states of bodies by a linear head on 3x3 cells, from 30 and 300 labelled videos; the share of
-    pairs of which the impossible twin surprises more, under the run's own masks (of two families
-    the first) and under `future`. With controls the same of untrained networks.
+    R2 on the held-out clips of the row's latents, called own R2 where it is not comparable to the
+    reference's, and R2 from the best dumb predictor; R2 of the states of bodies by a linear head
+    on 3x3 cells, from 30 and 300 labelled videos; the share of pairs of which the impossible twin
+    surprises more, under the run's own masks (of two families the first) and under `future`. With
+    the row's controls the same of untrained networks.
     """
     found = {}
-    if cache:
-        call(
-            folder,
-            "eval_distill.py",
-            checkpoint=checkpoint,
-            cache=cache,
-            dtype="fp32",
-            out=folder / "eval.json",
-        )
-        (own,) = json.loads((folder / "eval.json").read_text())["results"]
-        found["R2"] = {"value": own["r2"], "ci95": own["r2_ci95"]}
-        found["R2 over the best dumb predictor"] = {"value": own["r2_over_best"]}
-    data = videos(out, call)
+    call(
+        folder,
+        "eval_distill.py",
+        checkpoint=checkpoint,
+        cache=cache(row.latents, "validation", out, call),
+        dtype="fp32",
+        out=folder / "eval.json",
+    )
+    (own,) = json.loads((folder / "eval.json").read_text())["results"]
+    found["R2" if comparable else "own R2"] = {"value": own["r2"], "ci95": own["r2_ci95"]}
+    found["R2 over the best dumb predictor"] = {"value": own["r2_over_best"]}
+    data, controls = videos(VIDEOS, out, call), row.controls
     how = {"checkpoint": checkpoint, "dtype": "fp32", "untrained_seeds": 3 * controls, "seed": SEED}
     call(
         folder,
@@ -119,7 +181,7 @@ def measured(checkpoint, cache, folder, out, call, controls):
         folder,
         "probe_surprise.py",
         data=data / "twins",
-        teacher=NET,
+        teacher=teacher(row.latents, out, call),
         threads=1,
         out=folder / "surprise.json",
         **how,
