@@ -16,6 +16,12 @@ NET = "examples/teacher_efficientnet.py:tiny"  # ImageNet's, block 10: 112 chann
 VIEW = {"crop": "squash"}  # bodies at the sides are seen, too
 OF_NET = {"teacher": NET, "clips": "on", **VIEW}
 CLIPS = {"teacher": "none", "frames": 8, "resolution": 112}
+COLOURS = "red", "green", "blue", "yellow"  # of bodies
+KINDS = {  # of states, by the names that probe_states.py gives them
+    "positions": [f"{colour} {value}" for colour in COLOURS for value in ("x", "y")],
+    "velocities": [f"{colour} {value}" for colour in COLOURS for value in ("vx", "vy")],
+    "displacements": [f"change of {colour} {value}" for colour in COLOURS for value in ("x", "y")],
+}
 making = threading.Lock()
 # stage 1 of the reference's student: a teacher of the videos' own pixels
 STAGE_1 = {
@@ -145,9 +151,10 @@ def measured(checkpoint, row, comparable, folder, out, call):
     """{measure: {"value", "ci95"}} of a trained network, intervals over held-out videos or pairs:
     R2 on the held-out clips of the row's latents, called own R2 where it is not comparable to the
     reference's, and R2 from the best dumb predictor; R2 of the states of bodies by a linear head
-    on 3x3 cells, from 30 and 300 labelled videos; the share of pairs of which the impossible twin
-    surprises more, under the run's own masks (of two families the first) and under `future`. With
-    the row's controls the same of untrained networks.
+    on 3x3 cells, from 30 and 300 labelled videos: their mean, that of where bodies are, of how
+    fast they are, of how far they will go in a second; the share of pairs of which the impossible
+    twin surprises more, under the run's own masks (of two families the first) and under `future`.
+    With the row's controls the same of untrained networks.
     """
     found = {}
     call(
@@ -196,6 +203,10 @@ def measured(checkpoint, row, comparable, folder, out, call):
         for column, cell in states["table"][source].items():
             measure = f"{prefix}states, {column.split(', ')[1]} labels"
             found[measure] = {"value": cell["R2"], "ci95": cell["ci95"]}
+            values = states["R2_of_each_value"][source][column]
+            for kind, names in KINDS.items():
+                mean = sum(values[value] for value in names) / len(names)
+                found[measure.replace("states", kind)] = {"value": round(mean, 4)}
         for kind, of_groups in surprise["shares"][source].items():
             measure = f"{prefix}surprise, {kind if kind == 'future' else 'own'} masks"
             cell = of_groups["all"]
