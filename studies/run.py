@@ -61,7 +61,11 @@ from tqdm import tqdm
 from studies import report, world
 
 results_file = Path(results) / f"{name}.json"
-found = json.loads(results_file.read_text()) if results_file.is_file() else {"runs": {}}
+found = {
+    "reference": study.REFERENCE,
+    "says": {key: row.says for key, row in study.ROWS.items()},
+    "runs": {},
+}
 lock = threading.Lock()  # of found and its file, of running and stopping
 running, stopping = set(), threading.Event()
 
@@ -119,7 +123,8 @@ def patched(row, needed=""):
 def digest(row):
     """What a result is the result of."""
     flags = {**study.REFERENCE, **row.flags}
-    what = [flags, row.patches, *(world.recipe(each) for each in (row.latents, *row.needs))]
+    names = [row.latents, *map(world.latents_of, row.needs)]
+    what = [flags, row.patches, *map(world.recipe, names)]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -131,7 +136,7 @@ def run(row_name, seed):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     caches = {split: world.cache(row.latents, split, out, call) for split in world.SPLITS}
-    needed = [str(world.cache(each, "train", out, call)) for each in row.needs]
+    needed = [str(world.needed(each, out, call)) for each in row.needs]
     if row.patches:  # copies of the root's scripts, of which one or more are other ones
         (folder / "scripts").mkdir()
         sources = {path.name: path.read_text() for path in ROOT.glob("*.py")}
@@ -181,7 +186,7 @@ COMMIT = git("rev-parse", "--short", "HEAD") + " with changes" * bool(git("diff"
 def as_lines(content):
     """JSON, a run a line."""
     rows = []
-    for row, entries in content["runs"].items():
+    for row, entries in filter(lambda item: item[1], content["runs"].items()):
         entries = [f"  {json.dumps(seed)}: {json.dumps(entry)}" for seed, entry in entries.items()]
         rows.append(f" {json.dumps(row)}: {{\n" + ",\n".join(entries) + "\n }")
     rest = {key: value for key, value in content.items() if key != "runs"}
@@ -197,9 +202,7 @@ def one(job):
     except Failed as error:
         return f"{row_name}, seed {seed}: {error}"
     with lock:
-        found["runs"].setdefault(row_name, {})[str(seed)] = entry
-        found["reference"] = study.REFERENCE
-        found["says"] = {key: row.says for key, row in study.ROWS.items()}
+        found["runs"][row_name][str(seed)] = entry
         write_whole(str(results_file), as_lines(found).encode())
     return None
 
@@ -211,16 +214,19 @@ def stop():
             process.terminate()
 
 
+known = {}  # results by what they are of, those of other studies, too
+for path in Path(results).glob("*.json"):
+    for entries in json.loads(path.read_text()).get("runs", {}).values():
+        known.update({(entry["of"], seed): entry for seed, entry in entries.items()})
 for row in study.ROWS:
     patched(study.ROWS[row])  # fits, before hours are spent
-    for seed, entry in list(found["runs"].get(row, {}).items()):
-        if entry["of"] != digest(study.ROWS[row]):  # of another row by this name
-            del found["runs"][row][seed]
+    of = digest(study.ROWS[row])
+    found["runs"][row] = {seed: entry for (its, seed), entry in known.items() if its == of}
 wanted = [
     (row, seed)
     for seed in seeds  # every row once, then every row a second time
     for row in rows or study.ROWS
-    if again or str(seed) not in found["runs"].get(row, {})
+    if again or str(seed) not in found["runs"][row]
 ]
 failures = []
 if wanted and jobs:

@@ -56,6 +56,7 @@ LATENTS = {
     "net_views4": Latents({**OF_NET, "views": 4}, training_alone=True),
     "net_views16": Latents({**OF_NET, "views": 16}, training_alone=True),
     "net_new_videos": Latents(OF_NET, VIDEOS | {"train": 4000, "twins": 0}, training_alone=True),
+    "net_two_blocks": Latents({**OF_NET, "teacher": "studies/teacher_two_blocks.py:tiny"}),
     "clips": Latents({**CLIPS, **VIEW}),
     "center": Latents({**CLIPS, "crop": "center"}),
     "pixels_50": Latents({"dtype": "fp32"}, stage_1={**STAGE_1, "max_steps": 50}),
@@ -71,7 +72,7 @@ class Row(NamedTuple):
     flags: dict = {}  # of train.py
     latents: str = "net"  # what it is trained on
     patches: dict = {}  # {file: [(old, new)]} of the root's files: what the product must not offer
-    needs: list = []  # latents whose training cache a patch reads, as NEEDED
+    needs: list = []  # what a patch reads as NEEDED: a training cache, `net`; `teacher of net`
     against: str = "reference"  # the row it is one change away from
     controls: bool = False  # also measure untrained networks of its shape
 
@@ -136,6 +137,16 @@ def cache(name, split, out, call):
     place = folder_of(f"{name}_{split}", recipe(name), out)
     make = functools.partial(call, place.parent, "cache_latents.py", out=place, **flags)
     return made(place, "metadata.json", lambda folder: make())
+
+
+def needed(what, out, call):
+    """The path of something in a Row's `needs`."""
+    name = latents_of(what)
+    return cache(name, "train", out, call) if name == what else teacher(name, out, call)
+
+
+def latents_of(what):
+    return what.removeprefix("teacher of ")
 
 
 def has_the_space_of(reference, flags, latents):

@@ -177,12 +177,12 @@ def test_a_check_that_hangs_or_dies_is_a_line(tmp_path, code, reason):
 
 
 def test_an_interrupted_training_leaves_nothing(tmp_path):
-    flags = ("--only", "training", "--device", "cpu", "--patience", "9")
+    flags = ("--only", "training", "--device", "cpu", "--patience", "5")
     code = "import os, sys, time\nif sys.argv[0].endswith('train.py'): time.sleep(600)\n"
     (tmp_path / "out").mkdir()
     environ = sitecustomize(tmp_path, code)
     found, _ = run(tmp_path, *flags, "--out", "out", environ=environ, code=1)
-    assert "no answer in 9 s" in found["training"][1]
+    assert "no answer in 5 s" in found["training"][1]
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -356,13 +356,14 @@ def test_ways_to_run_a_step_leave_its_losses_alone(world, tmp_path):
         "plain": ["--matrix_rate", "0.5"],
         "accumulate": ["--accumulate", "2"],
         "recompute": ["--recompute"],
-        "compile": ["--compile", "on"],
         "bf16": ["--dtype", "bf16"],
+        "compile": ["--dtype", "bf16", "--compile", "on"],
     }.items():
         run(tmp_path, "train", *flags, "--run_name", name, *more)
         losses[name] = finished_losses(next(tmp_path.glob(f"checkpoints/{name}_*")))
     assert torch.equal(losses["plain"], losses["recompute"])
-    for name, limit in {"accumulate": 1e-5, "compile": 1e-4, "bf16": 1e-2}.items():
+    torch.testing.assert_close(losses["compile"], losses["bf16"], rtol=2e-3, atol=0)
+    for name, limit in {"accumulate": 1e-5, "bf16": 1e-2}.items():
         torch.testing.assert_close(losses[name], losses["plain"], rtol=limit, atol=0)
     rows = [
         json.loads(line)

@@ -644,7 +644,7 @@ def test_compiled_blocks_are_compiled_once_and_agree():
     expected = run_steps(make_salt(3), 4, "bf16")
     salt = make_salt(3)
     for block in (*salt.student.blocks, *salt.predictor.blocks):
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, backend="aot_eager")  # with C++: test_stages' --compile on
     found = run_steps(salt, 1, "bf16")
     compiled = counters["frames"]["ok"], counters["stats"]["unique_graphs"]
     assert compiled == (2, 2)  # one for the student's blocks, one for the predictor's
@@ -667,7 +667,7 @@ def test_bench_compares_and_counts(tmp_path):
             "benchmarks/bench.py",
             "step",
             *"""--sizes tiny --batch_sizes 1 --rounds 3 --variants textbook,ours,loader
---depth 2 --predictor_depth 1 --predictor_dim 64 --no_memory --no_attention
+--depth 1 --predictor_depth 1 --predictor_dim 64 --no_memory --no_attention
 --clips 4 --dtype fp32""".split(),
             "--folder",
             str(tmp_path),
@@ -687,7 +687,7 @@ def test_bench_compares_and_counts(tmp_path):
         and "x the textbook's speed" in done.stdout
     )
     assert step["flops"] == budget.step_flops(
-        model.config_of_size("tiny", depth=2),
+        model.config_of_size("tiny", depth=1),
         {"dim": 64, "depth": 1, "dim_out": 768},
         [(352, 784), (112, 1088)],
     )

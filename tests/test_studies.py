@@ -27,7 +27,7 @@ def test_rows_are_of_this_train(name):
     for row_name, row in study.ROWS.items():
         assert {**study.REFERENCE, **row.flags}.keys() <= settings, row_name
         assert row.says and row.against in study.ROWS and row.latents in world.LATENTS
-        assert set(row.needs) <= world.LATENTS.keys()
+        assert set(map(world.latents_of, row.needs)) <= world.LATENTS.keys()
         for file, patches in row.patches.items():
             source = whole = (ROOT / file).read_text()
             for old, new in patches:
@@ -98,12 +98,12 @@ runpy.run_path(ROOT + "/studies/run.py", run_name="__main__")
 
 def test_what_is_there_is_skipped_and_what_changed_is_run_again(tmp_path):
     (tmp_path / "fake.py").write_text(f"ROOT = {str(ROOT)!r}" + FAKE)
-    words = "stall --rows reference,batch_16_lr_x4 --seeds 1,2 --out out --results .".split()
+    words = "--rows reference,batch_16_lr_x4 --seeds 1,2 --out out --results .".split()
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def study(*more):
+    def study(*more, name="stall"):
         done = subprocess.run(
-            [sys.executable, "fake.py", *words, *more],
+            [sys.executable, "fake.py", name, *words, *more],
             cwd=tmp_path,
             env=environ,
             capture_output=True,
@@ -119,9 +119,12 @@ def test_what_is_there_is_skipped_and_what_changed_is_run_again(tmp_path):
     count, said = study()
     assert count == 0 and "| batch_16_lr_x4 | reference | 0, 2 diverged |" in said
     assert study("--seeds", "3")[0] == 2 and study("--again", "--seeds", "3")[0] == 2
+    # what another study has of the same row
+    assert study("--rows", "reference,l1", name="compute")[0] == 2
     content = json.loads((tmp_path / "stall.json").read_text())
     content["runs"]["reference"]["1"]["of"] = "another row by this name"
     (tmp_path / "stall.json").write_text(json.dumps(content))
+    (tmp_path / "compute.json").unlink()
     assert study()[0] == 1
 
 

@@ -280,7 +280,7 @@ def test_training_without_semaphores(world, tmp_path):
 
 def test_the_probes_memory_does_not_grow_with_its_videos(world, tmp_path):
     """Clips of 2.4 MB, two a video: were they kept, 2,000 videos would take 9.6 GB."""
-    few, many = count(10, 200), count(50, 2000)
+    few, many = count(10, 100), count(50, 2000)
     for split, number in (("train", many), ("validation", 20)):
         (tmp_path / "data" / split).mkdir(parents=True)
         for i in range(number):

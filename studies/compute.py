@@ -1,0 +1,155 @@
+"""Study 2: what buys quality for the same compute? One change at a time from study 1's reference.
+
+Fixed before the first run: a change is ranked by the states of bodies that a linear head reads from
+300 labelled videos, against its reference, seed by seed, over seeds 1, 2, ..., beside the seconds
+of its training; a change that gives as much in fewer seconds is as good as one that gives more in
+as many. Rows named ..._same_seconds train for about as long as the reference, by the speed that a
+run of seed 0 had; two runs side by side slow each other, and seconds of one row differ by a tenth.
+What wins by more than its interval becomes the default or part of a recipe.
+"""
+
+from studies import stall
+from studies.world import Row
+
+REFERENCE = stall.REFERENCE
+
+# ---- model.py's lines, changed
+# CrossMAE's predictor (Fu et al. 2024, arXiv 2401.14391): a target attends to the context alone,
+# and the context goes through no block
+CROSS_ATTENTION = [
+    (
+        "class Predictor(nn.Module):\n",
+        '''def crossed(block, asked, seen):
+    """A block whose tokens `asked` [B, Kt, D] attend to `seen` [B, Kc, D] alone."""
+    attn, (of_q, of_k, of_v) = block.attn, block.attn.qkv.weight.chunk(3)
+
+    def heads(x):
+        return rearrange(x, "b n (h d) -> b h n d", h=attn.heads)
+
+    seen = block.norm1(seen)
+    q = heads(F.linear(block.norm1(asked), of_q, attn.q_bias))
+    k, v = heads(F.linear(seen, of_k)), heads(F.linear(seen, of_v, attn.v_bias))
+    found = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+    asked = asked + attn.proj(found)
+    return asked + block.fc2(block.fc1(block.norm2(asked)), of=ops.gelu_linear)
+
+
+class Predictor(nn.Module):
+''',
+    ),
+    (
+        "x = run_blocks(self.blocks, x, lengths, self.position.turned_by(index), self.recompute)",
+        "parts = x.split(sizes, dim=1)",
+    ),
+    (
+        "        targets = x.split(sizes, dim=1)[1::2]\n",
+        """        seen, targets = parts[::2], list(parts[1::2])
+        for block in self.blocks:
+            targets = [crossed(block, *pair) for pair in zip(targets, seen, strict=True)]
+""",
+    ),
+]
+# plain distillation: in training the predictor is not asked
+NOTHING_HIDDEN_IS_ASKED = [
+    (
+        "        counts = [drawn.context.shape[1] for drawn in masks]\n        tokens = []\n",
+        "        if torch.is_grad_enabled():\n"
+        "            return {SEEN: self.seen(context)}\n"
+        "        counts = [drawn.context.shape[1] for drawn in masks]\n        tokens = []\n",
+    ),
+    (
+        "    share = weight / len(predictions)\n    losses, errors = [], []\n"
+        "    for drawn in batch.masks:\n",
+        "    share = weight / max(1, len(predictions))\n"
+        "    losses, errors = [], [torch.zeros(3)]\n"
+        "    for drawn in batch.masks if predictions else ():\n",
+    ),
+]
+# where in the student the head hangs that tells what is at the context
+WITH_BLOCK_2 = [
+    (
+        "        return self.norm(run_blocks(self.blocks, x, lengths, turns, self.recompute))\n",
+        "        x = self.middle = run_blocks(self.blocks[:2], x, lengths, turns)\n"
+        "        return self.norm(run_blocks(self.blocks[2:], x, lengths, turns))\n",
+    ),
+    (
+        "        return self.predictor(context, masks)\n",
+        "        return self.predictor(context, masks, self.student.middle)\n",
+    ),
+    (
+        "    def forward(self, context, masks):\n",
+        "    def forward(self, context, masks, middle):\n",
+    ),
+]
+NORMED = "F.layer_norm(middle, middle.shape[-1:])"
+AT_BLOCK_2 = [*WITH_BLOCK_2, ("{SEEN: self.seen(context)}", f"{{SEEN: self.seen({NORMED})}}")]
+AT_BLOCKS_2_AND_4 = [
+    *WITH_BLOCK_2,
+    ("{SEEN: self.seen(context)}", f"{{SEEN: self.seen(torch.cat([context, {NORMED}], -1))}}"),
+    ("self.seen = Linear(dim_in, dim_out) if", "self.seen = Linear(2 * dim_in, dim_out) if"),
+]
+# ---- train.py's
+BUILT = "salt = model.build_salt(work.encoder, work.predictor)\n"
+FROM_TEACHER = [
+    (
+        BUILT,
+        BUILT + "salt.student.load_state_dict(model.load_encoder('NEEDED').state_dict())\n",
+    )
+]
+
+ROWS = {
+    "reference": Row("as in study 1", controls=True),
+    # ---- fewer targets
+    "targets_1_2": Row("as good, faster", {"targets": 0.5}),
+    "targets_1_4": Row("as good, faster", {"targets": 0.25}),
+    "targets_1_8": Row("R2 a little down, states as good", {"targets": 0.125}),
+    # ---- the predictor
+    "predictor_48": Row("R2 down, states as good", {"predictor_dim": 48}),
+    "predictor_192": Row("R2 up, states as good", {"predictor_dim": 192}),
+    "predictor_1": Row("R2 down, states as good", {"predictor_depth": 1}),
+    "predictor_4": Row("R2 up, states as good", {"predictor_depth": 4}),
+    "cross_attention": Row(
+        "as good, faster: few tokens are context", patches={"model.py": CROSS_ATTENTION}
+    ),
+    # ---- families
+    "masks_short_long": Row("R2 is of other masks; states as good", {"masks": "short,long"}),
+    "masks_short": Row(
+        "one family a clip: states a little down, for half the seconds",
+        {"masks": "short"},
+        against="masks_short_long",
+    ),
+    "masks_long": Row("likewise", {"masks": "long"}, against="masks_short_long"),
+    "masks_ratio_short": Row("a second family: states up", {"masks": "ratio,short"}),
+    # ---- positions, loss
+    "table3d": Row("R2 up in the same steps, states as good", {"positions": "table3d"}),
+    "rope": Row("likewise, more so", {"positions": "rope"}),
+    "l1": Row("as good", {"loss": "l1"}),
+    # ---- the loss at visible tokens
+    "no_context_loss": Row(
+        "states fall below untrained networks', R2 does not show it", {"context_loss": 0}
+    ),
+    "context_loss_0.1": Row("states between none and 1", {"context_loss": 0.1}),
+    "context_loss_0.3": Row("states a little below 1", {"context_loss": 0.3}),
+    "context_loss_3": Row("states up, R2 as good", {"context_loss": 3}),
+    "context_loss_at_block_2": Row(
+        "R2 up, states of the last block down", patches={"model.py": AT_BLOCK_2}
+    ),
+    "context_loss_at_blocks_2_and_4": Row(
+        "as at the last block alone", patches={"model.py": AT_BLOCKS_2_AND_4}
+    ),
+    "teacher_of_two_blocks": Row("states up, positions above all", latents="net_two_blocks"),
+    "distillation": Row(
+        "the context's latents alone, nothing hidden is asked: states as good, surprise at chance, "
+        "for a third of the seconds; its predictor is untrained",
+        patches={"model.py": NOTHING_HIDDEN_IS_ASKED},
+    ),
+    # ---- the student's first weights
+    "teacher_pixels": Row("a teacher of its own shape, as in study 1", latents="pixels_500"),
+    "student_from_teacher": Row(
+        "starts from its weights: R2 up, states up",
+        latents="pixels_500",
+        patches={"train.py": FROM_TEACHER},
+        needs=["teacher of pixels_500"],
+        against="teacher_pixels",
+    ),
+}
