@@ -142,6 +142,7 @@ ROWS = {
         "the context's latents alone, nothing hidden is asked: states as good, surprise at chance, "
         "for a third of the seconds; its predictor is untrained",
         patches={"model.py": NOTHING_HIDDEN_IS_ASKED},
+        predicts=False,
     ),
     # ---- the student's first weights
     "teacher_pixels": Row("a teacher of its own shape, as in study 1", latents="pixels_500"),

@@ -165,14 +165,18 @@ def run(row_name, seed):
     entry["gflop_a_clip"] = float(cost)
     checkpoint = next(folder.glob("checkpoints/run_*/last.pth"))
     lines = [json.loads(line) for line in open(checkpoint.parent / "metrics.jsonl")]
-    figures = ("loss", "r2", "grad_norm")
+    figures = ("step", "loss", "r2", "grad_norm", "r2_context")
     entry["curve"] = [[x["step"], round(x["val_r2"], 4)] for x in lines if "val_r2" in x]
-    entry["log"] = [[x["step"], *(round(x[f], 4) for f in figures)] for x in lines if "loss" in x]
-    comparable = world.has_the_space_of(study.REFERENCE, flags, row.latents)
+    entry["log"] = [[rounded(x.get(figure)) for figure in figures] for x in lines if "loss" in x]
+    comparable = row.predicts and world.has_the_space_of(study.REFERENCE, flags, row.latents)
     entry["measures"] = world.measured(checkpoint, row, comparable, folder, out, call)
     if not keep:
         shutil.rmtree(folder)
     return entry
+
+
+def rounded(figure):
+    return figure and round(figure, 4)
 
 
 def git(*words):

@@ -74,6 +74,7 @@ class Row(NamedTuple):
     patches: dict = {}  # {file: [(old, new)]} of the root's files: what the product must not offer
     needs: list = []  # what a patch reads as NEEDED: a training cache, `net`; `teacher of net`
     against: str = "reference"  # the row it is one change away from
+    predicts: bool = True  # its predictor is trained: R2 can stand beside the reference's
     controls: bool = False  # also measure untrained networks of its shape
 
 
