@@ -61,7 +61,10 @@ from tqdm import tqdm
 from studies import report, world
 
 results_file = Path(results) / f"{name}.json"
+# of train.py's log, in each run's "log"
+LOGGED = "step loss r2 grad_norm r2_context update_ratio feature_std effective_rank clipped".split()
 found = {
+    "log": LOGGED,
     "reference": study.REFERENCE,
     "says": {key: row.says for key, row in study.ROWS.items()},
     "runs": {},
@@ -165,9 +168,9 @@ def run(row_name, seed):
     entry["gflop_a_clip"] = float(cost)
     checkpoint = next(folder.glob("checkpoints/run_*/last.pth"))
     lines = [json.loads(line) for line in open(checkpoint.parent / "metrics.jsonl")]
-    figures = ("step", "loss", "r2", "grad_norm", "r2_context")
-    entry["curve"] = [[x["step"], round(x["val_r2"], 4)] for x in lines if "val_r2" in x]
-    entry["log"] = [[rounded(x.get(figure)) for figure in figures] for x in lines if "loss" in x]
+    entry["curve"] = [[x["step"], rounded(x["val_r2"])] for x in lines if "val_r2" in x]
+    log = [x for x in lines if "loss" in x]
+    entry["log"] = [[rounded(x.get(name)) for name in LOGGED] for x in log[:: len(log) // 25 or 1]]
     comparable = row.predicts and world.has_the_space_of(study.REFERENCE, flags, row.latents)
     entry["measures"] = world.measured(checkpoint, row, comparable, folder, out, call)
     if not keep:
