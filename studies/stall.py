@@ -34,6 +34,16 @@ REFERENCE = {
     "threads": 1,
 }
 
+# what train.py does where it is not told otherwise, by 2026-11
+DEFAULTS = {
+    "masks": "short,long",
+    "context_loss": 0,
+    "target_norm": "none",
+    "lr": 2e-4,
+    "weight_decay_end": 0.4,
+    "grad_clip": 0.02,
+}
+
 # ---- what the product must not offer, as changes to train.py's lines
 UPDATE = "    norm = optimiser.update(optimizer, parameters, grad_clip, meter.loss)"
 IN_BFLOAT16 = (
@@ -133,6 +143,17 @@ ROWS = {
     ),
     "weight_decay_end_0.2": Row("a little worse", {"weight_decay_end": 0.2}),
     "weight_decay_end_0.4": Row("worse: the decay of long runs", {"weight_decay_end": 0.4}),
+    "decay_of_70000_steps": Row(
+        "as many e-folds of decay, .9, as ten epochs of Something-Something v2 at train.py's own"
+        " lr, decay and batch: falls, stalls, rebounds",
+        {"weight_decay": 0.56, "weight_decay_end": 5.6},
+    ),
+    "decay_of_70000_steps_on_all": Row(
+        "worse: norms and biases shrink, too",
+        {"weight_decay": 0.56, "weight_decay_end": 5.6},
+        patches={"train.py": [DECAY_ON_ALL]},
+        against="decay_of_70000_steps",
+    ),
     **dict(rates(16, 0.25, 0.5, 2, 4)),
     **dict(rates(8, 0.5, 1, 2)),
     **dict(rates(72, 0.25, 0.5, 1, 2)),
@@ -174,6 +195,17 @@ ROWS = {
         {"max_steps": 2000, "eval_every": 200, "context_loss": 0},
         against="steps_x4",
     ),
+    "bfloat16_weights_x4": Row(
+        "the longer the run, the more of its small updates are lost",
+        {"max_steps": 2000, "eval_every": 200},
+        patches={"train.py": [IN_BFLOAT16]},
+        against="steps_x4",
+    ),
+    "product_defaults_x4": Row(
+        "stays at R2 0",
+        {**DEFAULTS, "max_steps": 2000, "eval_every": 200},
+        against="product_defaults",
+    ),
     "teacher_pixels_10": Row(
         "a teacher of 50 steps from pixels: little of the states to pass on", latents="pixels_50"
     ),
@@ -181,15 +213,23 @@ ROWS = {
     "teacher_pixels_100": Row(
         "500 steps: as good as 150, worse than ImageNet's EfficientNet", latents="pixels_500"
     ),
-    "product_defaults": Row(
-        "stalls at R2 0: what train.py's defaults make of this run",
-        {
-            "masks": "short,long",
-            "context_loss": 0,
-            "target_norm": "none",
-            "lr": 2e-4,
-            "weight_decay_end": 0.4,
-            "grad_clip": 0.02,
-        },
+    "product_defaults": Row("stalls at R2 0: what train.py's defaults make of this run", DEFAULTS),
+    "product_defaults_but_lr": Row(
+        "most of the difference: R2 above 0",
+        {**DEFAULTS, "lr": REFERENCE["lr"]},
+        against="product_defaults",
+    ),
+    "product_defaults_but_context_loss": Row(
+        "most of the states, R2 as it was",
+        {**DEFAULTS, "context_loss": 1.0},
+        against="product_defaults",
+    ),
+    "product_defaults_but_target_norm": Row(
+        "R2 of another space; states as they were",
+        {**DEFAULTS, "target_norm": "layer_norm"},
+        against="product_defaults",
+    ),
+    "product_defaults_but_masks": Row(
+        "R2 up, states as they were", {**DEFAULTS, "masks": "ratio"}, against="product_defaults"
     ),
 }
