@@ -17,7 +17,7 @@ import math
 import os
 from typing import Literal
 
-from salt import config, runs
+from salt import config, recipes, runs
 
 # ----------------------------------------------------------------------------------------- settings
 split = "train"  # list to train on where there is no cache
@@ -59,18 +59,17 @@ seed: int = 0  # of weights, masks and order
 eval_seed: int = 1  # of the masks in held-out evaluation
 eval_every: int | None = None  # steps between held-out evaluations [once an epoch]
 val_batches: int = 20  # batches an evaluation
-# training clips that give R2's per-position mean where the cache has none
-stats_clips: int = 256
+stats_clips: int = 256  # training clips that give R2's mean by position where the cache has none
 # training clips that look-up, a dumb predictor to measure R2 from, chooses among; 0 is off
 lookup_clips: int = 2000
 # -- may change on --resume
+recipe: str | None = None  # a set of the settings above, of salt/recipes.py; other flags win
 # auto (the furthest whole checkpoint of this run_name; afresh where there is none), or a run's
 # name, folder, log or last.pth
 resume: str | None = None
 run_name = "salt"  # first part of <run>
 cache: str | None = None  # latent cache of the training split, made by cache_latents.py
-# cache of held-out videos under the same view and teacher: R2 is measured on it
-val_cache: str | None = None
+val_cache: str | None = None  # of held-out videos, same view and teacher: R2 is measured on it
 data: str | None = None  # data folder; needed where the cache holds no clips
 splits_dir: str | None = None  # folder of the lists, where it is not the data folder
 # without cached latents: run this teacher, what cache_latents.py --teacher takes, on the fly
@@ -114,6 +113,7 @@ run_logs = "run_logs"  # folder of logs
 # -------------------------------------------------------------------------------------------------
 settings = config.apply(
     globals(),
+    recipes=recipes.RECIPES,
     least=dict.fromkeys(
         """frames resolution patch depth predictor_depth predictor_dim predictor_heads batch_size
         epochs max_steps accumulate eval_every val_batches stats_clips save_every log_every

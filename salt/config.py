@@ -266,14 +266,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def apply(scope, argv=None, environ=None, least=None, positional=None):
+def apply(scope, argv=None, environ=None, least=None, positional=None, recipes=None):
     """Override the settings in `scope` (a script's globals()) from the environment and the command
     line, in place.
 
     least: {name: smallest value allowed}; positional: the list setting that words without a flag go
-    to. Returns the Settings. Each value taken from the environment is printed. Raises InputError on
-    an unknown flag (naming the nearest), a missing value, one of the wrong type or one too small.
-    Installs the one-line error report.
+    to; recipes: {name: {setting: value, or a function of the settings that gives one}}, of which
+    the setting `recipe` names one: what is given nowhere else. Returns the Settings. Each value
+    taken from the environment is printed. Raises InputError on an unknown flag (naming the
+    nearest), a missing value, one of the wrong type or one too small. Installs the one-line error
+    report.
     """
     sys.excepthook = report_in_one_line
     path = scope["__file__"]
@@ -288,6 +290,7 @@ def apply(scope, argv=None, environ=None, least=None, positional=None):
     comments = {name: comment for name, (_, comment) in found.items()}
     words = sys.argv[1:] if argv is None else argv
     flags = read_flags(make_parser(scope, kinds, comments, positional), words, kinds, positional)
+    given.clear()
     for name, kind in kinds.items():
         variable = name.upper()
         if name in flags:
@@ -300,12 +303,26 @@ def apply(scope, argv=None, environ=None, least=None, positional=None):
         else:
             continue
         given.add(name)
+    for name, value in of_recipe(scope, recipes).items():
+        if name not in given:
+            scope[name] = value(scope) if callable(value) else value
     for line in unknown_in_environment(kinds, environ):
         print(line, flush=True)
     for name, value in (least or {}).items():
         if scope[name] is not None and not scope[name] >= value:
             raise InputError(f"{name} is {scope[name]}; it must be at least {value}")
     return Settings({name: scope[name] for name in kinds})
+
+
+def of_recipe(scope, recipes):
+    """The values of the recipe that the settings name."""
+    name = scope["recipe"] if recipes else None
+    if name is None:
+        return {}
+    if name not in recipes:
+        near = nearest(name, recipes)
+        raise InputError(f"--recipe {name!r} is none of {', '.join(recipes)}{near}")
+    return recipes[name]
 
 
 def check_file(scope, kinds):

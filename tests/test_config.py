@@ -28,13 +28,14 @@ shuffle = True                  # mix
 kind: Literal["mse", "l1"] = "mse"  # loss
 betas = (0.9, 0.95)             # AdamW
 paths: list[str] = []           # files
+recipe: str | None = None       # a set of the others
 settings = config.apply(globals())
 later = 3                       # not a setting
 print(settings)
 '''
 
 
-def apply(tmp_path, *argv, positional=None, **environ):
+def apply(tmp_path, *argv, positional=None, recipes=None, **environ):
     (tmp_path / "script.py").write_text(SCRIPT)
     scope = {"__file__": str(tmp_path / "script.py"), "config": config}
     exec(
@@ -48,7 +49,8 @@ def apply(tmp_path, *argv, positional=None, **environ):
     scope.pop("__annotations__", None)  # newer Pythons keep none in globals()
     hook = sys.excepthook
     try:
-        settings = config.apply(scope, list(argv), environ, {"epochs": 1, "steps": 1}, positional)
+        least = {"epochs": 1, "steps": 1}
+        settings = config.apply(scope, list(argv), environ, least, positional, recipes)
     finally:
         sys.excepthook = hook
     assert all(scope[name] == value for name, value in settings.items()) and "later" not in settings
@@ -84,6 +86,16 @@ def test_flags(tmp_path, argv, name, value):
     settings = apply(tmp_path, *argv)
     assert settings[name] == value and type(settings[name]) is type(value)
     assert {key for key in settings if settings[key] != apply(tmp_path)[key]} <= {name}
+
+
+def test_a_recipe_gives_what_is_given_nowhere_else(tmp_path):
+    recipes = {"some": {"lr": lambda s: s["epochs"] / 100, "kind": "l1", "steps": 9}}
+    told = apply(tmp_path, "--recipe", "some", "--epochs", "3", recipes=recipes, STEPS="4")
+    assert (told["lr"], told["kind"], told["steps"]) == (0.03, "l1", 4)
+    plain = apply(tmp_path, recipes=recipes)
+    assert plain["kind"] == "mse"
+    with pytest.raises(InputError, match="'sone' is none of some; did you mean some"):
+        apply(tmp_path, "--recipe", "sone", recipes=recipes)
 
 
 @pytest.mark.parametrize(

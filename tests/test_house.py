@@ -29,7 +29,7 @@ BUDGETS = {
     "salt.checkpoint": 90,
     "salt.clips": 120,
     "salt.comparison": 140,
-    "salt.config": 380,
+    "salt.config": 400,
     "salt.containers": 235,
     "salt.errors": 90,
     "salt.extension": 230,
@@ -53,6 +53,7 @@ BUDGETS = {
     "salt.probed": 315,
     "salt.probing": 410,
     "salt.ranks": 290,
+    "salt.recipes": 60,
     "salt.refusals": 100,
     "salt.rows": 100,
     "salt.run": 250,
@@ -81,7 +82,7 @@ BUDGETS = {
 # Imports run one way: a file imports from the rows above its own, or from its own row.
 ROWS = [
     "salt.errors salt",
-    "salt.config salt.files salt.extension",
+    "salt.config salt.files salt.extension salt.recipes",
     "salt.ops salt.optimiser",
     "salt.masks salt.rows",
     "salt.views salt.torch_files salt.positions",
