@@ -8,8 +8,10 @@ run of seed 0 had; two runs side by side slow each other, and seconds of one row
 What wins by more than its interval becomes the default or part of a recipe.
 """
 
-from studies import stall
+from studies import report, stall
 from studies.world import Row
+
+LAST_PANEL = report.against_seconds
 
 REFERENCE = stall.REFERENCE
 
@@ -120,6 +122,11 @@ ROWS = {
     ),
     "masks_long": Row("likewise", {"masks": "long"}, against="masks_short_long"),
     "masks_ratio_short": Row("a second family: states up", {"masks": "ratio,short"}),
+    # ---- smaller batches of as many clips: study 1's first seed had R2 .14 at batch 8, lr x2
+    **{
+        name: Row("R2 up by as many more steps, states a little", row.flags)
+        for name, row in [*stall.rates(8, 1, 2), *stall.rates(4, 1, 2), *stall.rates(2, 1, 2)]
+    },
     # ---- positions, loss
     "table3d": Row("R2 up in the same steps, states as good", {"positions": "table3d"}),
     "rope": Row("likewise, more so", {"positions": "rope"}),

@@ -13,7 +13,7 @@ from scipy import stats
 from salt.files import write_whole
 
 RANKED = "states, 300 labels"
-SHOWN = ("R2", "states, 30 labels", RANKED, "surprise, own masks", "surprise, future masks")
+SHOWN = ("R2", "states, 30 labels", RANKED, "positions, 300 labels", "surprise, future masks")
 CHOSEN_BY = "0"  # the seed that settings were chosen by, of which nothing is shown
 
 
@@ -82,8 +82,32 @@ def lines(study, runs):
             yield f"| untrained, mean of 3 | | {len(entries)} | {cells} | |"
 
 
+def worst_curves(runs, names, axis):
+    """A panel: held-out R2 in training of the four worst rows."""
+    for name in ["reference", *names[:4]]:
+        entry = next(iter(trained(runs, name).values()))
+        steps, figures = zip(*entry["curve"])
+        style = {"color": "black"} if name == "reference" else {}
+        axis.plot(np.array(steps) / max(1, steps[-1]), figures, label=name, **style)
+    axis.set_title("held-out R2 in training, of the run's own masks and space", fontsize=9)
+    axis.set_xlabel("share of the steps")
+    axis.set_ylim(-0.3, None)
+    axis.legend(fontsize=8)
+
+
+def against_seconds(runs, names, axis):
+    """A panel: what is ranked, against seconds of training."""
+    for name in ["reference", *names]:
+        seconds = np.mean([entry["seconds"] for entry in trained(runs, name).values()])
+        place = seconds, np.mean(list(values_of(runs, name, RANKED).values()))
+        axis.plot(*place, "o", color="black" if name == "reference" else "C0", markersize=4)
+        axis.annotate(name, place, xytext=(4, 2), textcoords="offset points", fontsize=6)
+    axis.set_title(RANKED, fontsize=9)
+    axis.set_xlabel("seconds of training, one thread")
+
+
 def show(study, runs, path):
-    """Print the table and draw it, with the training loss of the four worst rows."""
+    """Print the table and draw it."""
     for line in lines(study, runs):
         print(line)
     names = [name for name in ranked(study, runs) if name != "reference" and trained(runs, name)]
@@ -105,15 +129,7 @@ def show(study, runs, path):
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set_title(f"{measure},\nminus the reference", fontsize=9)
         axis.set_yticks(range(len(names)), labels if axis is axes[0] else [], fontsize=8)
-    for name in ["reference", *names[:4]]:
-        entry = next(iter(trained(runs, name).values()))
-        steps, figures = zip(*entry["curve"])
-        style = {"color": "black"} if name == "reference" else {}
-        axes[3].plot(np.array(steps) / max(1, steps[-1]), figures, label=name, **style)
-    axes[3].set_title("held-out R2 in training, of the run's own masks and space", fontsize=9)
-    axes[3].set_xlabel("share of the steps")
-    axes[3].set_ylim(-0.3, None)
-    axes[3].legend(fontsize=8)
+    study.LAST_PANEL(runs, names, axes[3])
     figure.tight_layout()
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)

@@ -11,7 +11,10 @@ R2, held out, stands beside it where masks, latents and their space are the refe
 surprise.
 """
 
+from studies import report
 from studies.world import Row
+
+LAST_PANEL = report.worst_curves
 
 REFERENCE = {
     "size": "tiny",

@@ -55,13 +55,17 @@ def test_differences_are_of_the_same_seeds(tmp_path):
     mean, half = report.difference(runs, "once", "reference", "R2") or (0.0, 0.0)
     assert mean == pytest.approx(0.3) and math.isnan(half)
     assert report.difference(runs, "never", "reference", "R2") is None
-    study = types.SimpleNamespace(ROWS={name: world.Row("as said") for name in runs})
+    rows = {name: world.Row("as said") for name in runs}
+    study = types.SimpleNamespace(ROWS=rows, LAST_PANEL=report.worst_curves)
     assert report.ranked(study, runs) == ["reference", "worse", "once"]
     _, _, reference, worse, once = report.lines(study, runs)
     assert "(-0.100 ± 0.025)*" in worse and "(+0.300)" in once and "*" not in reference + once
     assert "| 1, 1 diverged |" in once
     report.show(study, runs, tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    study.LAST_PANEL = report.against_seconds
+    report.show(study, runs, tmp_path / "other.png")
+    assert (tmp_path / "other.png").read_bytes() != (tmp_path / "study.png").read_bytes()
 
 
 FAKE = """
