@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Literal
 
-from salt import config, errors
+from salt import config, errors, given_paths
 from salt.errors import InputError, VideoError
 
 # ----------------------------------------------------------------------------------------- settings
@@ -75,7 +75,7 @@ settings = config.apply(
         1,
     ),
 )
-config.check_paths(
+given_paths.check(
     data=data,
     cache=[path for path in (clips_from, verify, *merge) if path],
     teacher=None if teacher.lower() == "none" else teacher,

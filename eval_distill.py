@@ -18,7 +18,7 @@ import math
 import os
 from typing import Literal
 
-from salt import config, errors, runs
+from salt import config, errors, given_paths, runs
 from salt.errors import InputError
 from salt.files import prepare_file, write_whole
 
@@ -49,7 +49,7 @@ out: str | None = None  # JSON file for the results
 settings = config.apply(
     globals(), least={"max_batches": 1, "batch_size": 1, "threads": 1, "eval_seed": 0}
 )
-config.check_paths(cache=cache, data=data, train_cache=train_cache, teacher=teacher)
+given_paths.check(cache=cache, data=data, train_cache=train_cache, teacher=teacher)
 paths = [runs.checkpoint_of(word) for word in checkpoint]
 
 import numpy as np  # after the settings: --help and a mistyped flag answer at once

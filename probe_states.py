@@ -17,7 +17,7 @@ import math
 import os
 from typing import Literal
 
-from salt import config, runs
+from salt import config, given_paths, runs
 from salt.errors import InputError, VideoError
 from salt.files import prepare_file, write_whole
 
@@ -57,7 +57,7 @@ settings = config.apply(
     )
     | dict.fromkeys("untrained_seeds seed ahead".split(), 0),
 )
-config.check_paths(data=data, teacher=teacher)
+given_paths.check(data=data, teacher=teacher)
 paths = [runs.checkpoint_of(word) for word in checkpoint]
 
 import numpy as np  # after the settings, so that --help and a mistyped flag answer at once

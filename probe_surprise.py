@@ -30,7 +30,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from salt import config, runs
+from salt import config, given_paths, runs
 from salt.errors import InputError, VideoError
 from salt.files import prepare_file, write_whole
 
@@ -56,7 +56,7 @@ settings = config.apply(
     globals(),
     least={"draws": 1, "untrained_seeds": 0, "batch_size": 2, "seed": 0, "threads": 1},
 )
-config.check_paths(data=data, teacher=teacher)
+given_paths.check(data=data, teacher=teacher)
 paths = [runs.checkpoint_of(word) for word in checkpoint]
 
 import numpy as np  # after the settings, so that --help and a mistyped flag answer at once

@@ -14,7 +14,7 @@ import math
 import os
 from typing import Literal
 
-from salt import alive, config, runs
+from salt import alive, config, given_paths, runs
 from salt.errors import InputError
 from salt.files import prepare_file, write_whole
 
@@ -58,7 +58,7 @@ settings = config.apply(
     least=dict.fromkeys("train_videos val_videos epochs batch_size threads".split(), 1)
     | {"untrained_seeds": 0, "folds": 2, "seed": 0, "poll_seconds": 0.1},
 )
-config.check_paths(data=data, teacher=teacher)
+given_paths.check(data=data, teacher=teacher)
 checkpoint_path = (
     runs.checkpoint_of(checkpoint, checkpoints=checkpoints, run_logs=run_logs)
     if checkpoint

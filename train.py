@@ -17,7 +17,7 @@ import math
 import os
 from typing import Literal
 
-from salt import config, recipes, runs
+from salt import config, given_paths, recipes, runs
 
 # ----------------------------------------------------------------------------------------- settings
 split = "train"  # list to train on where there is no cache
@@ -127,7 +127,7 @@ settings = config.apply(
     )
     | {"matrix_rate": 1e-6},
 )
-config.check_paths(cache=cache, val_cache=val_cache, data=data, teacher=teacher)
+given_paths.check(cache=cache, val_cache=val_cache, data=data, teacher=teacher)
 if resume not in (None, "auto", ""):
     runs.to_resume(resume, checkpoints, run_logs)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from model import SIZES, build_encoder, cast_matrices, encoder_of_folder, plain, student_of
-from salt import config
+from salt import given_paths
 from salt.cache_format import agree_on
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
@@ -30,7 +30,7 @@ def load_teacher(path, device="cpu", dtype="fp32"):
     or, of `file.py:function`, the UserTeacher of what that returns, which computes as it likes.
     Raises InputError, naming what does not fit.
     """
-    file, function = config.in_a_file(path)
+    file, function = given_paths.in_a_file(path)
     if file:
         return user_teacher(file, function, device)
     path = Path(path).expanduser()
@@ -51,7 +51,7 @@ def load_teacher(path, device="cpu", dtype="fp32"):
             found = from_file(path, read_videomae, saved, path, heads_of)
             encoder = build_encoder(path, *found)
     else:
-        raise InputError(config.NOT_THERE["teacher"].format(path))
+        raise InputError(given_paths.NOT_THERE["teacher"].format(path))
     encoder.name, encoder.sha256 = path.name, sha256(file)
     c = plain(encoder.config)
     encoder.identity = {

@@ -29,7 +29,7 @@ BUDGETS = {
     "salt.checkpoint": 90,
     "salt.clips": 120,
     "salt.comparison": 140,
-    "salt.config": 400,
+    "salt.config": 345,
     "salt.containers": 235,
     "salt.errors": 90,
     "salt.extension": 230,
@@ -37,6 +37,7 @@ BUDGETS = {
     "salt.files": 70,
     "salt.folders": 180,
     "salt.frames": 120,
+    "salt.given_paths": 90,
     "salt.health": 165,
     "salt.heldout": 170,
     "salt.journal": 310,
@@ -82,7 +83,7 @@ BUDGETS = {
 # Imports run one way: a file imports from the rows above its own, or from its own row.
 ROWS = [
     "salt.errors salt",
-    "salt.config salt.files salt.extension salt.recipes",
+    "salt.config salt.files salt.extension salt.recipes salt.given_paths",
     "salt.ops salt.optimiser",
     "salt.masks salt.rows",
     "salt.views salt.torch_files salt.positions",
