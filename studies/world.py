@@ -22,6 +22,7 @@ KINDS = {  # of states, by the names that probe_states.py gives them
     "velocities": [f"{colour} {value}" for colour in COLOURS for value in ("vx", "vy")],
     "displacements": [f"change of {colour} {value}" for colour in COLOURS for value in ("x", "y")],
 }
+SOURCES = {"student": "", "untrained, mean of 3": "untrained: ", "teacher": "teacher: "}
 making = threading.Lock()
 # stage 1 of the reference's student: a teacher of the videos' own pixels
 STAGE_1 = {
@@ -62,6 +63,7 @@ LATENTS = {
     "pixels_50": Latents({"dtype": "fp32"}, stage_1={**STAGE_1, "max_steps": 50}),
     "pixels_150": Latents({"dtype": "fp32"}, stage_1={**STAGE_1, "max_steps": 150}),
     "pixels_500": Latents({"dtype": "fp32"}, stage_1={**STAGE_1, "max_steps": 500}),
+    "pixels_2000": Latents({"dtype": "fp32"}, stage_1={**STAGE_1, "max_steps": 2000}),
 }
 
 
@@ -76,6 +78,7 @@ class Row(NamedTuple):
     against: str = "reference"  # the row it is one change away from
     predicts: bool = True  # its predictor is trained: R2 can stand beside the reference's
     controls: bool = False  # also measure untrained networks of its shape
+    whole: bool = False  # and its teacher, and by more probes: actions, direction of time
 
 
 def recipe(name):
@@ -166,9 +169,26 @@ def measured(checkpoint, row, comparable, folder, out, call):
     on 3x3 cells, from 30 and 300 labelled videos: their mean, that of where bodies are, of how
     fast they are, of how far they will go in a second; the share of pairs of which the impossible
     twin surprises more, under the run's own masks (of two families the first) and under `future`.
-    With the row's controls the same of untrained networks.
+    With the row's controls the same of untrained networks; where it is a whole one, of its teacher,
+    too, and accuracy at which action a video shows and at its direction of time.
     """
     found = {}
+    given, controls = teacher(row.latents, out, call), row.controls or row.whole
+    how = {"dtype": "fp32", "threads": 1, "seed": SEED, "untrained_seeds": 3 * controls}
+
+    def probe(script, **flags):
+        path = folder / f"{script}.json"
+        call(folder, f"{script}.py", checkpoint=checkpoint, out=path, **how, **flags)
+        return json.loads(path.read_text())
+
+    def take(table, column, measure, figure):
+        """Of the student, and of what is to be measured beside it and stands in the table."""
+        for source, prefix in SOURCES.items():
+            if source == "student" or source in table and controls:
+                cell = table[source][column]
+                value = {"value": cell[figure], "ci95": cell["ci95"]}
+                found.setdefault(prefix + measure, value)
+
     call(
         folder,
         "eval_distill.py",
@@ -180,47 +200,25 @@ def measured(checkpoint, row, comparable, folder, out, call):
     (own,) = json.loads((folder / "eval.json").read_text())["results"]
     found["R2" if comparable else "own R2"] = {"value": own["r2"], "ci95": own["r2_ci95"]}
     found["R2 over the best dumb predictor"] = {"value": own["r2_over_best"]}
-    data, controls = videos(VIDEOS, out, call), row.controls
-    how = {"checkpoint": checkpoint, "dtype": "fp32", "untrained_seeds": 3 * controls, "seed": SEED}
-    call(
-        folder,
-        "probe_states.py",
-        data=data,
-        train_videos=300,
-        labels=[30, 300],
-        draws=3,
-        heads="grid",
-        clips_a_video=1,
-        pixels=controls,
-        threads=1,
-        out=folder / "states.json",
-        **how,
-    )
-    call(
-        folder,
-        "probe_surprise.py",
-        data=data / "twins",
-        teacher=teacher(row.latents, out, call),
-        threads=1,
-        out=folder / "surprise.json",
-        **how,
-    )
-    states, surprise = (
-        json.loads((folder / f"{part}.json").read_text()) for part in ("states", "surprise")
-    )
-    sources = (
-        {"student": "", "untrained, mean of 3": "untrained: "} if controls else {"student": ""}
-    )
-    for source, prefix in sources.items():
-        for column, cell in states["table"][source].items():
-            measure = f"{prefix}states, {column.split(', ')[1]} labels"
-            found[measure] = {"value": cell["R2"], "ci95": cell["ci95"]}
-            values = states["R2_of_each_value"][source][column]
-            for kind, names in KINDS.items():
-                mean = sum(values[value] for value in names) / len(names)
-                found[measure.replace("states", kind)] = {"value": round(mean, 4)}
-        for kind, of_groups in surprise["shares"][source].items():
-            measure = f"{prefix}surprise, {kind if kind == 'future' else 'own'} masks"
-            cell = of_groups["all"]
-            found.setdefault(measure, {"value": cell["share"], "ci95": cell["ci95"]})
+    data = videos(VIDEOS, out, call)
+    beside = {"teacher": given} if row.whole else {}
+    few = {"data": data, "train_videos": 300, "heads": "grid", "pixels": controls, **beside}
+    states = probe("probe_states", labels=[30, 300], draws=3, clips_a_video=1, **few)
+    for labels in (30, 300):
+        take(states["table"], f"grid, {labels}", f"states, {labels} labels", "R2")
+        values = states["R2_of_each_value"]
+        for source, prefix in SOURCES.items():
+            if f"{prefix}states, {labels} labels" in found:
+                of_each = values[source][f"grid, {labels}"]
+                for kind, names in KINDS.items():
+                    mean = sum(of_each[value] for value in names) / len(names)
+                    found[f"{prefix}{kind}, {labels} labels"] = {"value": round(mean, 4)}
+    surprise = probe("probe_surprise", data=data / "twins", teacher=given)["shares"]
+    for kind in surprise["student"]:
+        shares = {source: {"all": of_masks[kind]["all"]} for source, of_masks in surprise.items()}
+        take(shares, "all", f"surprise, {kind if kind == 'future' else 'own'} masks", "share")
+    if row.whole:
+        take(probe("probe_labels", **few)["table"], "grid", "actions", "accuracy")
+        few |= {"train_videos": 1000, "heads": "mean"}
+        take(probe("probe_time_arrow", **few)["table"], "mean", "direction of time", "accuracy")
     return found

@@ -1,0 +1,27 @@
+"""Study 4: the whole method, four times as long as the other studies' runs. What are a teacher from
+pixels and its student worth beside a teacher that has seen ImageNet and its students, and beside
+untrained networks, by every probe? Does a student beat its teacher?
+
+Hypotheses, fixed before the first run: a student knows about as much of states as its teacher,
+within the interval, and of the direction of time more than EfficientNet, which sees single frames;
+students of EfficientNet know more than those of pixels; twice the width adds little.
+"""
+
+from studies import report, stall
+from studies.world import Row
+
+LAST_PANEL = report.against_seconds
+REFERENCE = {**stall.REFERENCE, "max_steps": 2000, "eval_every": 200}
+
+ROWS = {
+    "reference": Row("a student of EfficientNet: as good as its teacher", whole=True),
+    "width_384": Row(
+        "a student twice as wide: R2 up, states a little", {"size": "small"}, whole=True
+    ),
+    "student_of_pixels": Row(
+        "a student of a teacher of its own shape, of as many steps from pixels: better than that"
+        " teacher, worse than EfficientNet's student",
+        latents="pixels_2000",
+        whole=True,
+    ),
+}
