@@ -20,10 +20,10 @@ from typing import Literal
 from salt import config, given_paths, recipes, runs
 
 # ----------------------------------------------------------------------------------------- settings
+recipe: str | None = None  # a set of settings out of salt/recipes.py; what is given besides wins
 split = "train"  # list to train on where there is no cache
 target: Literal["latents", "pixels"] = "latents"  # what is predicted; pixels is stage 1
-# pixels of a patch's side, likewise [the teacher's, else 16; giant: 14]
-patch: int | None = None
+patch: int | None = None  # pixels of a patch's side [the teacher's, else 16; giant: 14]
 size = "large"  # student: tiny, small, base, large, huge or giant
 depth: int | None = None  # student blocks, where not those of its size
 predictor_depth: int = 12  # predictor blocks
@@ -35,8 +35,8 @@ positions: Literal["table", "table3d", "rope"] = "table"
 masks: list[Literal["short", "long", "ratio"]] = ["short", "long"]
 targets: float = 1.0  # share of a family's target tokens that is predicted, drawn at random
 loss: Literal["mse", "l1", "smooth_l1"] = "mse"  # error of a prediction (pixels: mse)
-# weight of the same loss on the visible tokens, by a linear head on the student; 0 is off
-context_loss: float = 0.0
+# weight of the same loss on the visible tokens, by a linear head on the student [1; pixels: 0]
+context_loss: float | None = None
 # of latents; standardise is by position and channel
 target_norm: Literal["none", "layer_norm", "standardise"] = "none"
 vicreg_variance: float = 0.0  # weight of VICReg's variance penalty on the predictions; 0 is off
@@ -63,7 +63,6 @@ stats_clips: int = 256  # training clips that give R2's mean by position where t
 # training clips that look-up, a dumb predictor to measure R2 from, chooses among; 0 is off
 lookup_clips: int = 2000
 # -- may change on --resume
-recipe: str | None = None  # a set of the settings above, of salt/recipes.py; other flags win
 # auto (the furthest whole checkpoint of this run_name; afresh where there is none), or a run's
 # name, folder, log or last.pth
 resume: str | None = None
@@ -114,6 +113,7 @@ run_logs = "run_logs"  # folder of logs
 settings = config.apply(
     globals(),
     recipes=recipes.RECIPES,
+    left_open=recipes.LEFT_OPEN,
     least=dict.fromkeys(
         """frames resolution patch depth predictor_depth predictor_dim predictor_heads batch_size
         epochs max_steps accumulate eval_every val_batches stats_clips save_every log_every
@@ -197,7 +197,7 @@ if run.saved:
 
 # ---- batches, with what of them a step looks at
 clips_a_pass = batch_size // world // accumulate
-wanted = rows_to_read(target, work.teacher, context=context_loss > 0) | {"share": targets}
+wanted = rows_to_read(target, work.teacher, context=settings.context_loss > 0) | {"share": targets}
 rows_held_out = rows_to_read(target, context=True)
 reading = {"threads": threads, "device": place}
 
@@ -285,7 +285,7 @@ def resumable_state(step):
 
 def loss_of(network, batch, weight=1.0):
     penalties = vicreg_variance, vicreg_covariance
-    return model.salt_loss(network, batch, space, loss, weight, *penalties, context_loss)
+    return model.salt_loss(network, batch, space, loss, weight, *penalties, settings.context_loss)
 
 
 @torch.compiler.set_stance("force_eager")

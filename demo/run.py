@@ -167,7 +167,6 @@ stage(
     cache=folder / "latents_train",
     val_cache=folder / "latents_validation",
     target_norm="layer_norm" if teacher == "efficientnet" else "none",
-    context_loss=1.0,  # without it cells tell less than an untrained encoder's: docs/RESULTS.md
     run_name="student",
     **small,
 )

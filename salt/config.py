@@ -7,8 +7,8 @@ calls `apply(globals())`:
     cache: str | None = None # folder made by cache_latents.py
 
 `--epochs 10`, `--epochs=10` and `EPOCHS=10` in the environment all set `epochs`; command line over
-environment over file. A value is checked against the annotation (`str | None`, `Literal["a", "b"]`,
-`list[str]`) or else the default's type.
+environment over recipe (recipes.py) over file. A value is checked against the annotation
+(`str | None`, `Literal["a", "b"]`, `list[str]`) or else the default's type.
 """
 
 import argparse
@@ -215,14 +215,17 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def apply(scope, argv=None, environ=None, least=None, positional=None, recipes=None):
+def apply(
+    scope, argv=None, environ=None, least=None, positional=None, recipes=None, left_open=None
+):
     """Override the settings in `scope` (a script's globals()) from the environment and the command
     line, in place.
 
     least: {name: smallest value allowed}; positional: the list setting that words without a flag go
     to; recipes: {name: {setting: value, or a function of the settings that gives one}}, of which
-    the setting `recipe` names one: what is given nowhere else. Returns the Settings. Each value
-    taken from the environment is printed. Raises InputError on an unknown flag (naming the
+    the setting `recipe` names one: what is given nowhere else; left_open: {setting: function of
+    the settings}, for what is None in the end. Returns the Settings. Each value taken from the
+    environment is printed. Raises InputError on an unknown flag (naming the
     nearest), a missing value, one of the wrong type or one too small. Installs the one-line error
     report.
     """
@@ -253,8 +256,13 @@ def apply(scope, argv=None, environ=None, least=None, positional=None, recipes=N
             continue
         given.add(name)
     for name, value in of_recipe(scope, recipes).items():
+        value = value(scope) if callable(value) else value
+        if name not in kinds or not fits(value, kinds[name]):
+            raise InputError(f"--recipe {scope['recipe']}: there is no setting {name} = {value!r}")
         if name not in given:
-            scope[name] = value(scope) if callable(value) else value
+            scope[name] = value
+    for name, value in (left_open or {}).items():
+        scope[name] = value(scope) if scope[name] is None else scope[name]
     for line in unknown_in_environment(kinds, environ):
         print(line, flush=True)
     for name, value in (least or {}).items():

@@ -14,8 +14,7 @@ def update(optimizer, parameters, clip, loss=None):
     device, so that nothing waits. Gradients are dropped. Returns the norm before clipping, float32
     scalar.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     if hasattr(norm, "full_tensor"):
         sharded: Any = norm
         norm = sharded.full_tensor()  # of FSDP2's shards

@@ -12,9 +12,15 @@ def of_latents(value, of_pixels):
     return lambda s: of_pixels if s["target"] == "pixels" else value
 
 
+# what is left open at the top of train.py
+LEFT_OPEN = {
+    # states of bodies, R2: .098 with it, .002 without (docs/PLATEAU.md)
+    "context_loss": of_latents(1.0, 0.0),
+}
 RECIPES = {
-    # the paper's (arXiv 2509.24317) as notes on it give them, where it is another thing than the
-    # default; crops are made by cache_latents.py --views N, its warm-up is 4 % of its steps
+    # the paper's (arXiv 2509.24317) as notes on it give them. What is not the paper's: its batch of
+    # 3072; a warm-up of 4 % of the steps from a third of the rate; random crops of scale .3 - 1 and
+    # aspect .75 - 1.35, for which cache_latents.py --views stands in with moved squares
     "salt": {
         "masks": ["short", "long"],
         "loss": of_latents("l1", "mse"),

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from salt.files import write_whole
+from studies import world
 
 RANKED = "states, 300 labels"
 SHOWN = ("R2", "states, 30 labels", RANKED, "positions, 300 labels", "surprise, future masks")
@@ -43,48 +44,63 @@ def difference(runs, row, against, measure):
     return float(both.mean()), float(half)
 
 
+def to_compare(study, runs, row, against, measure):
+    """`difference`, or None where the two have another R2."""
+    if measure == "R2" and not world.comparable(study, row, against):
+        return None
+    return difference(runs, row, against, measure)
+
+
 def ranked(study, runs):
     """Names of rows that have runs, the reference first, then from the worst on."""
 
     def place(name):
         found = difference(runs, name, study.ROWS[name].against, RANKED)
-        return (name != "reference", -math.inf if found is None else found[0])
+        return (name != "reference", math.inf if found is None else found[0])
 
     return sorted((name for name in study.ROWS if runs.get(name)), key=place)
 
 
-def cell(runs, name, against, measure):
+def cell(study, runs, name, measure):
     own = list(values_of(runs, name, measure).values())
     if not own:
         return "-"
-    found = difference(runs, name, against, measure) if against else None
+    against = study.ROWS[name].against
+    found = to_compare(study, runs, name, against, measure) if name != "reference" else None
     if not found:
         return f"{np.mean(own):.3f}"
     mean, half = found
     width = "" if math.isnan(half) else f" ± {half:.3f}"
-    return f"{np.mean(own):.3f} ({mean:+.3f}{width})" + "*" * (abs(mean) > half)
+    # of surprise the pairs, the same ones for all seeds, are the larger part of the uncertainty
+    star = "*" * (abs(mean) > half and not measure.startswith("surprise"))
+    return f"{np.mean(own):.3f} ({mean:+.3f}{width}){star}"
 
 
-def lines(study, runs):
+def lines(study, content):
     """The table in Markdown: means of the reference, differences of the others."""
-    yield "| row | against | seeds | " + " | ".join(SHOWN) + " | seconds |"
-    yield "|---|---|" + "---|" * (len(SHOWN) + 2)
+    runs = content["runs"]
+    shown = getattr(study, "SHOWN", SHOWN)
+    yield "| row | against | seeds | " + " | ".join(shown) + " | seconds |"
+    yield "|---|---|" + "---|" * (len(shown) + 2)
     for name in ranked(study, runs):
-        against = study.ROWS[name].against if name != "reference" else ""
-        entries = trained(runs, name)
+        row = study.ROWS[name]
         failed = sum("failed" in entry for entry in runs[name].values())
-        count = f"{len(entries)}" + f", {failed} diverged" * (failed > 0)
-        cells = " | ".join(cell(runs, name, against, measure) for measure in SHOWN)
-        seconds = np.mean([x["seconds"] for x in entries.values()]) if entries else math.nan
-        yield f"| {name} | {against} | {count} | {cells} | {seconds:.0f} |"
-        if study.ROWS[name].controls:
-            cells = " | ".join(cell(runs, name, "", f"untrained: {x}") for x in SHOWN)
-            yield f"| untrained, mean of 3 | | {len(entries)} | {cells} | |"
+        count = f"{len(trained(runs, name))}" + f", {failed} diverged" * (failed > 0)
+        cells = " | ".join(cell(study, runs, name, measure) for measure in shown)
+        seconds = content["speed"].get(name, "-")
+        against = row.against if name != "reference" else ""
+        yield f"| {name} | {against} | {count} | {cells} | {seconds} |"
+        for beside in ["untrained"] * (row.controls or row.whole) + ["teacher"] * row.whole:
+            cells = " | ".join(cell(study, runs, name, f"{beside}: {x}") for x in shown)
+            yield f"| its {beside} | | | {cells} | |"
 
 
-def worst_curves(runs, names, axis):
-    """A panel: held-out R2 in training of the four worst rows."""
-    for name in ["reference", *names[:4]]:
+def worst_curves(study, content, names, axis):
+    """A panel: held-out R2 in training of the four rows furthest below the reference."""
+    runs = content["runs"]
+    below = {name: difference(runs, name, "reference", RANKED) for name in names}
+    worst = sorted((name for name in names if below[name]), key=lambda name: below[name][0])
+    for name in ["reference", *worst[:4]]:
         entry = next(iter(trained(runs, name).values()))
         steps, figures = zip(*entry["curve"])
         style = {"color": "black"} if name == "reference" else {}
@@ -95,20 +111,22 @@ def worst_curves(runs, names, axis):
     axis.legend(fontsize=8)
 
 
-def against_seconds(runs, names, axis):
+def against_seconds(study, content, names, axis):
     """A panel: what is ranked, against seconds of training."""
     for name in ["reference", *names]:
-        seconds = np.mean([entry["seconds"] for entry in trained(runs, name).values()])
-        place = seconds, np.mean(list(values_of(runs, name, RANKED).values()))
-        axis.plot(*place, "o", color="black" if name == "reference" else "C0", markersize=4)
-        axis.annotate(name, place, xytext=(4, 2), textcoords="offset points", fontsize=6)
+        if name in content["speed"]:
+            value = np.mean(list(values_of(content["runs"], name, RANKED).values()))
+            place = content["speed"][name], value
+            axis.plot(*place, "o", color="black" if name == "reference" else "C0", markersize=4)
+            axis.annotate(name, place, xytext=(4, 2), textcoords="offset points", fontsize=6)
     axis.set_title(RANKED, fontsize=9)
-    axis.set_xlabel("seconds of training, one thread")
+    axis.set_xlabel("seconds of steps, one thread")
 
 
-def show(study, runs, path):
+def show(study, content, path):
     """Print the table and draw it."""
-    for line in lines(study, runs):
+    runs = content["runs"]
+    for line in lines(study, content):
         print(line)
     names = [name for name in ranked(study, runs) if name != "reference" and trained(runs, name)]
     if not names or not trained(runs, "reference"):
@@ -122,14 +140,14 @@ def show(study, runs, path):
         labels.append(name if against == "reference" else f"{name}\n(minus {against})")
     for axis, measure in zip(axes, (RANKED, "R2", "surprise, future masks")):
         for y, name in enumerate(reversed(names)):
-            found = difference(runs, name, study.ROWS[name].against, measure)
+            found = to_compare(study, runs, name, study.ROWS[name].against, measure)
             if found:
                 half = 0 if math.isnan(found[1]) else found[1]
                 axis.errorbar(found[0], y, xerr=half, fmt="o", color="C0", markersize=4)
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set_title(f"{measure},\nminus the reference", fontsize=9)
         axis.set_yticks(range(len(names)), labels if axis is axes[0] else [], fontsize=8)
-    study.LAST_PANEL(runs, names, axes[3])
+    study.LAST_PANEL(study, content, names, axes[3])
     figure.tight_layout()
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)

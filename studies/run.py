@@ -3,13 +3,15 @@ measured alike.
 
     python studies/run.py stall --seeds 1,2,3 --jobs 2      what is on disk is skipped
     python studies/run.py stall --rows reference,batch_16_lr_x4 --again
+    python studies/run.py stall --speed                     how fast a step of each row is, alone
     python studies/run.py stall --jobs 0                    table and picture of what there is
 
 A study is studies/NAME.py: its hypotheses, its reference, its rows; studies/world.py makes the
 clips and latents that they name. Results go to studies/NAME.json as they come, the picture to
-studies/NAME.png; a result counts for the flags, patches and latents that it was made with, and
-where a row is another by now it is run again. Ctrl-C loses the runs that are under way. Needs
-requirements-demo.txt; a run takes some six minutes on one core.
+studies/NAME.png. A result counts for the flags, patches and latents that it was made with: where a
+row is another by now it is run again, and what another study has of the same row is taken over.
+Edit nothing while it runs: each run reads the sources anew. Ctrl-C loses the runs that are under
+way. Needs requirements-demo.txt; a run takes three to six minutes on one core.
 """
 
 import concurrent.futures
@@ -18,13 +20,11 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,7 @@ seeds: list[int] = [1, 2, 3]  # of weights, masks and order; settings were chose
 rows: list[str] = []  # some rows alone [all]
 again: bool = False  # run them although results are there
 jobs: int = 1  # runs at a time, of one thread each; 0: none, table and picture alone
+speed: bool = False  # measure seconds of steps instead, one row after the other; nothing else runs
 keep: bool = False  # keep checkpoints and logs of the runs
 out = "out/studies"  # folder of the world and of the runs
 results = "studies"  # folder of NAME.json and NAME.png
@@ -61,15 +62,16 @@ from tqdm import tqdm
 from studies import report, world
 
 results_file = Path(results) / f"{name}.json"
+MEASURES = 1  # rises where what is measured, or how, is another
 # of train.py's log, in each run's "log"
 LOGGED = "step loss r2 grad_norm r2_context update_ratio feature_std effective_rank clipped".split()
-found = {
-    "log": LOGGED,
+content = {
     "reference": study.REFERENCE,
     "says": {key: row.says for key, row in study.ROWS.items()},
+    "speed": {},
     "runs": {},
 }
-lock = threading.Lock()  # of found and its file, of running and stopping
+lock = threading.Lock()  # of content and its file, of running and stopping
 running, stopping = set(), threading.Event()
 
 
@@ -91,15 +93,20 @@ def call(folder, script, **flags):
             if stopping.is_set():
                 raise Failed("stopped")
             process = subprocess.Popen(
-                [sys.executable, str(path), *words], stdout=said, stderr=said, env=environ
+                [sys.executable, str(path), *words],
+                cwd=ROOT,
+                stdout=said,
+                stderr=said,
+                env=environ,
             )
             running.add(process)
         code = process.wait()
         with lock:
             running.discard(process)
     if code:
-        last = (folder / "said.txt").read_text().splitlines()[-1]
-        raise Failed(f"{script} ended with {code}: {last}")
+        lines = (folder / "said.txt").read_text().splitlines()
+        told = [line for line in lines if "error: " in line] or lines
+        raise Failed(f"{script} ended with {code}: {told[-1]}")
 
 
 def text(value):
@@ -127,55 +134,68 @@ def digest(row):
     """What a result is the result of."""
     flags = {**study.REFERENCE, **row.flags}
     names = [row.latents, *map(world.latents_of, row.needs)]
-    what = [flags, row.patches, *map(world.recipe, names)]
+    measures = [MEASURES, row.controls, row.whole]
+    what = [flags, row.patches, measures, *map(world.recipe, names)]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def run(row_name, seed):
-    """Train and measure: what goes into the JSON file."""
-    row = study.ROWS[row_name]
-    flags = {**study.REFERENCE, **row.flags}
-    folder = Path(out) / name / f"{row_name}-{seed}"
+def train(folder, row, made, **more):
+    """Run train.py for a row; returns the lines of its metrics.jsonl, or None where it diverged."""
+    needed = [str(made.needed(each)) for each in row.needs]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    caches = {split: world.cache(row.latents, split, out, call) for split in world.SPLITS}
-    needed = [str(world.needed(each, out, call)) for each in row.needs]
     if row.patches:  # copies of the root's scripts, of which one or more are other ones
         (folder / "scripts").mkdir()
         sources = {path.name: path.read_text() for path in ROOT.glob("*.py")}
         for file, source in (sources | patched(row, *needed)).items():
             (folder / "scripts" / file).write_text(source)
-    began = time.time()
-    entry = {"of": digest(row), "flags": row.flags, "commit": COMMIT}
+    folders = {"checkpoints": folder / "checkpoints", "run_logs": folder / "run_logs"}
+    flags = {**study.REFERENCE, **row.flags, **more}
+    cache = made.cache(row.latents, "train")
     try:
-        call(
-            folder,
-            "train.py",
-            cache=caches["train"],
-            val_cache=caches["validation"],
-            seed=seed,
-            run_name="run",
-            checkpoints=folder / "checkpoints",
-            run_logs=folder / "run_logs",
-            **flags,
-        )
-    except Failed as error:  # a run that diverges is a result
-        if "finite" not in str(error):
-            raise
-        return entry | {"failed": str(error)}
-    entry["seconds"] = round(time.time() - began, 1)
-    (cost,) = re.findall(r"GFLOP \((\S+) a clip\)", (folder / "said.txt").read_text())
-    entry["gflop_a_clip"] = float(cost)
-    checkpoint = next(folder.glob("checkpoints/run_*/last.pth"))
-    lines = [json.loads(line) for line in open(checkpoint.parent / "metrics.jsonl")]
-    entry["curve"] = [[x["step"], rounded(x["val_r2"])] for x in lines if "val_r2" in x]
+        call(folder, "train.py", cache=cache, seed=made.seed, run_name="run", **folders, **flags)
+    except Failed:
+        if list(folder.glob("checkpoints/run_*/diagnosis.json")):
+            return None
+        raise
+    (path,) = folder.glob("checkpoints/run_*/metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(row_name, seed):
+    """Train and measure: what goes into the JSON file."""
+    row = study.ROWS[row_name]
+    folder = Path(out).resolve() / name / f"{row_name}-{seed}"
+    made = world.World(out, call, seed)
+    entry = {"of": digest(row), "flags": row.flags, "commit": COMMIT}
+    lines = train(folder, row, made, val_cache=made.cache(row.latents, "validation"))
+    if lines is None:
+        return entry | {"failed": "diverged"}
     log = [x for x in lines if "loss" in x]
-    entry["log"] = [[rounded(x.get(name)) for name in LOGGED] for x in log[:: len(log) // 25 or 1]]
-    comparable = row.predicts and world.has_the_space_of(study.REFERENCE, flags, row.latents)
-    entry["measures"] = world.measured(checkpoint, row, comparable, folder, out, call)
+    log = log[:: len(log) // 25 or 1]
+    entry["curve"] = [[x["step"], rounded(x["val_r2"])] for x in lines if "val_r2" in x]
+    entry["log"] = {figure: [rounded(x.get(figure)) for x in log] for figure in LOGGED}
+    (checkpoint,) = folder.glob("checkpoints/run_*/last.pth")
+    entry["measures"] = made.measured(checkpoint, row, folder)
     if not keep:
         shutil.rmtree(folder)
     return entry
+
+
+def seconds(row_name):
+    """Seconds that the steps of a row take, without evaluations, by a short run of them."""
+    row = study.ROWS[row_name]
+    made = world.World(out, call, 0)
+    folder = Path(out).resolve() / name / f"{row_name}-speed"
+    flags = {**study.REFERENCE, **row.flags}
+    short = {"max_steps": 60, "log_every": 5, "eval_every": 60, "lookup_clips": 0}
+    lines = train(folder, row, made, **short)
+    shutil.rmtree(folder)
+    rates = sorted(x["clips_per_s"] for x in lines or () if "clips_per_s" in x)
+    if not rates:
+        raise Failed(f"{row_name}: no speed to be had")
+    clips = flags["max_steps"] * flags["batch_size"]
+    return round(clips / rates[len(rates) // 2], 1)
 
 
 def rounded(figure):
@@ -190,8 +210,8 @@ def git(*words):
 COMMIT = git("rev-parse", "--short", "HEAD") + " with changes" * bool(git("diff", "HEAD", "--stat"))
 
 
-def as_lines(content):
-    """JSON, a run a line."""
+def as_lines():
+    """The content as JSON, a run a line."""
     rows = []
     for row, entries in filter(lambda item: item[1], content["runs"].items()):
         entries = [f"  {json.dumps(seed)}: {json.dumps(entry)}" for seed, entry in entries.items()]
@@ -199,6 +219,10 @@ def as_lines(content):
     rest = {key: value for key, value in content.items() if key != "runs"}
     head = json.dumps(rest, indent=1).removesuffix("\n}")
     return head + ',\n "runs": {\n' + ",\n".join(rows) + "\n }\n}\n"
+
+
+def save():
+    write_whole(str(results_file), as_lines().encode())
 
 
 def one(job):
@@ -209,8 +233,8 @@ def one(job):
     except Failed as error:
         return f"{row_name}, seed {seed}: {error}"
     with lock:
-        found["runs"][row_name][str(seed)] = entry
-        write_whole(str(results_file), as_lines(found).encode())
+        content["runs"][row_name][str(seed)] = entry
+        save()
     return None
 
 
@@ -221,29 +245,50 @@ def stop():
             process.terminate()
 
 
-known = {}  # results by what they are of, those of other studies, too
-for path in Path(results).glob("*.json"):
-    for entries in json.loads(path.read_text()).get("runs", {}).values():
-        known.update({(entry["of"], seed): entry for seed, entry in entries.items()})
-for row in study.ROWS:
-    patched(study.ROWS[row])  # fits, before hours are spent
-    of = digest(study.ROWS[row])
-    found["runs"][row] = {seed: entry for (its, seed), entry in known.items() if its == of}
+def only_one(folders):
+    """One process at a time, as long as it is there."""
+    for each in folders:
+        Path(each).mkdir(parents=True, exist_ok=True)
+        try:
+            fcntl.flock(os.open(each, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another study is at work in {each}; wait, or give others") from None
+
+
+def take_known():
+    """Results on the disk: this study's, else those of other studies of the same row."""
+    known = {}
+    for path in [Path(results) / f"{other}.json" for other in NAMES if other != name] + [
+        results_file
+    ]:
+        if path.is_file():
+            theirs = json.loads(path.read_text())
+            for entries in theirs["runs"].values():
+                known.update({(entry["of"], seed): entry for seed, entry in entries.items()})
+            if path == results_file:
+                content["speed"] = theirs["speed"]
+    for row in study.ROWS:
+        patched(study.ROWS[row])  # fits, before hours are spent
+        of = digest(study.ROWS[row])
+        content["runs"][row] = {seed: entry for (its, seed), entry in known.items() if its == of}
+
+
+if jobs or speed:
+    only_one([out, results])
+take_known()
 wanted = [
     (row, seed)
     for seed in seeds  # every row once, then every row a second time
     for row in rows or study.ROWS
-    if again or str(seed) not in found["runs"][row]
+    if again or str(seed) not in content["runs"][row]
 ]
 failures = []
-if wanted and jobs:
-    for each in (out, results):
-        Path(each).mkdir(parents=True, exist_ok=True)
-        try:  # by one at a time, as long as this process is there
-            fcntl.flock(os.open(each, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another study is at work in {each}; wait, or give others") from None
-    signal.signal(signal.SIGTERM, lambda *which: signal.raise_signal(signal.SIGINT))
+signal.signal(signal.SIGTERM, lambda *which: signal.raise_signal(signal.SIGINT))
+if speed:
+    for row in tqdm(rows or study.ROWS, desc="speed", unit="row", dynamic_ncols=True):
+        content["speed"][row] = seconds(row)
+        save()
+elif wanted and jobs:
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         try:
             futures = [pool.submit(one, job) for job in wanted]
@@ -256,6 +301,6 @@ if wanted and jobs:
             if isinstance(error, KeyboardInterrupt):
                 sys.exit(130)
             raise
-report.show(study, found["runs"], results_file.with_suffix(".png"))
+report.show(study, content, results_file.with_suffix(".png"))
 if failures:
     raise InputError(f"{len(failures)} runs gave no result; the first: {failures[0]}")

@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import rankdata
 
-from studies import report
+from studies import compute, report, stall, world
 
 PROBES = (
     "states, 30 labels",
@@ -44,20 +44,22 @@ PROBES = (
     "surprise, own masks",
     "surprise, future masks",
 )
-files = [Path(results) / f"{name}.json" for name in ("stall", "compute")]
-found = [json.loads(path.read_text()) for path in files if path.is_file()]
+files = {
+    rows: Path(results) / f"{rows.__name__.rpartition('.')[2]}.json" for rows in (stall, compute)
+}
+found = {rows: json.loads(path.read_text()) for rows, path in files.items() if path.is_file()}
 if not found:
     raise InputError(f"{results} has no results of studies 1 and 2; studies/run.py makes them")
 # {(digest, seed): (R2, whether the reference's latents and space, weight at the context, measures)}
 runs = {}
-for study in found:
-    for row in study["runs"]:
-        for seed, entry in report.trained(study["runs"], row).items():
+for rows, content in found.items():
+    for row in rows.ROWS:
+        for seed, entry in report.trained(content["runs"], row).items():
             values = {key: x["value"] for key, x in entry["measures"].items()}
-            r2 = values.get("R2", values.get("own R2"))
-            context = {**study["reference"], **entry["flags"]}["context_loss"]
-            if row != "distillation":  # whose R2 is of a predictor that was not trained
-                runs[entry["of"], seed] = r2, "R2" in values, context > 0, values
+            context = {**rows.REFERENCE, **entry["flags"]}["context_loss"]
+            one_space = world.comparable(rows, row, "reference")
+            if rows.ROWS[row].predicts:
+                runs[entry["of"], seed] = values["R2"], one_space, context > 0, values
 GROUPS = {
     "one teacher, one space": [key for key, (_, one_space, _, _) in runs.items() if one_space],
     "and a loss at visible tokens": [key for key, x in runs.items() if x[1] and x[2]],

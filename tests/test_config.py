@@ -12,7 +12,10 @@ import pytest
 
 from salt import config
 from salt.errors import InputError
+from salt.recipes import RECIPES
 from tests.stages import path_of
+
+TRAIN = path_of("train").read_text()
 
 SCRIPT = '''"""A script."""
 from typing import Literal
@@ -35,7 +38,7 @@ print(settings)
 '''
 
 
-def apply(tmp_path, *argv, positional=None, recipes=None, **environ):
+def apply(tmp_path, *argv, positional=None, recipes=None, left_open=None, **environ):
     (tmp_path / "script.py").write_text(SCRIPT)
     scope = {"__file__": str(tmp_path / "script.py"), "config": config}
     exec(
@@ -50,7 +53,7 @@ def apply(tmp_path, *argv, positional=None, recipes=None, **environ):
     hook = sys.excepthook
     try:
         least = {"epochs": 1, "steps": 1}
-        settings = config.apply(scope, list(argv), environ, least, positional, recipes)
+        settings = config.apply(scope, list(argv), environ, least, positional, recipes, left_open)
     finally:
         sys.excepthook = hook
     assert all(scope[name] == value for name, value in settings.items()) and "later" not in settings
@@ -96,6 +99,25 @@ def test_a_recipe_gives_what_is_given_nowhere_else(tmp_path):
     assert plain["kind"] == "mse"
     with pytest.raises(InputError, match="'sone' is none of some; did you mean some"):
         apply(tmp_path, "--recipe", "sone", recipes=recipes)
+    for wrong in ({"epoch": 3}, {"epochs": "three"}):
+        with pytest.raises(InputError, match="there is no setting epoch"):
+            apply(tmp_path, "--recipe", "some", recipes={"some": wrong})
+    left_open = {"cache": lambda s: f"of {s['epochs']}", "steps": lambda s: 5}
+    told = apply(tmp_path, "--epochs", "3", "--steps", "2", left_open=left_open)
+    assert (told["cache"], told["steps"]) == ("of 3", 2)
+
+
+def test_the_recipes_are_of_train():
+    """As train.py itself takes them, of both targets."""
+    for recipe, target in itertools.product(RECIPES, ("latents", "pixels")):
+        words = ["--recipe", recipe, "--target", target, "--batch_size", "48"]
+        code = (
+            f"import sys; sys.argv = ['train.py', *{words}]\n" + TRAIN.partition("given_paths.")[0]
+        )
+        scope = {"__file__": str(path_of("train"))}
+        exec(compile(code, "train.py", "exec"), scope)
+        lr = 6.25e-4 * (48 / 3072) ** 0.5
+        assert scope["lr"] == pytest.approx(lr) and scope["loss"] == RECIPES[recipe]["loss"](scope)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ BUDGETS = {
     "salt.checkpoint": 90,
     "salt.clips": 120,
     "salt.comparison": 140,
-    "salt.config": 345,
+    "salt.config": 355,
     "salt.containers": 235,
     "salt.errors": 90,
     "salt.extension": 230,

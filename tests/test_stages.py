@@ -411,6 +411,8 @@ def test_older_runs_have_what_was_there_before_the_choice(world, tmp_path):
     assert model.load_salt(tmp_path / "last.pth")[0].predictor.seen is None
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL]
     flags += ["--epochs", "4", "--resume", tmp_path / "last.pth"]  # the end, and nothing to do
+    assert "trained with --context_loss 0.0, not 1.0" in error_of(tmp_path, "train", *flags)
+    flags += ["--context_loss", "0"]
     assert "resumed" in run(tmp_path, "train", *flags)
     for name, before, now in (
         ("context_loss", "0.0", "1.0"),
