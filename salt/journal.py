@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from salt import alive, config, extension, ranks, runs
+from salt import advice, alive, config, extension, ranks, runs
 from salt.errors import InputError, report_in_one_line
 from salt.files import write_whole
 from salt.ranks import rank, world
@@ -102,7 +102,8 @@ def introduce(log, s, place):
 
 def say_what_is_in_force(log, s, work, warmup_steps, epoch_length):
     """The line `in force`: what settings that were left open came to, and hashes of the content of
-    paths, so that runs can be told apart that were made from other content under one path.
+    paths, so that runs can be told apart that were made from other content under one path. Then
+    what makes runs stall, and this one does.
     """
     view = work.clips.view
     in_force = {
@@ -113,6 +114,8 @@ def say_what_is_in_force(log, s, work, warmup_steps, epoch_length):
         "eval_every": s.eval_every or epoch_length,
     }
     log(f"in force {json.dumps(in_force | work.hashes(pixels=s.target == 'pixels'))}")
+    for cause in advice.causes(s, s.max_steps or s.epochs * epoch_length):
+        log(f"warning: {cause} (docs/PLATEAU.md)")
 
 
 def bar(batches, title, count):

@@ -17,8 +17,10 @@ import torch
 import model
 from benchmarks import budget
 from salt import cache, loader, teachers
+from salt.advice import causes
 from salt.checkpoint import load_checkpoint, save_checkpoint
 from salt.clips import Records
+from salt.config import Settings
 from salt.errors import InputError
 from salt.masks import mask_counts, shuffled
 from salt.ops import patchify
@@ -397,6 +399,16 @@ def test_the_context_loss_reads_the_latents_of_the_context(world, tmp_path):
     assert entry["r2_context"] == pytest.approx(1 - (sums[3] / sums[4]).item(), rel=1e-4)
     assert "seen.weight" in saved["predictor"] and not any("seen" in x for x in saved["student"])
     run(tmp_path, "eval_distill", "--checkpoint", folder, "--cache", world / "held_out")
+
+
+def test_a_run_is_warned_of_what_made_others_stall(world, tmp_path):
+    flags = ["--cache", world / "latents", *SMALL]
+    said = run(tmp_path, "train", *flags, *"--max_steps 1 --context_loss 0".split())
+    assert "warning: --context_loss 0: " in said and "warning: 1 steps: " in said
+    latents, pixels = ({"target": target, "context_loss": 0} for target in ("latents", "pixels"))
+    assert len(list(causes(Settings(latents), 250))) == 1
+    assert not list(causes(Settings(pixels), 250))
+    assert not list(causes(Settings(latents | {"context_loss": 0.1}), 250))
 
 
 def test_older_runs_have_what_was_there_before_the_choice(world, tmp_path):

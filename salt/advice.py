@@ -1,0 +1,15 @@
+"""What a run is warned of before it starts: what made runs stall in studies/, and it does, too."""
+
+
+def causes(s, steps):
+    """A line for each cause. s: train.py's settings; steps: of the whole run."""
+    if s.target == "latents" and not s.context_loss:
+        yield (
+            "--context_loss 0: asked for hidden tokens alone, small students lost what their cells"
+            " tell of states (R2 .00, with it .10)"
+        )
+    if steps < 250:
+        yield (
+            f"{steps} steps: small students left the plateau at R2 0 after some 250, whatever their"
+            " batch; a smaller --batch_size makes more of them out of as many clips"
+        )
