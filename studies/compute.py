@@ -8,12 +8,17 @@ recipe once seeds 4, 5, 6 say so, too: of so many rows one or two win by chance.
 within .01 (states) or .02 (R2).
 """
 
+from salt.recipes import RECIPES
 from studies import report, stall
 from studies.world import Row
 
 LAST_PANEL = report.against_seconds
 
 REFERENCE = stall.REFERENCE
+of_recipe = {**REFERENCE, "target": "latents"}
+RECIPE = {
+    name: value(of_recipe) if callable(value) else value for name, value in RECIPES["salt"].items()
+}
 
 # ---- model.py's lines, changed
 # CrossMAE's predictor (Fu et al. 2024, arXiv 2401.14391): a target attends to the context alone,
@@ -158,6 +163,8 @@ ROWS = {
         patches={"model.py": NOTHING_HIDDEN_IS_ASKED, "train.py": STUDENT_ALONE},
         predicts=False,
     ),
+    # ---- train.py --recipe salt, whose rate is for 240,000 steps of 3,072 clips
+    "recipe_salt": Row("stalls below R2 0: hardly moves in 500 steps", RECIPE),
     # ---- the student's first weights
     "teacher_pixels": Row("a teacher of its own shape, as in study 1", latents="pixels_500"),
     "student_from_teacher": Row(
