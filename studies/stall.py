@@ -160,6 +160,16 @@ ROWS = {
         patches={"train.py": [DECAY_ON_ALL]},
         against="decay_of_70000_steps",
     ),
+    "decay_of_200000_steps_on_all": Row(
+        "three times as much, seen in seed 1 of the row above to stall: the loss rises again",
+        {"weight_decay": 1.6, "weight_decay_end": 16.0},
+        patches={"train.py": [DECAY_ON_ALL]},
+        against="decay_of_200000_steps",
+    ),
+    "decay_of_200000_steps": Row(
+        "worse than a third of it, and better than on norms and biases, too",
+        {"weight_decay": 1.6, "weight_decay_end": 16.0},
+    ),
     **dict(rates(16, 0.25, 0.5, 2, 4)),
     **dict(rates(8, 0.5, 1, 2)),
     **dict(rates(72, 0.25, 0.5, 1, 2)),
