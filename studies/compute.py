@@ -20,6 +20,37 @@ RECIPE = {
     name: value(of_recipe) if callable(value) else value for name, value in RECIPES["salt"].items()
 }
 
+
+def cost_of_vit_l(row):
+    """Operations of a ViT-L under a row's masks, targets and number of clips, with a predictor as
+    much wider and deeper than train.py's as the row's is than the reference's, as a share of the
+    reference's; None where a patch changes what is computed, and of the paper's own predictor.
+    """
+    import model
+    from benchmarks import budget
+    from salt.masks import kept_targets, mask_counts
+
+    def operations(flags):
+        encoder = model.config_of_size("large")
+        counts = [mask_counts(family, encoder.grid) for family in flags["masks"].split(",")]
+        share = flags.get("targets", 1.0)
+        counts = [(context, kept_targets(target, share)) for context, target in counts]
+        width, depth = (flags[key] / REFERENCE[key] for key in ("predictor_dim", "predictor_depth"))
+        predictor = {"dim": round(512 * width), "depth": round(12 * depth), "dim_out": 768}
+        clips = flags["max_steps"] * flags["batch_size"]
+        return clips * budget.step_flops(encoder, predictor, counts)
+
+    if row.patches or row.flags is RECIPE:
+        return None
+    masks = row.flags.get("masks", REFERENCE["masks"])
+    flags = {**REFERENCE, **row.flags, "masks": text_of(masks)}
+    return operations(flags) / operations(REFERENCE)
+
+
+def text_of(masks):
+    return masks if isinstance(masks, str) else ",".join(masks)
+
+
 # ---- model.py's lines, changed
 # CrossMAE's predictor (Fu et al. 2024, arXiv 2401.14391): a target attends to the context alone,
 # and the context goes through no block

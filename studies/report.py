@@ -80,8 +80,10 @@ def lines(study, content):
     """The table in Markdown: means of the reference, differences of the others."""
     runs = content["runs"]
     shown = getattr(study, "SHOWN", SHOWN)
-    yield "| row | against | seeds | " + " | ".join(shown) + " | seconds |"
-    yield "|---|---|" + "---|" * (len(shown) + 2)
+    cost = getattr(study, "cost_of_vit_l", None)
+    more = "| seconds | ViT-L operations |" if cost else "| seconds |"
+    yield "| row | against | seeds | " + " | ".join(shown) + " " + more
+    yield "|---|---|" + "---|" * (len(shown) + more.count("|") - 1)
     for name in ranked(study, runs):
         row = study.ROWS[name]
         failed = sum("failed" in entry for entry in runs[name].values())
@@ -89,10 +91,12 @@ def lines(study, content):
         cells = " | ".join(cell(study, runs, name, measure) for measure in shown)
         seconds = content["speed"].get(name, "-")
         against = row.against if name != "reference" else ""
-        yield f"| {name} | {against} | {count} | {cells} | {seconds} |"
+        share = cost and cost(row)
+        more = f" {share:.2f} |" if share else " - |" if cost else ""
+        yield f"| {name} | {against} | {count} | {cells} | {seconds} |{more}"
         for beside in ["untrained"] * (row.controls or row.whole) + ["teacher"] * row.whole:
             cells = " | ".join(cell(study, runs, name, f"{beside}: {x}") for x in shown)
-            yield f"| its {beside} | | | {cells} | |"
+            yield f"| its {beside} | | | {cells} | |" + " |" * bool(cost)
 
 
 def worst_curves(study, content, names, axis):

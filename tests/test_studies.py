@@ -180,6 +180,16 @@ def test_caches_of_every_latents_are_asked_for_as_they_can_be_made(tmp_path):
     assert not any(name.startswith("net_new") for name in held_out)
 
 
+def test_what_a_row_would_cost_a_vit_l():
+    of = compute.cost_of_vit_l
+    assert of(compute.ROWS["reference"]) == 1 and of(compute.ROWS["distillation"]) is None
+    assert of(compute.ROWS["batch_2_lr_x1"]) == 1  # as many clips
+    # the predictor's blocks are linear in the tokens but for attention
+    half, quarter = (of(compute.ROWS[f"targets_1_{n}"]) for n in (2, 4))
+    assert 0.5 < quarter < half < 0.9
+    assert of(compute.ROWS["predictor_192"]) > 1.5 > 1 > of(compute.ROWS["predictor_1"])
+
+
 def patched(file, patches):
     """A module of the root with patches in place."""
     source = (ROOT / f"{file}.py").read_text()
