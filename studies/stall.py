@@ -13,31 +13,18 @@ less than .01 is meant (states) or .02 (R2).
 """
 
 from studies import report
-from studies.world import Row
+from studies.world import TRAINING, Row
 
 LAST_PANEL = report.worst_curves
 
 REFERENCE = {
-    "size": "tiny",
-    "depth": 4,
-    "predictor_dim": 96,
-    "predictor_depth": 2,
-    "predictor_heads": 3,
-    "masks": "ratio",
+    **TRAINING,
     "context_loss": 1.0,
     "target_norm": "layer_norm",
-    "batch_size": 16,
     "max_steps": 500,
-    "lr": 2e-3,
-    "weight_decay_end": 0.05,
-    "grad_clip": 1.0,
-    "dtype": "fp32",
     "eval_every": 50,
     "log_every": 10,
-    "save_every": 100000,
-    "threads": 1,
 }
-
 # what train.py does where it is not told otherwise, by 2026-11
 DEFAULTS = {
     "masks": "short,long",

@@ -27,9 +27,7 @@ KINDS = {  # of states, by the names that probe_states.py gives them
 SOURCES = {"student": "", "untrained, mean of 3": "untrained: ", "teacher": "teacher: "}
 HELD_OUT = range(VIDEOS["train"], VIDEOS["train"] + VIDEOS["validation"])  # ids
 making = threading.Lock()
-# stage 1 of the reference's student: a teacher of the videos' own pixels
-STAGE_1 = {
-    "target": "pixels",
+TRAINING = {  # flags of train.py that all runs of studies start from
     "size": "tiny",
     "depth": 4,
     "predictor_dim": 96,
@@ -44,6 +42,7 @@ STAGE_1 = {
     "save_every": 100000,
     "threads": 1,
 }
+STAGE_1 = {**TRAINING, "target": "pixels"}  # a teacher of the videos' own pixels
 
 
 class Latents(NamedTuple):
