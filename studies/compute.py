@@ -12,7 +12,7 @@ from salt.recipes import RECIPES
 from studies import report, stall
 from studies.world import Row
 
-LAST_PANEL = report.against_seconds
+PANELS = (report.against_seconds,)
 
 REFERENCE = stall.REFERENCE
 of_recipe = {**REFERENCE, "target": "latents"}

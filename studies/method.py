@@ -10,7 +10,8 @@ students of EfficientNet know more than those of pixels; twice the width adds li
 from studies import report, stall
 from studies.world import Row
 
-LAST_PANEL = report.worst_curves
+PANELS = (report.curves,)
+CURVES = "width_384", "student_of_pixels"
 SHOWN = (*report.SHOWN, "surprise, own masks", "actions", "direction of time")
 REFERENCE = {**stall.REFERENCE, "max_steps": 2000, "eval_every": 200}
 

@@ -99,19 +99,28 @@ def lines(study, content):
             yield f"| its {beside} | | | {cells} | |" + " |" * bool(cost)
 
 
-def worst_curves(study, content, names, axis):
-    """A panel: held-out R2 in training of the four rows furthest below the reference."""
-    runs = content["runs"]
-    below = {name: difference(runs, name, "reference", RANKED) for name in names}
-    worst = sorted((name for name in names if below[name]), key=lambda name: below[name][0])
-    for name in ["reference", *worst[:4]]:
-        entry = next(iter(trained(runs, name).values()))
-        steps, figures = zip(*entry["curve"])
-        style = {"color": "black"} if name == "reference" else {}
-        axis.plot(np.array(steps) / max(1, steps[-1]), figures, label=name, **style)
-    axis.set_title("held-out R2 in training, of the run's own masks and space", fontsize=9)
+def curves(study, content, names, axis):
+    """A panel: held-out R2 in training of the reference and of the study's CURVES."""
+    for name in ["reference", *study.CURVES]:
+        for entry in list(trained(content["runs"], name).values())[:1]:
+            steps, figures = zip(*entry["curve"])
+            style = {"color": "black"} if name == "reference" else {}
+            axis.plot(np.array(steps) / max(1, steps[-1]), figures, label=name, **style)
+    axis.set_title("held-out R2 in training", fontsize=9)
     axis.set_xlabel("share of the steps")
     axis.set_ylim(-0.3, None)
+    axis.legend(fontsize=8)
+
+
+def losses(study, content, names, axis):
+    """A panel: training losses of the study's LOSSES, in the same space, from a tenth on."""
+    for name in study.LOSSES:
+        for entry in list(trained(content["runs"], name).values())[:1]:
+            steps, figures = (np.array(entry["log"][key]) for key in ("step", "loss"))
+            later = steps > steps[-1] / 10
+            axis.plot(steps[later] / steps[-1], figures[later], label=name)
+    axis.set_title("training loss", fontsize=9)
+    axis.set_xlabel("share of the steps")
     axis.legend(fontsize=8)
 
 
@@ -135,13 +144,13 @@ def show(study, content, path):
     names = [name for name in ranked(study, runs) if name != "reference" and trained(runs, name)]
     if not names or not trained(runs, "reference"):
         return
-    figure, axes = plt.subplots(
-        1, 4, figsize=(15, 1.5 + 0.28 * len(names)), width_ratios=(1, 1, 1, 1.5)
-    )
+    count = len(study.PANELS)
+    size = 10 + 5 * count, 1.5 + 0.2 * len(names)
+    figure, axes = plt.subplots(1, 3 + count, figsize=size, width_ratios=(1, 1, 1, *[1.5] * count))
     labels = []
     for name in reversed(names):
         against = study.ROWS[name].against
-        labels.append(name if against == "reference" else f"{name}\n(minus {against})")
+        labels.append(name if against == "reference" else f"{name} (minus {against})")
     for axis, measure in zip(axes, (RANKED, "R2", "surprise, future masks")):
         for y, name in enumerate(reversed(names)):
             found = to_compare(study, runs, name, study.ROWS[name].against, measure)
@@ -150,8 +159,10 @@ def show(study, content, path):
                 axis.errorbar(found[0], y, xerr=half, fmt="o", color="C0", markersize=4)
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set_title(f"{measure},\nminus the reference", fontsize=9)
-        axis.set_yticks(range(len(names)), labels if axis is axes[0] else [], fontsize=8)
-    study.LAST_PANEL(study, content, names, axes[3])
+        axis.set_yticks(range(len(names)), labels if axis is axes[0] else [], fontsize=7)
+        axis.set_ylim(-1, len(names))
+    for panel, axis in zip(study.PANELS, axes[3:], strict=True):
+        panel(study, content, names, axis)
     figure.tight_layout()
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)

@@ -15,7 +15,10 @@ less than .01 is meant (states) or .02 (R2).
 from studies import report
 from studies.world import TRAINING, Row
 
-LAST_PANEL = report.worst_curves
+PANELS = report.curves, report.losses
+# the worst row of each of four causes, by seed 1; and what a long run's decay does
+CURVES = "batch_72_lr_x1", "batch_16_lr_x0.25", "other_clips", "decay_of_70000_steps_on_all"
+LOSSES = "reference", "decay_of_70000_steps", "decay_of_70000_steps_on_all"
 
 REFERENCE = {
     **TRAINING,

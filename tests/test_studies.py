@@ -43,7 +43,11 @@ def test_rows_are_of_this_train(name):
 def test_differences_are_of_the_same_seeds(tmp_path):
     def run(value):
         measures = {"R2": {"value": value}, report.RANKED: {"value": value}}
-        return {"measures": measures, "seconds": 1.0, "curve": [[0, 0.0], [5, value]]}
+        return {
+            "measures": measures,
+            "log": {"step": [1, 5], "loss": [2, 1]},
+            "curve": [[0, 0], [5, value]],
+        }
 
     runs = {
         "reference": {"1": run(0.1), "2": run(0.2), "3": run(0.3), "4": run(9.0)},
@@ -62,9 +66,12 @@ def test_differences_are_of_the_same_seeds(tmp_path):
     rows = {name: world.Row("as said") for name in runs}
     rows["masked"] = world.Row("of other masks", {"masks": "short"})
     study = types.SimpleNamespace(
-        ROWS=rows, LAST_PANEL=report.worst_curves, REFERENCE={"masks": "ratio", "target_norm": ""}
+        ROWS=rows,
+        PANELS=[report.curves, report.losses],
+        REFERENCE={"masks": "ratio", "target_norm": ""},
     )
     assert report.ranked(study, runs) == ["reference", "worse", "masked", "once"]
+    study.LOSSES = study.CURVES = ["worse", "never"]
     content = {"runs": runs, "speed": {"once": 7.5}}
     _, _, reference, worse, masked, once = report.lines(study, content)
     assert "(-0.100 ± 0.025)*" in worse and "(+0.300)" in once and "*" not in reference + once
@@ -73,7 +80,7 @@ def test_differences_are_of_the_same_seeds(tmp_path):
     assert "| 3 | 0.100 | - | 0.100 (-0.100 ± 0.025)* |" in masked
     report.show(study, content, tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
-    study.LAST_PANEL = report.against_seconds
+    study.PANELS = [report.against_seconds]
     report.show(study, content, tmp_path / "other.png")
     assert (tmp_path / "other.png").read_bytes() != (tmp_path / "study.png").read_bytes()
 
