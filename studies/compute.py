@@ -23,6 +23,9 @@ RECIPE = {  # with the reference's predictor: 12 x 384 would take fifty minutes 
 }
 
 
+TOGETHER = {**dict(stall.rates(4, 2))["batch_4_lr_x2"].flags, "positions": "table3d"}
+
+
 def cost_of_vit_l(row):
     """Operations of a ViT-L under a row's masks, targets and number of clips, with a predictor as
     much wider and deeper than train.py's as the row's is than the reference's, as a share of the
@@ -175,6 +178,11 @@ ROWS = {
     # ---- positions, loss
     "table3d": Row("R2 up in the same steps, states as good", {"positions": "table3d"}),
     "rope": Row("likewise, more so", {"positions": "rope"}),
+    # ---- what seed 1 of the rows above was best by, together
+    "table3d_batch_4": Row("R2 above either's", TOGETHER),
+    "table3d_batch_4_half": Row(
+        "half the clips, in half the seconds: above the reference", {**TOGETHER, "max_steps": 1000}
+    ),
     "l1": Row("as good", {"loss": "l1"}),
     # ---- the loss at visible tokens
     "no_context_loss": Row(
