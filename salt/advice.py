@@ -13,3 +13,15 @@ def causes(s, steps):
             f"{steps} steps: small students left the plateau at R2 0 after 160 - 370, none in 111;"
             " a smaller --batch_size makes more of them out of as many clips"
         )
+    decay = steps * mean_decay(s)
+    if decay > 2:
+        yield (
+            f"weight decay takes {decay:.1f} e-folds over the run: at 3 a small student stayed at"
+            " R2 0, with 1 not; lower --weight_decay_end"
+        )
+
+
+def mean_decay(s):
+    """Mean over a run of learning rate times decay, both on half a cosine, without the warm-up."""
+    falling = (s.lr - s.lr_end) * (s.weight_decay / 2 + (s.weight_decay_end - s.weight_decay) / 8)
+    return falling + s.lr_end * (s.weight_decay + s.weight_decay_end) / 2

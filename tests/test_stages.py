@@ -24,6 +24,7 @@ from salt.config import Settings
 from salt.errors import InputError
 from salt.masks import mask_counts, shuffled
 from salt.ops import patchify
+from salt.schedule import cosine, rate
 from salt.video import read_clip
 from tests.stages import (
     REFUSE,
@@ -405,10 +406,23 @@ def test_a_run_is_warned_of_what_made_others_stall(world, tmp_path):
     flags = ["--cache", world / "latents", *SMALL]
     said = run(tmp_path, "train", *flags, *"--max_steps 1 --context_loss 0".split())
     assert "warning: --context_loss 0: " in said and "warning: 1 steps: " in said
-    latents, pixels = ({"target": target, "context_loss": 0} for target in ("latents", "pixels"))
+    rates = {"lr": 2e-4, "lr_end": 1e-5, "weight_decay": 0.04, "weight_decay_end": 0.4}
+    latents, pixels = (
+        rates | {"target": word, "context_loss": 0} for word in ("latents", "pixels")
+    )
     assert len(list(causes(Settings(latents), 250))) == 1
     assert not list(causes(Settings(pixels), 250))
     assert not list(causes(Settings(latents | {"context_loss": 0.1}), 250))
+    # by the schedules themselves, step by step
+    whole = Settings(pixels | {"weight_decay_end": 1.2})
+    steps = 70000
+    taken = sum(
+        rate(step, steps, whole.lr, whole.lr_end, 0) * cosine(0.04, 1.2, step / steps)
+        for step in range(steps)
+    )
+    (line,) = causes(whole, steps)
+    assert f"takes {taken:.1f} e-folds" in line
+    assert not list(causes(Settings(pixels), steps))
 
 
 def test_older_runs_have_what_was_there_before_the_choice(world, tmp_path):
