@@ -125,14 +125,14 @@ def losses(study, content, names, axis):
 
 
 def against_seconds(study, content, names, axis):
-    """A panel: what is ranked, against seconds of training."""
+    """A panel: R2, where it is the reference's, against seconds of training."""
     for name in ["reference", *names]:
-        if name in content["speed"]:
-            value = np.mean(list(values_of(content["runs"], name, RANKED).values()))
-            place = content["speed"][name], value
+        values = list(values_of(content["runs"], name, "R2").values())
+        if name in content["speed"] and world.comparable(study, name, "reference"):
+            place = content["speed"][name], np.mean(values)
             axis.plot(*place, "o", color="black" if name == "reference" else "C0", markersize=4)
             axis.annotate(name, place, xytext=(4, 2), textcoords="offset points", fontsize=6)
-    axis.set_title(RANKED, fontsize=9)
+    axis.set_title("R2", fontsize=9)
     axis.set_xlabel("seconds of steps, one thread")
 
 

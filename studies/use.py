@@ -81,7 +81,8 @@ def correlation(keys, probe):
 
     with np.errstate(invalid="ignore"):  # one row alone, drawn again and again
         drawn = [of(random.choice(rows, len(rows))) for _ in range(draws)]
-    return float(of(rows)), *np.nanpercentile(drawn, [2.5, 97.5]).tolist()
+    found = [of(rows), *np.nanpercentile(drawn, [2.5, 97.5])]
+    return [round(float(figure), 3) for figure in found]
 
 
 table = {}
