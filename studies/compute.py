@@ -161,7 +161,7 @@ ROWS = {
         "as good, faster: few tokens are context", patches={"model.py": CROSS_ATTENTION}
     ),
     # ---- families
-    "masks_short_long": Row("states as good; R2 below 0, of other masks", {"masks": "short,long"}),
+    "masks_short_long": Row("R2 is of other masks; states as good", {"masks": "short,long"}),
     "masks_short": Row(
         "one family a clip: states a little down, for half the seconds",
         {"masks": "short"},

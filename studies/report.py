@@ -89,7 +89,7 @@ def lines(study, content):
         failed = sum("failed" in entry for entry in runs[name].values())
         count = f"{len(trained(runs, name))}" + f", {failed} diverged" * (failed > 0)
         cells = " | ".join(cell(study, runs, name, measure) for measure in shown)
-        seconds = content["speed"].get(name, "-")
+        seconds = content["speed"].get(name, {}).get("seconds", "-")
         against = row.against if name != "reference" else ""
         share = cost and cost(row)
         more = f" {share:.2f} |" if share else " - |" if cost else ""
@@ -129,7 +129,7 @@ def against_seconds(study, content, names, axis):
     for name in ["reference", *names]:
         values = list(values_of(content["runs"], name, "R2").values())
         if name in content["speed"] and world.comparable(study, name, "reference"):
-            place = content["speed"][name], np.mean(values)
+            place = content["speed"][name]["seconds"], np.mean(values)
             axis.plot(*place, "o", color="black" if name == "reference" else "C0", markersize=4)
             axis.annotate(name, place, xytext=(4, 2), textcoords="offset points", fontsize=6)
     axis.set_title("R2", fontsize=9)

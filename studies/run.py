@@ -193,7 +193,7 @@ def seconds(row_name):
     shutil.rmtree(folder)
     rates = sorted(x["clips_per_s"] for x in lines or () if "clips_per_s" in x)
     if not rates:
-        raise Failed(f"{row_name}: no speed to be had")
+        raise Failed("it diverged before there was a speed")
     clips = flags["max_steps"] * flags["batch_size"]
     return round(clips / rates[len(rates) // 2], 1)
 
@@ -258,19 +258,20 @@ def only_one(folders):
 def take_known():
     """Results on the disk: this study's, else those of other studies of the same row."""
     known = {}
-    for path in [Path(results) / f"{other}.json" for other in NAMES if other != name] + [
-        results_file
-    ]:
+    for other in sorted(NAMES, key=lambda other: other == name):  # its own last
+        path = Path(results) / f"{other}.json"
         if path.is_file():
             theirs = json.loads(path.read_text())
             for entries in theirs["runs"].values():
                 known.update({(entry["of"], seed): entry for seed, entry in entries.items()})
-            if path == results_file:
+            if other == name:
                 content["speed"] = theirs["speed"]
     for row in study.ROWS:
         patched(study.ROWS[row])  # fits, before hours are spent
         of = digest(study.ROWS[row])
         content["runs"][row] = {seed: entry for (its, seed), entry in known.items() if its == of}
+        if content["speed"].get(row, {}).get("of") != of:
+            content["speed"].pop(row, None)
 
 
 if jobs or speed:
@@ -286,7 +287,11 @@ failures = []
 signal.signal(signal.SIGTERM, lambda *which: signal.raise_signal(signal.SIGINT))
 if speed:
     for row in tqdm(rows or study.ROWS, desc="speed", unit="row", dynamic_ncols=True):
-        content["speed"][row] = seconds(row)
+        try:
+            measured = seconds(row)
+        except Failed as error:
+            raise InputError(f"{row}: {error}") from None
+        content["speed"][row] = {"of": digest(study.ROWS[row]), "seconds": measured}
         save()
 elif wanted and jobs:
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
