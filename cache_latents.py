@@ -29,9 +29,16 @@ from salt.errors import InputError, VideoError
 data: str | None = None  # data folder (or CSV file): videos and their lists
 split = "train"  # which list: train, validation or test
 splits_dir: str | None = None  # folder of the lists, where it is not the data folder
-# VideoMAE folder or .pth, a checkpoint of train.py, file.py:function (salt/user_teacher.py), or
-# none: clips alone, for stage 1
+# a folder in transformers format or its name on the hub, a VideoMAE .pth, a V-JEPA 2 .pt, a
+# checkpoint of train.py, file.py:function (salt/user_teacher.py), or none: clips alone, for stage 1
 teacher = ""
+# layers whose outputs are the latents, side by side: -1 the teacher's own, -9 that of the eighth
+# block before the last, layer-normed
+teacher_layers: list[int] = [-1]
+# image models: a token is the mean of a tubelet's frames, or its last one's
+teacher_frames: Literal["mean", "last"] = "mean"
+# layer-norm what the teacher gives, for one without a final norm
+teacher_norm: bool = False
 out: str | None = None  # the cache to make, or to continue
 # keep the clips too, so that training decodes no video; auto: where the disk has room
 clips: Literal["auto", "on", "off"] = "auto"
@@ -43,7 +50,9 @@ limit: int | None = None  # only the first so many rows of the list
 views: int = 1
 frames: int | None = None  # frames a clip (default: the teacher's, else 16)
 resolution: int | None = None  # pixels of the clip's side (default: the teacher's, else 224)
-patch: int | None = None  # pixels of a patch's side (default: the teacher's, else 16)
+# clips of students, where not the teacher's: latents are averaged onto their grid by area
+student_resolution: int | None = None
+patch: int | None = None  # pixels of a patch's side, of students (default: the teacher's, else 16)
 # frames spread over the whole video, or every stride-th about the middle (default: the teacher's,
 # else uniform)
 sampling: Literal["uniform", "stride"] | None = None
@@ -71,7 +80,7 @@ merge: list[str] = []
 settings = config.apply(
     globals(),
     least=dict.fromkeys(
-        "batch_size threads limit views frames resolution patch stride".split(),
+        "batch_size threads limit views frames resolution student_resolution patch stride".split(),
         1,
     ),
 )
@@ -86,7 +95,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import budget
-from salt import cache_merge, cache_repair, caching, extension, ranks, teachers, upkeep
+from salt import cache_merge, cache_repair, caching, extension, ranks, upkeep
 from salt.cache import open_cache
 from salt.cache_format import shard_names
 from salt.cache_writer import Writer, begun_plan
@@ -200,10 +209,9 @@ def groups():
 def latents_of(clips, names):
     """(what a cache stores of a teacher batch; of each clip the squared error that int8 makes).
 
-    clips: patches uint8 [N, P] each; names: of their videos
+    clips: what the teacher is shown, as Work.clips_of has it; names: of their videos
     """
-    batch = torch.from_numpy(np.stack(clips)).to(place)
-    made = teachers.teacher_latents(encoder, batch)  # [b, N, D]
+    made = work.latents_of(torch.from_numpy(np.stack(clips)).to(place))  # [b, N, D]
     stored = to_stored(made, writer.plan["dtype"], names)
     if latents == "f16":
         return stored, [0.0] * len(clips)
@@ -219,7 +227,7 @@ def keep(shard, rows, clips, stored, lost):
             shard.fail(row, *ids[row], str(clip))
             continue
         its_latents = stored and {kind: array[done] for kind, array in stored.items()}
-        shard.add(*ids[row], clip, its_latents, lost[done], work.source_of(row))
+        shard.add(*ids[row], clip[0], its_latents, lost[done], work.source_of(row))
         done += 1
 
 
@@ -255,7 +263,7 @@ with ThreadPoolExecutor(1) as keeper, ThreadPoolExecutor(1) as finisher:
                 stored, lost = None, [0.0] * len(good)
                 if encoder and good:
                     names = [ids[rows[i]][0] for i in good]
-                    stored, lost = latents_of([batch[i] for i in good], names)
+                    stored, lost = latents_of([batch[i][1] for i in good], names)
                 writing.append(keeper.submit(keep, shard, rows, batch, stored, lost))
                 if len(writing) > 2:
                     writing.popleft().result()

@@ -3,9 +3,11 @@ two together with their loss; then loading and export of students. Shapes are in
 
 The encoder is built as VideoMAE builds it (Tong et al. 2022, arXiv 2203.12602), so that its weights
 load from and export to `transformers` unchanged: pre-norm blocks, exact GELU, biases on q and v but
-none on k, no cls token; and where its positions are a table, a fixed 1-D sin-cos one.
+none on k, no cls token; and where its positions are a table, a fixed 1-D sin-cos one. With rotary
+positions it is V-JEPA 2's, likewise.
 """
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -22,39 +24,40 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from salt import ops, views
+from salt import ops, videomae, views, vjepa2
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
 from salt.linear import Linear, cast_matrices  # noqa: F401  public here
 from salt.masks import FAMILIES, sample_masks  # noqa: F401  likewise
 from salt.positions import Positions, turned
+from salt.pretrained import read_configuration
 from salt.score import Space
 from salt.shapes import SIZES, EncoderConfig, config_of_size  # noqa: F401
 from salt.torch_files import from_file, load_weights, restored
-from salt.videomae import read_transformers, write_transformers
 
 SEEN = "what is seen"  # beside the families: predictions at the context
 
 
 class Attention(nn.Module):
     """Self-attention within each of `lengths` tokens, [B, K, D] -> [B, K, D], with biases on q and
-    v alone; queries and keys turned by positions.Positions.turned_by.
+    v, and with key_bias on k; queries and keys turned by positions.Positions.turned_by.
     """
 
-    def __init__(self, dim, heads, qkv_bias=True):
+    def __init__(self, dim, heads, qkv_bias=True, key_bias=False):
         super().__init__()
         self.heads = heads
         self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        # turned keys make of it more than a number that softmax takes out again
+        self.k_bias = nn.Parameter(torch.zeros(dim)) if key_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.proj = Linear(dim, dim)
 
     def forward(self, x, lengths, turns=None):
-        bias = (
-            None
-            if self.q_bias is None
-            else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        )
+        bias = None
+        if self.q_bias is not None:
+            of_keys = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+            bias = torch.cat([self.q_bias, of_keys, self.v_bias])
         qkv = rearrange(self.qkv(x, bias), "b n (qkv h d) -> b n qkv h d", qkv=3, h=self.heads)
         seen = ops.attention(turned(qkv, turns), lengths)
         return self.proj(rearrange(seen, "b n h d -> b n (h d)"))
@@ -65,9 +68,10 @@ class Block(nn.Module):
     each other.
     """
 
-    def __init__(self, dim, heads, mlp_dim, eps=1e-6, qkv_bias=True):
+    def __init__(self, dim, heads, mlp_dim, eps=1e-6, qkv_bias=True, key_bias=False):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=eps), Attention(dim, heads, qkv_bias)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, qkv_bias, key_bias)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.fc1 = Linear(dim, mlp_dim)
         self.fc2 = Linear(mlp_dim, dim)
@@ -103,6 +107,7 @@ class Encoder(nn.Module):
 
     recompute = False
     view_is_known = False  # whether `view` is what its training clips were cut by
+    reshaped = ""  # by `at`: a word on the shape of its own clips
 
     def __init__(self, config):
         super().__init__()
@@ -110,9 +115,9 @@ class Encoder(nn.Module):
         self.view = views.View(config.frames, config.size, config.size)  # a checkpoint's: its own
         self.patch_embed = Linear(config.patch_dim, config.dim)
         self.position = Positions(config.positions, config.grid, config.dim, config.heads)
+        c = config
         self.blocks = nn.ModuleList(
-            Block(config.dim, config.heads, config.mlp_dim, config.eps, config.qkv_bias)
-            for _ in range(config.depth)
+            Block(c.dim, c.heads, c.mlp_dim, c.eps, c.qkv_bias, c.key_bias) for _ in range(c.depth)
         )
         self.norm = nn.LayerNorm(config.dim, eps=config.eps) if config.final_norm else nn.Identity()
         self.apply(init_weights)
@@ -137,6 +142,30 @@ class Encoder(nn.Module):
         x = self.patch_embed(patches) + self.position.added(index)
         lengths, turns = lengths or (x.shape[1],), self.position.turned_by(index)
         return self.norm(run_blocks(self.blocks, x, lengths, turns, self.recompute))
+
+    def at(self, frames=None, size=None):
+        """An Encoder of the same weights, shared, for clips of another shape, cut as its own are.
+
+        frames, size  None: as here. Raises InputError where its positions are a table's, which is
+                      of one grid, or where such clips do not divide into patches.
+        """
+        c = self.config
+        shape = {"frames": frames or c.frames, "size": size or c.size}
+        if (shape["frames"], shape["size"]) == (c.frames, c.size):
+            return self
+        if c.positions != "rope":
+            raise InputError(
+                f"this encoder's positions are a table of {c.frames} frames of {c.size} pixels;"
+                f" it takes no clips of {shape['frames']} of {shape['size']}"
+            )
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.config = dataclasses.replace(c, **shape)
+        other.reshaped = f" (its own: {c.frames} of {c.size})"
+        other.view = views.View(**shape, short_side=shape["size"]).cut_as(self.view)
+        device = self.patch_embed.weight.device
+        other.position = Positions("rope", other.config.grid, c.dim, c.heads).to(device)
+        return other
 
     def encode(self, clips, grad=False):
         """Features of all tokens of clips, or of one clip, on the encoder's device.
@@ -168,7 +197,8 @@ class Encoder(nn.Module):
         c = self.config
         mean, std = (" ".join(f"{x:g}" for x in values) for values in (c.mean, c.std))
         return (
-            f"{c.frames} frames of {c.size} pixels, normalised by mean {mean}, std {std}; clips:"
+            f"{c.frames} frames of {c.size} pixels{self.reshaped}, normalised by mean {mean}, std"
+            f" {std}; clips:"
             f" {view.sampling} sampling, short side {view.short_side}, crop {view.crop},"
             f" {view.interpolation}"
         )
@@ -379,12 +409,23 @@ def build_encoder(path, fields, state, view=None):
     return encoder
 
 
+FORMATS = {"videomae": videomae, "vjepa2": vjepa2}  # by the model_type of a folder
+
+
 def encoder_of_folder(path):
-    """(Encoder, its weights file) of a folder in `transformers` format."""
-    fields, state, file, view, is_known = from_file(path, read_transformers, path)
+    """(Encoder, its weights files) of a folder in `transformers` format."""
+    config, pixels = from_file(path, read_configuration, path)
+    kind = config.get("model_type")
+    if kind not in FORMATS:
+        raise InputError(
+            f"{path / 'config.json'} describes the model type {kind!r}; a teacher is a"
+            f" {' or a '.join(FORMATS)}"
+        )
+    found = from_file(path, FORMATS[kind].read_folder, config, pixels, path)
+    fields, state, files, view, is_known = found
     encoder = build_encoder(path, fields, state, view)
     encoder.view_is_known = is_known
-    return encoder, file
+    return encoder, files
 
 
 def student_of(saved, path):
@@ -392,18 +433,22 @@ def student_of(saved, path):
     return build_encoder(path, saved["encoder_config"], saved["student"], saved["view"])
 
 
-def export_transformers(encoder, folder):
-    """Write an encoder as a VideoMAE folder, for load_encoder and for `transformers`.
+EXPORTS = {"table": "videomae", "rope": "vjepa2"}  # what an encoder's positions are those of
 
-    VideoMAEModel.from_pretrained(folder) is the encoder, and VideoMAEImageProcessor likewise what
+
+def export_transformers(encoder, folder):
+    """Write an encoder as a folder for load_encoder and for `transformers`: of VideoMAE where its
+    positions are a table, of V-JEPA 2 where they are rotary.
+
+    AutoModel.from_pretrained(folder) is the encoder, and VideoMAEImageProcessor likewise what
     it does to the pixels of frames as video.read_clip(video, encoder.view) gives them. Frames that
     other code picks, crops and resizes give other features.
     """
     folder, kind = Path(folder), encoder.config.positions
-    if kind != "table":
+    if kind not in EXPORTS:
         raise InputError(
-            f"VideoMAE's positions are a table of token numbers, this encoder's are {kind}:"
-            " transformers has no such VideoMAE; load it with load_encoder"
+            f"this encoder's positions are {kind}: transformers' VideoMAE has a table of token"
+            " numbers and its V-JEPA 2 rotary ones, so it is neither; load it with load_encoder"
         )
     held = [
         name
@@ -415,7 +460,8 @@ def export_transformers(encoder, folder):
             f"{folder} {f'holds a {held[0]}' if held else 'is a file'}; export the encoder into a"
             " new folder"
         )
-    write_transformers(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
+    write = FORMATS[EXPORTS[kind]].write_folder
+    write(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
 
 
 def plain(config):

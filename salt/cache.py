@@ -38,6 +38,7 @@ import numpy as np
 import torch
 
 from salt.cache_format import (
+    IDENTITY,
     Ids,
     check_header,
     check_size,
@@ -254,13 +255,11 @@ class Cache:
 
     @property
     def teacher_identity(self):
-        """What makes two teachers the same: weights, shape, compute and pixel normalisation; None
-        without latents.
+        """What makes two teachers the same: weights, shape, compute, normalisation of pixels, and
+        how it was asked; None without latents.
         """
         return self.teacher and {
-            name: self.teacher[name]
-            for name in ("sha256", "mean", "std", "compute", "config")
-            if name in self.teacher
+            name: self.teacher[name] for name in IDENTITY if name in self.teacher
         }
 
     def open_shard(self, kind, number):

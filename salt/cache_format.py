@@ -21,6 +21,11 @@ FORMAT_VERSION = 3
 KINDS = ("latents", "scales", "tokens", "patches")
 
 
+# what of a cache's teacher tells it from others: `shown` are the fields of the View that it saw,
+# where students see another
+IDENTITY = "sha256 mean std compute config layers of_frames norm shown".split()
+
+
 def plan_of(
     view,
     ids_sha256,

@@ -9,6 +9,8 @@ import os
 from typing import Any
 
 import numpy as np
+import torch
+from einops import rearrange
 
 from salt import config, ops, teachers
 from salt.cache import open_cache
@@ -20,7 +22,9 @@ from salt.splits import load_split
 from salt.video import read_row
 from salt.views import View, grid_of
 
-OF_CLIPS = "data frames resolution patch sampling stride crop interpolation limit".split()
+OF_CLIPS = (
+    "data frames resolution student_resolution patch sampling stride crop interpolation limit"
+).split()
 
 
 def refuse(s):
@@ -33,6 +37,10 @@ def refuse(s):
         raise InputError("--teacher none keeps nothing but clips; leave --clips off out")
     if s.latents == "i8" and s.teacher.lower() == "none":
         raise InputError("--teacher none keeps no latents; leave --latents out")
+    named = {"teacher_layers", "teacher_frames", "teacher_norm"} & config.given
+    if s.teacher.lower() == "none" and (named or s.student_resolution):
+        names = ", ".join(f"--{name}" for name in sorted(named)) or "--student_resolution"
+        raise InputError(f"--teacher none has no latents for {names}; leave it out")
     shared = {"split", "views"} & config.given | {name for name in OF_CLIPS if s[name] is not None}
     if s.clips_from and (shared or s.clips == "on"):
         names = ", ".join(f"--{name}" for name in sorted(shared)) or "--clips on"
@@ -48,29 +56,46 @@ class Work:
     device  of the teacher
     log     called with a line
     .encoder is the teacher or None, .shape its EncoderConfig; .source the Cache that clips are
-    taken from, or None. Raises InputError on what does not go together.
+    taken from, or None; .view cuts the clips that students see, .shown those that the teacher does.
+    Raises InputError on what does not go together.
     """
 
     def __init__(self, s, device, log):
         self.s = s
         self.log = log
+        self.source = open_cache(s.clips_from) if s.clips_from else None
         self.encoder: Any = None
         if s.teacher.lower() != "none":
-            self.encoder = teachers.load_teacher(s.teacher, device, s.dtype)
+            shape = s.frames, s.resolution
+            if self.source:
+                shape = self.source.view.frames, self.source.view.size
+            layers = tuple(s.teacher_layers)
+            asked = teachers.Asked(*shape, layers, s.teacher_frames, s.teacher_norm)
+            self.encoder = teachers.load_teacher(s.teacher, device, s.dtype, asked)
         self.shape = self.encoder.config if self.encoder else None
-        self.source = open_cache(s.clips_from) if s.clips_from else None
         if self.source:
-            self.view = self.source.view
+            self.view = self.shown = self.source.view
             self.patch, self.tubelet = self.source.patch, self.source.tubelet
         else:
-            self.view = self.view_asked_for()
+            self.shown = self.view = self.view_asked_for()
             self.patch = s.patch or (self.shape.patch if self.shape else 16)
             self.tubelet = self.shape.tubelet if self.shape else 2
+        # then they have a view and a grid of their own
+        self.resampled = bool(s.student_resolution)
+        if self.resampled:
+            size = s.student_resolution
+            self.view = View(self.shown.frames, size, size).cut_as(self.shown)
         if self.shape:
             self.refuse_other_clips()
-            line = self.encoder.other_view(self.view)
+            line = self.encoder.other_view(self.shown)
             if line:
                 log(line)
+            if not getattr(self.shape, "final_norm", True):
+                log(
+                    f"the teacher {s.teacher} has no final norm (use_mean_pooling: its head had"
+                    " it): latents are the sums of all blocks, of very unequal channels;"
+                    " --teacher_norm norms them, or train.py --target_norm"
+                )
         self.tokens = math.prod(grid_of(self.view, self.patch, self.tubelet))
         self.patch_dim = 3 * self.tubelet * self.patch * self.patch
         self.views = self.source.metadata["views"] if self.source else s.views
@@ -97,11 +122,12 @@ class Work:
         return dataclasses.replace(view, **{name: s[name] for name in names if s[name] is not None})
 
     def refuse_other_clips(self):
-        view, shape = self.view, self.shape
+        view, shape = self.shown, self.shape
+        patch = shape.patch if self.resampled else self.patch
         for name, takes, has in (
             ("frames", shape.frames, view.frames),
             ("resolution", shape.size, view.size),
-            ("patch", shape.patch, self.patch),
+            ("patch", shape.patch, patch),
             ("tubelet", shape.tubelet, self.tubelet),
         ):
             if takes != has:
@@ -117,19 +143,24 @@ class Work:
         return shard_rows(number, len(self.ids))
 
     def clips_of(self, together):
-        """[patches uint8 [N, P] or VideoError] of rows of one video."""
+        """[(patches uint8 [N, P], what the teacher is shown) or VideoError] of rows of one video:
+        it is shown the patches, or a clip uint8 [T, H, W, 3] where it has a view of its own.
+        """
         if self.source:
-            return [self.source.checked_patches(row) for row in together]
+            made = [self.source.checked_patches(row) for row in together]
+            return [(patches, patches) for patches in made]
         video = self.videos[together[0] // self.views]
-        cuts = [dataclasses.replace(self.view, view=self.ids[row][1]) for row in together]
+        numbers = [self.ids[row][1] for row in together]
+        views = [self.view, self.shown] if self.resampled else [self.view]
+        cuts = [dataclasses.replace(view, view=number) for view in views for number in numbers]
         try:
             clips = read_row(video, cuts)
         except VideoError as error:
             return [error] * len(together)
-        patches = [np.empty((self.tokens, self.patch_dim), np.uint8) for _ in clips]
+        patches = [np.empty((self.tokens, self.patch_dim), np.uint8) for _ in numbers]
         for clip, made in zip(clips, patches):
             ops.patchify_into(clip, made, self.patch, self.tubelet)
-        return patches
+        return list(zip(patches, clips[len(numbers) :] or patches))
 
     def can_be_decoded(self, row):
         return not isinstance(self.clips_of([row])[0], VideoError)
@@ -154,6 +185,12 @@ class Work:
                 f" now, or whose start and end were changed, {self.ids[changed[0]][0]!r} among"
                 " them: bring back what they were made from, or delete the cache and make it again"
             )
+
+    def latents_of(self, shown):
+        """The teacher's latents [b, N, D] of clips on its device, on the student's grid."""
+        made = teachers.teacher_latents(self.encoder, shown)
+        grid = grid_of(self.view, self.patch, self.tubelet)
+        return by_area(made, self.shape.grid, grid) if self.resampled else made
 
     # ---- the disk
 
@@ -206,6 +243,7 @@ class Work:
             "name": self.encoder.name,
             "dim": shape.dim,
             **self.encoder.identity,
+            "shown": self.shown.to_dict() if self.resampled else None,
         }
         return plan_of(
             self.view,
@@ -221,3 +259,21 @@ class Work:
             clips=bool(keep_clips),
             clips_from=clips_from,
         )
+
+
+def by_area(latents, grid, other):
+    """Latents [B, N, D] of a grid (t, h, w) on another (t, h', w'): a token is the mean of those
+    that its place covers, by the area that each has of it.
+    """
+    down, across = (overlaps(n, m).to(latents) for n, m in zip(grid[1:], other[1:]))
+    laid_out = rearrange(latents, "b (t h w) d -> b t h w d", t=grid[0], h=grid[1])
+    made = torch.einsum("btywd,xw->btyxd", laid_out, across)
+    return rearrange(torch.einsum("btywd,hy->bthwd", made, down), "b t h w d -> b (t h w) d")
+
+
+def overlaps(n, m):
+    """float64 [m, n]: the share that each of n equal parts of a line has in each of m."""
+    cuts = torch.arange(m + 1, dtype=torch.float64) / m
+    parts = torch.arange(n + 1, dtype=torch.float64) / n
+    ends = torch.minimum(cuts[1:, None], parts[None, 1:])
+    return m * (ends - torch.maximum(cuts[:-1, None], parts[None, :-1])).clamp(min=0)

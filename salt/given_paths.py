@@ -1,5 +1,6 @@
 """Paths that flags name and that are not there: said at once, with what to do."""
 
+import importlib.util
 import os
 import re
 
@@ -11,8 +12,9 @@ NOT_THERE = {  # what to say of a path that a flag names and that is not there
     ),
     "cache": "{} is no cache: there is no such folder; make one with cache_latents.py --out {}",
     "teacher": (
-        "there is no teacher at {}; --teacher names a VideoMAE folder (config.json,"
-        " model.safetensors), a VideoMAE .pth, a checkpoint of train.py, or file.py:function"
+        "there is no teacher at {}; --teacher names a folder in transformers format (config.json,"
+        " model.safetensors), a VideoMAE .pth, a V-JEPA 2 .pt, a checkpoint of train.py, or"
+        " file.py:function"
     ),
     "hub": (
         "there is no teacher at {}; if that is a model of the Hugging Face hub: `hf download {}"
@@ -25,6 +27,15 @@ def in_a_file(teacher):
     """(file, function) of a --teacher `file.py:function`, empty where it has another form."""
     found = re.fullmatch(r"(.*\.py):?(\w*)", str(teacher))
     return (found[1], found[2]) if found else ("", "")
+
+
+def of_the_hub(path):
+    """Whether a path that is not there can be a model's name on the Hugging Face hub."""
+    return (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        and not os.path.exists(path)
+        and not os.path.isdir(os.path.dirname(path))
+    )
 
 
 def check(**flags):
@@ -41,11 +52,9 @@ def check(**flags):
             if not path or os.path.exists(os.path.expanduser(path)):
                 continue
             kind = "cache" if name not in NOT_THERE else name
-            if (
-                kind == "teacher"
-                and re.fullmatch(r"[\w.-]+/[\w.-]+", path)
-                and not os.path.isdir(os.path.dirname(path))
-            ):
+            if kind == "teacher" and of_the_hub(path):
+                if importlib.util.find_spec("huggingface_hub"):
+                    continue  # hub.py fetches it
                 kind = "hub"
             above = os.path.dirname(os.path.abspath(path))
             beside = nearest(

@@ -91,8 +91,10 @@ class Encoders:
         self.sources.append(features.encoder_source(name, encoder))
 
     def add_teacher(self, s, device):
-        teacher = teachers.load_teacher(s.teacher, device, s.dtype)
-        c, view = teacher.config, self.view
+        view = self.view
+        asked = teachers.Asked(view.frames, view.size)
+        teacher = teachers.load_teacher(s.teacher, device, s.dtype, asked)
+        c = teacher.config
         if (c.frames, c.size) != (view.frames, view.size):
             raise InputError(
                 f"the teacher {s.teacher} takes {c.frames} frames of {c.size} pixels, and the"

@@ -31,6 +31,7 @@ class EncoderConfig:
     tubelet: int = 2
     eps: float = 1e-6
     qkv_bias: bool = True
+    key_bias: bool = False  # likewise on keys, as V-JEPA 2 has
     final_norm: bool = True
     mean: tuple = views.IMAGENET_MEAN
     std: tuple = views.IMAGENET_STD

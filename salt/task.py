@@ -74,7 +74,7 @@ def open_training(s, device, log):
         )
     else:
         if s.teacher and s.target == "latents":
-            teacher = teachers.load_teacher(s.teacher, device, teachers.TEACHER_DTYPE)
+            teacher = teachers.on_the_fly(s.teacher, device, s.frames, s.resolution)
         clips = clips_of_videos(s, teacher, log)
     shape = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     dim = teacher_identity = None
@@ -187,8 +187,9 @@ def teacher_of(s, clips, teacher, device, log):
             "there are no cached latents to predict: give a --cache that has them, or --teacher, or"
             " train on pixels with --target pixels"
         )
-    teacher = teacher or teachers.load_teacher(s.teacher, device, teachers.TEACHER_DTYPE)
-    shape, view = teacher.config, clips.view
+    view = clips.view
+    teacher = teacher or teachers.on_the_fly(s.teacher, device, view.frames, view.size)
+    shape = teacher.config
     has = view.frames, view.size, clips.patch, clips.tubelet
     if (shape.frames, shape.size, shape.patch, shape.tubelet) != has:
         raise InputError(

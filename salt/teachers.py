@@ -1,58 +1,87 @@
 """Frozen teachers: opening one, and what it makes of clips."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from model import SIZES, build_encoder, cast_matrices, encoder_of_folder, plain, student_of
-from salt import given_paths
+from model import FORMATS, SIZES, build_encoder, cast_matrices, encoder_of_folder, plain, student_of
+from salt import given_paths, hub, vjepa2
 from salt.cache_format import agree_on
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
-from salt.files import sha256
+from salt.pretrained import digest_of_weights, read_configuration
 from salt.torch_files import from_file, load_pickle
-from salt.user_teacher import user_teacher
+from salt.user_teacher import Shape, user_teacher
 from salt.videomae import read_videomae
 
 # compute of a teacher that train.py runs on the fly: cache_latents.py's default
 TEACHER_DTYPE = "bf16"
 
 
-def load_teacher(path, device="cpu", dtype="fp32"):
-    """A frozen Encoder in eval mode that computes in `dtype`, 'fp32' or 'bf16', with .name, .sha256
-    (of its weights file) and .identity, from
+class Asked(NamedTuple):
+    """How a teacher is asked for its latents."""
 
-    - a folder in `transformers` format: config.json and model.safetensors or pytorch_model.bin,
-      pre-training, fine-tuned, or written by export_transformers;
+    # of its clips, where it takes any [its own]
+    frames: int | None = None
+    resolution: int | None = None
+    # whose outputs are latents, side by side: -1 is what the teacher gives, normed as it norms it;
+    # -2 what the last block but one does, layer-normed without weights
+    layers: tuple = (-1,)
+    # of transformers' image models, of a tubelet's frames: their mean, or the last one's
+    of_frames: str = "mean"
+    # layer-norm, without weights, what the teacher gives: for those without a final norm
+    norm: bool = False
+
+    def to_dict(self):
+        """What of it tells latents apart beside their clips."""
+        what = {"layers": list(self.layers), "of_frames": self.of_frames, "norm": self.norm}
+        return what | {"shown": None}  # another View than its students', in caches alone
+
+
+AS_IT_IS = Asked()
+
+
+def load_teacher(path, device="cpu", dtype="fp32", asked=AS_IT_IS):
+    """A frozen Encoder in eval mode that computes in `dtype`, 'fp32' or 'bf16', with .name, .sha256
+    (of its weights) and .identity, from
+
+    - a VideoMAE or V-JEPA 2 folder in `transformers` format: config.json and model.safetensors or
+      pytorch_model.bin, pre-training, fine-tuned, or written by export_transformers;
     - an original VideoMAE .pth: the weights bare or under model, module or state_dict, with or
-      without the prefix encoder.;
+      without the prefix encoder.; or an original V-JEPA 2 .pt;
     - a checkpoint of train.py;
-    or, of `file.py:function`, the UserTeacher of what that returns, which computes as it likes.
+    - the Hugging Face hub, by its name there;
+    or the same as a LayeredTeacher, where other layers are asked for; or, of a folder of any other
+    vision model of `transformers` and of `file.py:function`, a UserTeacher.
     Raises InputError, naming what does not fit.
     """
     file, function = given_paths.in_a_file(path)
     if file:
+        if asked.to_dict() != AS_IT_IS.to_dict():
+            raise InputError(f"{path}: what its latents are its function decides, no flag")
         return user_teacher(file, function, device)
+    name = Path(path).name
+    if given_paths.of_the_hub(path):
+        name, path = path, hub.download(path)
     path = Path(path).expanduser()
     if path.is_dir():
-        encoder, file = encoder_of_folder(path)
+        config, pixels = from_file(path, read_configuration, path)
+        if config.get("model_type") not in FORMATS:
+            from salt import transformers_teacher
+
+            return transformers_teacher.open_folder(path, config, pixels, device, dtype, asked)
+        encoder, files = encoder_of_folder(path)
     elif path.is_file():
-        saved, file = load_pickle(path), path
-        if "salt_vla" in saved:
-            encoder = student_of(load_checkpoint(path), path)
-        else:  # 64 channels a head, but for huge and giant
-
-            def heads_of(dim, depth):
-                return next(
-                    (size[2] for size in SIZES.values() if size[:2] == (dim, depth)),
-                    max(1, dim // 64),
-                )
-
-            found = from_file(path, read_videomae, saved, path, heads_of)
-            encoder = build_encoder(path, *found)
+        encoder, files = encoder_of_file(path), [path]
     else:
         raise InputError(given_paths.NOT_THERE["teacher"].format(path))
-    encoder.name, encoder.sha256 = path.name, sha256(file)
+    if encoder.config.positions == "rope":
+        encoder = encoder.at(asked.frames, asked.resolution)
+    encoder = encoder.to(device).float().eval().requires_grad_(False)
+    cast_matrices(encoder, dtype)
+    encoder.name, encoder.sha256 = name, digest_of_weights(files)
     c = plain(encoder.config)
     encoder.identity = {
         "sha256": encoder.sha256,
@@ -60,19 +89,94 @@ def load_teacher(path, device="cpu", dtype="fp32"):
         "std": list(c.pop("std")),
         "compute": dtype,
         "config": c,
+        **asked.to_dict(),
     }
-    encoder = encoder.to(device).float().eval().requires_grad_(False)
-    cast_matrices(encoder, dtype)
+    if asked.to_dict() != AS_IT_IS.to_dict():
+        return LayeredTeacher(encoder, asked)
     return encoder
 
 
+def encoder_of_file(path):
+    """The Encoder of a checkpoint of train.py, or of an original file of VideoMAE or V-JEPA 2."""
+    saved = load_pickle(path)
+    if "salt_vla" in saved:
+        return student_of(load_checkpoint(path), path)
+    if vjepa2.is_original(saved):
+        return build_encoder(path, *from_file(path, vjepa2.read_original, saved, path))
+
+    def heads_of(dim, depth):  # 64 channels a head, but for huge and giant
+        known = (size[2] for size in SIZES.values() if size[:2] == (dim, depth))
+        return next(known, max(1, dim // 64))
+
+    return build_encoder(path, *from_file(path, read_videomae, saved, path, heads_of))
+
+
+def on_the_fly(path, device, frames, resolution):
+    """load_teacher, of the one that runs in training, which takes these clips if it takes any."""
+    return load_teacher(path, device, TEACHER_DTYPE, Asked(frames, resolution))
+
+
+class LayeredTeacher:
+    """An Encoder whose latents are those of several layers side by side, or normed: all else of it
+    is the Encoder's.
+
+    asked  Asked: its layers, each from -1, the last, to -depth, and norm
+    """
+
+    def __init__(self, encoder, asked):
+        c, self.encoder, self.asked = encoder.config, encoder, asked
+        for layer in asked.layers:
+            if not -c.depth <= layer <= -1:
+                raise InputError(
+                    f"--teacher_layers {layer}: the teacher has {c.depth} blocks; the last one is"
+                    f" -1, the first -{c.depth}"
+                )
+        dim = c.dim * len(asked.layers)
+        self.config = Shape(c.frames, c.size, c.patch, c.tubelet, dim, c.mean, c.std)
+        self.kept = {}
+        for layer in {*asked.layers} - {-1}:
+            encoder.blocks[layer].register_forward_hook(self.keep(layer))
+
+    def __getattr__(self, name):
+        return getattr(self.encoder, name)
+
+    def keep(self, layer):
+        def hook(block, given, made):
+            self.kept[layer] = made
+
+        return hook
+
+    def encode(self, clips):
+        """Latents [B, N, len(layers) * D] of clips, as Encoder.encode takes them."""
+        last = self.encoder.encode(clips)
+        width = last.shape[-1:]
+        self.kept[-1] = F.layer_norm(last, width) if self.asked.norm else last
+        parts = [
+            self.kept[k] if k == -1 else F.layer_norm(self.kept[k], width)
+            for k in self.asked.layers
+        ]
+        self.kept = {}
+        return torch.cat(parts, dim=-1).to(last.dtype)
+
+
 def known_teacher(path, identity, checkpoint, device="cpu"):
-    """load_teacher, of the teacher that a checkpoint was trained on and in that one's compute.
+    """load_teacher, of the teacher that a checkpoint was trained on, asked and computing as then.
 
     identity    as the content of `checkpoint`, a path, has it
     Raises InputError where the teacher at `path` is another.
     """
-    teacher = load_teacher(path, device, identity.get("compute", "fp32"))
+    if identity.get("shown"):
+        raise InputError(
+            f"{checkpoint} sees other clips than its teacher, whose latents were put on its grid in"
+            " the cache (--student_resolution): measure it by a --cache made so"
+        )
+    shape, own = identity.get("config", {}), AS_IT_IS.to_dict()
+    how = {name: identity.get(name, value) for name, value in own.items()}
+    if given_paths.in_a_file(path)[0]:
+        how = own
+    layers = tuple(how["layers"])
+    asked = Asked(shape.get("frames"), shape.get("size"), layers, how["of_frames"], how["norm"])
+    teacher = load_teacher(path, device, identity.get("compute", "fp32"), asked)
     if not agree_on(identity, teacher.identity):
         raise InputError(
             f"{path} is not the teacher that {checkpoint} was trained on: SHA-256 of the weights"

@@ -66,7 +66,7 @@ class UserTeacher:
     Raises InputError where it does not keep the contract; it is tried on two clips of noise.
     """
 
-    view_is_known = False
+    view_is_known, reshaped = False, ""
     takes = Encoder.takes  # lines for a log
     other_view = Encoder.other_view
 
@@ -86,6 +86,7 @@ class UserTeacher:
             "std": list(shape.pop("std")),
             "compute": str(getattr(made, "compute", "its own")),
             "config": shape | {"file_sha256": digest},
+            "shown": None,  # another View than its students', in caches alone
         }
         self.try_out(device)
 

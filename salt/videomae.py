@@ -5,13 +5,21 @@ model.py builds the module.
 """
 
 import json
-import math
 from pathlib import Path
 
 import torch
 
 from salt.errors import InputError
-from salt.torch_files import load_pickle, whole
+from salt.pretrained import (
+    check_gelu,
+    normalisation,
+    processor,
+    read_weights,
+    square,
+    take,
+    view_of,
+)
+from salt.torch_files import whole
 
 SAVED_NAMES = {  # original VideoMAE names -> ours, after the block number
     "norm1.": "norm1.",
@@ -44,29 +52,19 @@ TRANSFORMERS_NAMES = {  # ours -> `transformers`, after the block number
 }
 
 
-# that may say mean and std
-PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-
-
-def read_json(path):
-    """The content of a small JSON file."""
-    if path.stat().st_size > 1 << 24:
-        raise InputError(f"{path} has {path.stat().st_size} bytes; configurations are small")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_transformers(folder):
+def read_folder(config, pixels, folder):
     """What a VideoMAE folder in `transformers` format holds; transformers is not imported.
 
-    Returns (EncoderConfig fields, weights under our names, weights file, View fields or None,
+    config, pixels  of pretrained.read_configuration
+    Returns (EncoderConfig fields, weights under our names, weights files, View fields or None,
     whether they are those of its training clips, which a processor does not say in full).
     """
-    config, pixels = read_configuration(folder)
-    state, file = read_weights(folder)
-    weights = whole(state, file).items()
+    check_gelu(config, folder)
+    weights, files = read_weights(folder)
+    file = files[0]
     state = {
         name.removeprefix("videomae."): tensor.float()
-        for name, tensor in weights
+        for name, tensor in weights.items()
         if not name.startswith("decoder")
     }
     projection = "embeddings.patch_embeddings.projection."
@@ -111,121 +109,10 @@ def read_transformers(folder):
         **normalisation(pixels, folder),
     }
     view = config.get("salt_view")
-    return fields, ours, file, view or view_of(pixels, fields), view is not None
+    return fields, ours, files, view or view_of(pixels, fields), view is not None
 
 
 BIASES = (("q_bias", "v_bias"), ("query.bias", "value.bias"))  # older and newer `transformers`
-
-
-def read_configuration(folder):
-    """(config.json, what a processor's file says of pixels or {}) of a VideoMAE folder."""
-    path = folder / "config.json"
-    try:
-        config = read_json(path)
-        said = [read_json(folder / name) for name in PROCESSORS if (folder / name).is_file()]
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} has no config.json; a teacher folder holds config.json and model.safetensors"
-            " or pytorch_model.bin"
-        ) from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"a JSON file in {folder} is malformed: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is no JSON object")
-    if config.get("model_type") != "videomae":
-        raise InputError(
-            f"{path} describes the model type {config.get('model_type')!r}; a teacher is a videomae"
-        )
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise InputError(
-            f"{path}: hidden_act is {config['hidden_act']!r}; only exact gelu is supported"
-        )
-    # of processor_config.json
-    said = [each.get("video_processor", each.get("image_processor", each)) for each in said]
-    return config, next((each for each in said if "image_mean" in each), said[0] if said else {})
-
-
-def read_weights(folder):
-    """({name: tensor}, the file that they are in) of a folder in `transformers` format."""
-    file = folder / "model.safetensors"
-    if file.is_file():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(file), file
-        except SafetensorError as error:
-            raise InputError(f"{file} is damaged: {error}") from None
-    file = folder / "pytorch_model.bin"
-    if not file.is_file():
-        raise InputError(f"{folder} has no model.safetensors and no pytorch_model.bin")
-    return load_pickle(file), file
-
-
-def square(value, folder):
-    """The side of an image or patch, which may be given twice."""
-    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
-        return value[0]
-    if not isinstance(value, int):
-        raise InputError(
-            f"{folder / 'config.json'}: images and patches must be square, not {value}"
-        )
-    return value
-
-
-def normalisation(pixels, folder):
-    """{'mean', 'std'} of a processor, as far as it says."""
-    scale = pixels.get("rescale_factor", 1 / 255)
-    if pixels.get("do_rescale") is False or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
-        raise InputError(
-            f"{folder} scales pixels otherwise than by 1/255 (do_rescale, rescale_factor, of its"
-            f" {' or '.join(PROCESSORS)}); write the same scale into image_mean and image_std"
-        )
-    if pixels.get("do_normalize") is False:
-        return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    names = (("mean", "image_mean"), ("std", "image_std"))
-    return {mine: pixels[theirs] for mine, theirs in names if theirs in pixels}
-
-
-def view_of(pixels, fields):
-    """View fields of a processor's resizing and cropping to the encoder's frames, as far as a View
-    can say it; None where it cannot, or nothing is said.
-
-    VideoMAE's defaults: the short side resized to 224 by bilinear interpolation, the middle 224 x
-    224 of it.
-    """
-    side, edges = fields["size"], pixels.get("size", 224)
-    edges = edges if isinstance(edges, dict) else {"shortest_edge": edges}
-    kept = pixels.get("crop_size", 224) if pixels.get("do_center_crop") is not False else side
-    kept = kept if isinstance(kept, dict) else {"height": kept, "width": kept}
-    how = {0: None, 2: "bilinear", 3: "bicubic", 4: "area"}.get(pixels.get("resample", 2))
-    if (
-        not pixels.keys() & {"size", "crop_size", "resample", "do_center_crop"}
-        or not how
-        or set(kept.values()) != {side}
-    ):
-        return None
-    if "shortest_edge" in edges:
-        cut = (
-            {"short_side": edges["shortest_edge"], "crop": "center"}
-            if pixels.get("do_center_crop") is not False
-            else None
-        )
-    else:
-        cut = (
-            {"short_side": side, "crop": "squash"}
-            if (edges.get("height"), edges.get("width")) == (side, side)
-            else None
-        )
-    return cut and {"frames": fields["frames"], "size": side, "interpolation": how, **cut}
-
-
-def take(state, name, path):
-    if name not in state:
-        raise InputError(f"{path} lacks the weight {name}; is it a VideoMAE model?")
-    return state[name]
 
 
 def read_videomae(saved, path, heads_of):
@@ -292,7 +179,7 @@ def read_videomae(saved, path, heads_of):
     return fields, ours
 
 
-def write_transformers(c, weights, folder, view):
+def write_folder(c, weights, folder, view):
     """Write an encoder's weights, of EncoderConfig c, as a VideoMAE folder of `transformers`.
 
     view: fields of the View that its clips are cut under, kept in config.json as salt_view. The
@@ -350,24 +237,5 @@ def write_transformers(c, weights, folder, view):
             indent=1,
         )
     )
-    square = {"height": c.size, "width": c.size}
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "VideoMAEImageProcessor",
-                "do_resize": True,
-                "size": square if view["crop"] == "squash" else {"shortest_edge": c.size},
-                "resample": (
-                    3 if view["interpolation"] == "bicubic" else 2
-                ),  # PIL's numbers; 2 is bilinear
-                "do_center_crop": True,
-                "crop_size": square,
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": True,
-                "image_mean": c.mean,
-                "image_std": c.std,
-            },
-            indent=1,
-        )
-    )
+    kind = {"image_processor_type": "VideoMAEImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor(kind, c, view), indent=1))

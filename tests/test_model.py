@@ -359,7 +359,7 @@ def test_bad_teachers_are_one_clear_error(tmp_path):
     )
     torch.save({"model": {"fc.weight": torch.zeros(2)}}, tmp_path / "resnet.pth")
     for name, message in (
-        ("vit", "model type 'vit'"),
+        ("vit", "cannot open"),
         ("deep", "lacks the weight"),
         ("wide", "shape"),
         ("relu", "hidden_act"),
