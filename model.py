@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from salt import ops, videomae, views, vjepa2
+from salt import ops, plain_folder, videomae, views, vjepa2
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
 from salt.linear import Linear, cast_matrices  # noqa: F401  public here
@@ -409,7 +409,8 @@ def build_encoder(path, fields, state, view=None):
     return encoder
 
 
-FORMATS = {"videomae": videomae, "vjepa2": vjepa2}  # by the model_type of a folder
+# by the model_type of a folder
+FORMATS = {"videomae": videomae, "vjepa2": vjepa2, "salt_vla": plain_folder}
 
 
 def encoder_of_folder(path):
@@ -440,16 +441,23 @@ def export_transformers(encoder, folder):
     """Write an encoder as a folder for load_encoder and for `transformers`: of VideoMAE where its
     positions are a table, of V-JEPA 2 where they are rotary.
 
-    AutoModel.from_pretrained(folder) is the encoder, and VideoMAEImageProcessor likewise what
-    it does to the pixels of frames as video.read_clip(video, encoder.view) gives them. Frames that
-    other code picks, crops and resizes give other features.
+    AutoModel.from_pretrained(folder) is the encoder, and AutoVideoProcessor likewise what it does
+    to the pixels of frames. Frames that other code picks, decodes and resizes give other features
+    than those of video.read_clip(video, encoder.view).
     """
-    folder, kind = Path(folder), encoder.config.positions
+    kind = encoder.config.positions
     if kind not in EXPORTS:
         raise InputError(
             f"this encoder's positions are {kind}: transformers' VideoMAE has a table of token"
-            " numbers and its V-JEPA 2 rotary ones, so it is neither; load it with load_encoder"
+            " numbers and its V-JEPA 2 rotary ones, so it is neither; export.py --to safetensors"
+            " writes it for load_encoder"
         )
+    write_folder(encoder, folder, EXPORTS[kind])
+
+
+def write_folder(encoder, folder, kind):
+    """Write an encoder as a folder of one of FORMATS."""
+    folder = Path(folder)
     held = [
         name
         for name in ("config.json", "model.safetensors", "pytorch_model.bin")
@@ -460,8 +468,8 @@ def export_transformers(encoder, folder):
             f"{folder} {f'holds a {held[0]}' if held else 'is a file'}; export the encoder into a"
             " new folder"
         )
-    write = FORMATS[EXPORTS[kind]].write_folder
-    write(encoder.config, encoder.state_dict(), folder, encoder.view.to_dict())
+    weights, view = encoder.state_dict(), encoder.view.to_dict()
+    FORMATS[kind].write_folder(encoder.config, weights, folder, view)
 
 
 def plain(config):

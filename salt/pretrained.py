@@ -160,16 +160,16 @@ def view_of(pixels, fields, of_class=224):
     return cut and {"frames": fields["frames"], "size": side, "interpolation": how, **cut}
 
 
-def processor(kind, c, view, **more):
-    """The content of a processor's JSON file, of EncoderConfig c and View fields: frames of that
-    view it leaves as they are and normalises; others it resizes and crops, near to the view but
-    not as swscale does.
+def processor(kind, c, short_side, view):
+    """The content of a processor's JSON file, of EncoderConfig c and View fields: frames of any
+    size get this short side (or, where the view squashes, both), then their middle is cut out.
+    Other code than swscale does so, and features differ a little.
     """
     square = {"height": c.size, "width": c.size}
     return {
         **kind,
         "do_resize": True,
-        "size": square if view["crop"] == "squash" else {"shortest_edge": c.size},
+        "size": square if view["crop"] == "squash" else {"shortest_edge": short_side},
         # PIL's numbers; 2 is bilinear
         "resample": 3 if view["interpolation"] == "bicubic" else 2,
         "do_center_crop": True,
@@ -179,5 +179,8 @@ def processor(kind, c, view, **more):
         "do_normalize": True,
         "image_mean": c.mean,
         "image_std": c.std,
-        **more,
     }
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

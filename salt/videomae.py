@@ -4,7 +4,6 @@ The readers give weights under the names of model.Encoder, and the fields of its
 model.py builds the module.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from salt.pretrained import (
     square,
     take,
     view_of,
+    write_json,
 )
 from salt.torch_files import whole
 
@@ -183,8 +183,8 @@ def write_folder(c, weights, folder, view):
     """Write an encoder's weights, of EncoderConfig c, as a VideoMAE folder of `transformers`.
 
     view: fields of the View that its clips are cut under, kept in config.json as salt_view. The
-    processor leaves frames of that view as they are and normalises them; frames of other sizes it
-    resizes and crops, near to the view but not as swscale does.
+    image processor is for frames of that view, which it leaves as they are and normalises; the
+    video processor for whole frames, which it resizes and crops as the view does.
     """
     from safetensors.torch import save_file
 
@@ -214,28 +214,29 @@ def write_folder(c, weights, folder, view):
                 )
                 state[f"encoder.layer.{number}.{new}{rest[len(old) :]}"] = tensor
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "architectures": ["VideoMAEModel"],
-                "model_type": "videomae",
-                "hidden_size": c.dim,
-                "num_hidden_layers": c.depth,
-                "num_attention_heads": c.heads,
-                "intermediate_size": c.mlp_dim,
-                "num_frames": c.frames,
-                "image_size": c.size,
-                "patch_size": c.patch,
-                "tubelet_size": c.tubelet,
-                "num_channels": 3,
-                "layer_norm_eps": c.eps,
-                "qkv_bias": c.qkv_bias,
-                "use_mean_pooling": not c.final_norm,
-                "hidden_act": "gelu",
-                "salt_view": view,
-            },
-            indent=1,
-        )
+    write_json(
+        folder / "config.json",
+        {
+            "architectures": ["VideoMAEModel"],
+            "model_type": "videomae",
+            "hidden_size": c.dim,
+            "num_hidden_layers": c.depth,
+            "num_attention_heads": c.heads,
+            "intermediate_size": c.mlp_dim,
+            "num_frames": c.frames,
+            "image_size": c.size,
+            "patch_size": c.patch,
+            "tubelet_size": c.tubelet,
+            "num_channels": 3,
+            "layer_norm_eps": c.eps,
+            "qkv_bias": c.qkv_bias,
+            "use_mean_pooling": not c.final_norm,
+            "hidden_act": "gelu",
+            "salt_view": view,
+        },
     )
     kind = {"image_processor_type": "VideoMAEImageProcessor"}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor(kind, c, view), indent=1))
+    write_json(folder / "preprocessor_config.json", processor(kind, c, c.size, view))
+    kind = {"video_processor_type": "VideoMAEVideoProcessor"}
+    said = processor(kind, c, view["short_side"], view)
+    write_json(folder / "video_preprocessor_config.json", said)

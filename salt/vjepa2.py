@@ -6,7 +6,6 @@ shape (Encoder.at). In `transformers` places are counted by the configuration's 
 under it a clip of another size gets wrong ones, without a word.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from salt.pretrained import (
     square,
     take,
     view_of,
+    write_json,
 )
 from salt.torch_files import whole
 from salt.views import IMAGENET_MEAN, IMAGENET_STD
@@ -89,7 +89,7 @@ def read_folder(config, pixels, folder):
         **normalisation(pixels, folder),
     }
     # its processor's class knows one short side, whatever the file says
-    edges = {"size": {"shortest_edge": int(fields["size"] * 256 / 224)}}
+    edges = {"size": {"shortest_edge": short_side_of(fields["size"])}}
     view = config.get("salt_view")
     stated = view or view_of({**pixels, **edges}, fields, of_class=256)
     return fields, ours, files, stated, view is not None
@@ -236,7 +236,15 @@ def write_folder(c, weights, folder, view):
         "pred_num_mask_tokens": 1,
         "salt_view": view,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    kind = {"video_processor_type": "VJEPA2VideoProcessor"}
-    said = json.dumps(processor(kind, c, view), indent=1)
-    (folder / "video_preprocessor_config.json").write_text(said)
+    write_json(folder / "config.json", config)
+    # V-JEPA 2's own class knows one short side for a crop, whatever its file says; this one does
+    # what the file says, and is else the same
+    own = view["crop"] == "center" and view["short_side"] == short_side_of(c.size)
+    kind = "VJEPA2VideoProcessor" if own else "LlavaNextVideoVideoProcessor"
+    said = processor({"video_processor_type": kind}, c, view["short_side"], view)
+    write_json(folder / "video_preprocessor_config.json", said)
+
+
+def short_side_of(size):
+    """That frames get before VJEPA2VideoProcessor crops them to `size`."""
+    return int(size * 256 / 224)
