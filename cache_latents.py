@@ -29,6 +29,8 @@ from salt.errors import InputError, VideoError
 data: str | None = None  # data folder (or CSV file): videos and their lists
 split = "train"  # which list: train, validation or test
 splits_dir: str | None = None  # folder of the lists, where it is not the data folder
+cameras: list[str] = []  # of a LeRobot data set: names, or their last parts [all]
+window_seconds: float | None = None  # of a LeRobot data set: longer episodes become several rows
 # a folder in transformers format or its name on the hub, a VideoMAE .pth, a V-JEPA 2 .pt, a
 # checkpoint of train.py, file.py:function (salt/user_teacher.py), or none: clips alone, for stage 1
 teacher = ""
@@ -112,8 +114,9 @@ def bar(items, unit="file"):
 
 # ---- instead of making one: check a cache, or join several
 if verify:
-    config.refuse_others("--verify only looks", {"verify", "data", "splits_dir", "threads"})
-    sys.exit(upkeep.report(verify, data, splits_dir, threads, bar))
+    of_rows = {"data", "splits_dir", "cameras", "window_seconds"}
+    config.refuse_others("--verify only looks", {"verify", "threads", *of_rows})
+    sys.exit(upkeep.report(verify, settings, bar))
 if merge:
     if out is None or len(merge) < 2:
         raise InputError("--merge takes two caches or more, and --out the one to make")

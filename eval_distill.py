@@ -31,6 +31,8 @@ split = "validation"  # list of held-out videos in it
 # measure on videos that a checkpoint was trained on, too; the figures are then called training R2
 training_videos: bool = False
 splits_dir: str | None = None  # folder of the lists, where it is not the data folder
+cameras: list[str] = []  # of a LeRobot data set: names, or their last parts [all]
+window_seconds: float | None = None  # of a LeRobot data set: longer episodes become several rows
 # cache that they were trained on, in which look-up looks [where the checkpoint says it was]
 train_cache: str | None = None
 teacher: str | None = None  # without a cache: the teacher that the checkpoints were trained on

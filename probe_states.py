@@ -32,6 +32,8 @@ teacher: str | None = None  # probe it beside the student
 train_split = "train"  # list that heads are fitted on
 val_split = "validation"  # list that they are tested on
 splits_dir: str | None = None  # folder of the lists, where it is not the data folder
+cameras: list[str] = []  # of a LeRobot data set: names, or their last parts [all]
+window_seconds: float | None = None  # of a LeRobot data set: longer episodes become several rows
 train_videos: int = 2000  # at most so many, drawn by the seed
 val_videos: int = 1000  # at most so many
 labels: list[int] = [10, 30, 100, 300, 0]  # labelled training videos; 0: all
@@ -63,7 +65,7 @@ paths = [runs.checkpoint_of(word) for word in checkpoint]
 import numpy as np  # after the settings, so that --help and a mistyped flag answer at once
 from tqdm import tqdm
 
-from salt import ops, probed, probing, ranks, verdict
+from salt import lerobot, ops, probed, probing, ranks, verdict
 from salt.containers import frame_count, frame_rate
 from salt.features import Features
 from salt.masks import STREAMS, Random
@@ -78,25 +80,36 @@ ops.keep_freed_memory(one_place=True)
 odd_videos.watch(math.inf, tqdm.write)
 
 # ---- the states, and which window of a video ends how early
-folder = data if os.path.isdir(data) else os.path.dirname(data)  # of a list
-states_path = states or os.path.join(folder, "states.json")
-try:
-    with open(states_path, encoding="utf-8") as file:
-        known = {name: np.array(rows, np.float32) for name, rows in json.load(file).items()}
-    widths = {rows.shape[1:] for rows in known.values()}
-    if len(widths) != 1 or widths == {()}:
-        raise ValueError("its rows are not all of as many numbers")
-    names_path = os.path.join(os.path.dirname(states_path), "state_names.json")
-    names = [str(number) for number in range(*widths.pop())]
-    if os.path.exists(names_path):
-        with open(names_path, encoding="utf-8") as file:
-            names = json.load(file)
-except (OSError, ValueError, TypeError, AttributeError) as error:
-    raise InputError(
-        f"{states_path} cannot be read as states: {error}; it holds {{video id: [a row of numbers a"
-        " frame]}"
-    ) from None
 asked = probed.Asked(settings, print)
+folder = data if os.path.isdir(data) else os.path.dirname(data)  # of a list
+
+
+def read_states(path):
+    """({video id: float32 [frames, S]}, names of the S numbers) of states.json, or of a LeRobot
+    data set.
+    """
+    if not states and lerobot.is_one(folder):
+        return lerobot.states_of(folder, lerobot.asked(settings), print)
+    try:
+        with open(path, encoding="utf-8") as file:
+            known = {name: np.array(rows, np.float32) for name, rows in json.load(file).items()}
+        widths = {rows.shape[1:] for rows in known.values()}
+        if len(widths) != 1 or widths == {()}:
+            raise ValueError("its rows are not all of as many numbers")
+        names_path = os.path.join(os.path.dirname(path), "state_names.json")
+        names = [str(number) for number in range(*widths.pop())]
+        if os.path.exists(names_path):
+            with open(names_path, encoding="utf-8") as file:
+                names = json.load(file)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} cannot be read as states: {error}; it holds {{video id: [a row of numbers a"
+            " frame]}"
+        ) from None
+    return known, names
+
+
+known, names = read_states(states or os.path.join(folder, "states.json"))
 encoders = probed.Encoders(settings, paths, place, print)
 
 
@@ -193,7 +206,7 @@ if left_out:
 if not train_rows or not val_rows:
     raise InputError(
         f"no video of the split {val_split if train_rows else train_split!r} has states in"
-        f" {states_path}: {left_out[0]}"
+        f" {states or folder}: {left_out[0]}"
     )
 count = (len(train_rows) + len(val_rows)) * clips_a_video
 how = probing.Fitting(epochs=epochs, seed=seed)

@@ -71,6 +71,8 @@ cache: str | None = None  # latent cache of the training split, made by cache_la
 val_cache: str | None = None  # of held-out videos, same view and teacher: R2 is measured on it
 data: str | None = None  # data folder; needed where the cache holds no clips
 splits_dir: str | None = None  # folder of the lists, where it is not the data folder
+cameras: list[str] = []  # of a LeRobot data set: names, or their last parts [all]
+window_seconds: float | None = None  # of a LeRobot data set: longer episodes become several rows
 # without cached latents: run this teacher, what cache_latents.py --teacher takes, on the fly
 teacher: str | None = None
 # frames a clip of a run without a cache; with one, the cache decides [the teacher's, else 16]
@@ -88,9 +90,7 @@ save_minutes: float = 15.0  # minutes after which it is saved at the latest; 0: 
 skip_limit: int = 10
 # N: a batch goes through in N parts; activations take 1/N of their memory, batch and schedules stay
 accumulate: int = 1
-# keep only the blocks' inputs for the backward pass: fewer activations in memory, up to a third
-# more time
-recompute: bool = False
+recompute: bool = False  # keep only the blocks' inputs: less memory, up to a third more time
 # under torchrun: split weights, gradients and moments over the ranks (FSDP2), for students that do
 # not fit one GPU; implies --recompute
 fsdp: bool = False

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from salt import config, ops, teachers
+from salt import config, lerobot, ops, teachers
 from salt.cache import open_cache
 from salt.cache_format import plan_of, source_mark
 from salt.cache_writer import list_digest
@@ -101,7 +101,8 @@ class Work:
         self.views = self.source.metadata["views"] if self.source else s.views
         self.videos = []
         if not self.source:
-            self.videos = load_split(s.data, s.split, s.splits_dir, log)[: s.limit]
+            rows = load_split(s.data, s.split, s.splits_dir, log, lerobot.asked(s))
+            self.videos = rows[: s.limit]
             # a video's views lie side by side, and are cut from one decode
             self.ids = [(video.id, n) for video in self.videos for n in range(s.views)]
         elif self.source.has_patches:

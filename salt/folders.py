@@ -25,12 +25,11 @@ def file_of(path):
 def refuse_lerobot(path):
     """Raises InputError where a LeRobot data set holds this path, up to four folders above."""
     for _ in range(5):
-        info = os.path.join(path, "meta", "info.json")
+        info, path_of_set = os.path.join(path, "meta", "info.json"), path
         if os.path.isfile(info):
             raise InputError(
-                f"{path} is a LeRobot data set ({info}), whose video files may hold many episodes "
-                "each; give --data a CSV with the columns path,start,end, an episode a row "
-                "(docs/TROUBLESHOOTING.md makes it)"
+                f"{path} is of a LeRobot data set ({info}), whose video files may hold many "
+                f"episodes each; give --data {path_of_set}, which is read by its episodes"
             )
         path = os.path.dirname(os.path.abspath(path))
 

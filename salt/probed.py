@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import model
-from salt import features, heldout, teachers, verdict
+from salt import features, heldout, lerobot, teachers, verdict
 from salt.cache_format import fingerprint
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError, VideoError
@@ -133,7 +133,7 @@ class Asked:
         self.s = s
         self.log = log
         self.rows = {
-            split: load_split(s.data, split, s.splits_dir, log)
+            split: load_split(s.data, split, s.splits_dir, log, lerobot.asked(s))
             for split in (s.train_split, s.val_split)
         }
         both = {row.id for row in self.rows[s.train_split]}

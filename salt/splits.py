@@ -8,7 +8,7 @@ import math
 import os
 import re
 
-from salt import ROOT
+from salt import ROOT, lerobot
 from salt.errors import InputError
 from salt.folders import (
     NO_VIDEO,
@@ -58,7 +58,7 @@ def find_list(folder, split, splits_dir=None):
     return first_of(BESIDE_CODE, split)
 
 
-def load_split(folder, split, splits_dir=None, log=lambda line: None):
+def load_split(folder, split, splits_dir=None, log=lambda line: None, cut=lerobot.WHOLE):
     """The rows of one split, in list order, each with .id .path .label .start .end.
 
     folder      SSv2: a list (train.json, something-something-v2-train.json, labels/train.json;
@@ -66,7 +66,8 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
                 videos/ or 20bn-something-something-v2/.
                 Without a list: a folder of videos, see search; its subfolder named by the split,
                 or else a tenth of the ids, drawn by their hash, as 'validation' and the rest as
-                'train'. A CSV file itself is split in the same way.
+                'train'. A CSV file itself is split in the same way, and so are the episodes of a
+                LeRobot data set, which `cut`, a lerobot.Cut, makes into rows.
     split       'train', 'validation' or 'test'; 'train+validation', as a merged cache has it, is
                 one after the other
     log         called with a line on the file that was used, and one on what was not used and why
@@ -74,7 +75,7 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
     name, or no video at all.
     """
     if "+" in split:
-        parts = [load_split(folder, part, splits_dir, log) for part in split.split("+")]
+        parts = [load_split(folder, part, splits_dir, log, cut) for part in split.split("+")]
         rows = list(itertools.chain(*parts))
         if len({row.id for row in rows}) < len(rows):
             raise InputError(f"the splits {split} of {folder} share ids")
@@ -87,8 +88,17 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
             f"there is no data folder {folder}; --data names the folder that holds the videos and"
             " their lists"
         )
+    elif lerobot.is_one(folder) and not (splits_dir or first_list(folder)):
+        rows = rows_of_lerobot(folder, split, log, cut)
+        refuse_nothing(rows, folder, split)
+        return rows
     else:
         rows = rows_of_folder(folder, split, splits_dir, log)
+    if cut != lerobot.WHOLE:
+        raise InputError(
+            f"{folder} is read by its lists, or is no LeRobot data set: leave --cameras and"
+            " --window_seconds out"
+        )
     refuse_nothing(rows, folder, split)
     refuse_shared_frames(folder, split, splits_dir, rows, log)
     ids = set()
@@ -107,6 +117,24 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None):
             "each counts as a video of its own, also in intervals"
         )
     return rows
+
+
+def first_list(folder):
+    """A list file of whatever split in a folder itself, or None."""
+    paths = (os.path.join(folder, name) for split in SPLITS for name in list_names(split))
+    return next(filter(os.path.isfile, paths), None)
+
+
+def rows_of_lerobot(folder, split, log, cut):
+    """Those of the episodes of a LeRobot data set that fall into a split."""
+    found = [row for row, *_ in lerobot.rows_of(folder, cut, log)]
+    kept = hashed_split(found, split, lerobot.split_key)
+    episodes = len(set(map(lerobot.split_key, kept)))
+    log(
+        f"{split}: {len(kept)} rows, of {episodes} episodes of the LeRobot data set {folder}, split"
+        f" by a hash of the episode; {len(found) - len(kept)} rows are the other split's"
+    )
+    return kept
 
 
 def rows_of_file(path, split, splits_dir, log):
@@ -310,12 +338,12 @@ def rows_without_list(folder, split, log):
     return rows if in_parts else hashed_split(rows, split)
 
 
-def hashed_split(rows, split):
+def hashed_split(rows, split, key=lambda row: row.id):
     if split not in ("train", "validation"):
         raise InputError(f"data without lists has the splits train and validation, not {split!r}")
 
     def held_out(row):
-        return hashlib.sha256(row.id.encode()).digest()[0] < 26
+        return hashlib.sha256(key(row).encode()).digest()[0] < 26
 
     return [row for row in rows if held_out(row) == (split == "validation")]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 import model
-from salt import config, heldout, ranks, teachers
+from salt import config, heldout, lerobot, ranks, teachers
 from salt.cache import open_cache
 from salt.cache_format import agree_on, content_digest
 from salt.clips import Records, Videos
@@ -161,7 +161,7 @@ def records_of(cache, s, log):
     """The Records of an open cache, with the rows of its list where it holds no clips."""
     rows = None
     if s.data and not cache.has_patches:
-        rows = load_split(s.data, cache.metadata["split"], s.splits_dir, log)
+        rows = load_split(s.data, cache.metadata["split"], s.splits_dir, log, lerobot.asked(s))
     return Records(cache, rows)
 
 
@@ -172,7 +172,7 @@ def clips_of_videos(s, teacher, log):
     view = View(s.frames or shape.frames, pixels, pixels)
     if teacher:
         view = view.cut_as(teacher.view)
-    rows = load_split(s.data, s.split, s.splits_dir, log)
+    rows = load_split(s.data, s.split, s.splits_dir, log, lerobot.asked(s))
     absent = sum(row.path is None for row in rows)
     if absent:
         log(f"{absent} of the {len(rows)} listed videos are not in {s.data} and are left out")
@@ -273,7 +273,7 @@ def open_held_out(s, table, device, log):
                 " shape, compute or normalisation), or none"
             )
         return records_of(cache, s, log), None
-    rows = load_split(s.data, s.split, s.splits_dir, log)
+    rows = load_split(s.data, s.split, s.splits_dir, log, lerobot.asked(s))
     clips = Videos(rows, table.view, shape["patch"], shape["tubelet"])
     if not table.predicts_latents:
         return clips, None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from salt import lerobot
 from salt.cache import open_cache
 from salt.cache_format import Ids, check_header, read_metadata, row_formats, same_clips, shard_name
 from salt.cache_writer import list_digest
@@ -174,17 +175,18 @@ def remedy(folder, problems):
     return "run the command that made it with --repair"
 
 
-def report(folder, data, splits_dir, threads, bar):
+def report(folder, s, bar):
     """Print what is wrong with a cache, and what to do. Returns the exit code: 1 where anything is.
 
-    data  where its videos are, to compare its clips with; or None
-    bar   (items, unit) -> items, with progress
+    s    cache_latents.py's settings; its data, where there is some, are compared with the clips
+    bar  (items, unit) -> items, with progress
     """
     problems, bad = verify(folder, bar)
     todo = problems and remedy(folder, problems)
-    if data and not problems:
-        rows = load_split(data, open_cache(folder).metadata["split"], splits_dir, print)
-        problems = verify_clips(folder, rows, threads, lambda records: bar(records, "clip"))
+    if s.data and not problems:
+        split = open_cache(folder).metadata["split"]
+        rows = load_split(s.data, split, s.splits_dir, print, lerobot.asked(s))
+        problems = verify_clips(folder, rows, s.threads, lambda records: bar(records, "clip"))
         todo = f"put back the videos that it was made from, or delete {folder} and make it again"
     for problem in problems:
         print(f"{folder}: {problem}")

@@ -208,7 +208,6 @@ def test_bad_rows_are_left_out_and_named(tmp_path):
 @pytest.mark.parametrize(
     "inside",
     [
-        "",
         "videos",
         "videos/cam",
         "videos/cam/chunk-000",
@@ -221,7 +220,7 @@ def test_a_lerobot_data_set_is_called_one(tmp_path, inside):
     folder = tmp_path / "all" / "set"
     make(folder, "meta/info.json", "videos/cam/chunk-000/file-000.mp4")
     with pytest.raises(
-        InputError, match=r"all/set is a LeRobot data set .* CSV with the columns path,start,end"
+        InputError, match=r"is of a LeRobot data set .* give --data \S*all/set, which is read"
     ) as caught:
         load_split(str(folder / inside) if inside != ".." else str(folder.parent), "train")
     assert "\n" not in str(caught.value)
