@@ -29,6 +29,7 @@ depth: int | None = None  # student blocks, where not those of its size
 predictor_depth: int = 12  # predictor blocks
 predictor_dim: int = 512  # predictor width
 predictor_heads: int = 8  # predictor attention heads
+init_from: str | None = None  # first weights of the student: see salt/initial.py [random]
 # places of tokens: by a table of their numbers, one of t, y and x, or rotary; of both networks
 positions: Literal["table", "table3d", "rope"] = "table"
 # mask families, all predicted in each step
@@ -75,11 +76,9 @@ cameras: list[str] = []  # of a LeRobot data set: names, or their last parts [al
 window_seconds: float | None = None  # of a LeRobot data set: longer episodes become several rows
 # without cached latents: run this teacher, what cache_latents.py --teacher takes, on the fly
 teacher: str | None = None
-# frames a clip of a run without a cache; with one, the cache decides [the teacher's, else 16]
-frames: int | None = None
+frames: int | None = None  # of a clip, where no cache decides [the teacher's, else 16]
 resolution: int | None = None  # pixels of the clip's side, likewise [the teacher's, else 224]
-# measure on training videos, too, where --val_cache holds some; the figures are then called
-# training R2
+# measure on training videos, too, where --val_cache holds some: it is called training R2, then
 training_videos: bool = False
 longest_seconds: float = 60.0  # a clip that spans more of a video is warned of, once
 log_every: int = 20  # steps between log lines
@@ -88,11 +87,9 @@ save_minutes: float = 15.0  # minutes after which it is saved at the latest; 0: 
 # steps in a row whose loss or gradient is not finite, after which the run stops with a diagnosis;
 # fewer are skipped
 skip_limit: int = 10
-# N: a batch goes through in N parts; activations take 1/N of their memory, batch and schedules stay
-accumulate: int = 1
+accumulate: int = 1  # N: a batch goes through in N parts, with 1/N of the activations in memory
 recompute: bool = False  # keep only the blocks' inputs: less memory, up to a third more time
-# under torchrun: split weights, gradients and moments over the ranks (FSDP2), for students that do
-# not fit one GPU; implies --recompute
+# under torchrun: split weights, gradients and moments over ranks (FSDP2); implies --recompute
 fsdp: bool = False
 # torch.compile over the blocks; auto: on a GPU alone (on a CPU it gains 0 - 5 %)
 compile: Literal["auto", "on", "off"] = "auto"
@@ -137,6 +134,7 @@ import torch  # after the settings, so that --help and a mistyped flag answer at
 import model
 from benchmarks import budget
 from salt import errors, health, heldout, journal, ops, optimiser, ranks, schedule, score, task
+from salt.initial import initialise
 from salt.loader import Loader, rows_to_read
 from salt.lookup import lookup_of_training
 from salt.masks import in_order, keyed_sample, shuffled
@@ -165,6 +163,8 @@ run.check(view, work.identity)
 torch.manual_seed(seed)  # here, so that nothing before it shows in the initial weights
 salt = model.build_salt(work.encoder, work.predictor)
 log(model.describe(salt, size, target))
+if init_from and not run.saved:
+    log(initialise(salt.student, init_from))
 averaged = copy.deepcopy(salt).requires_grad_(False) if ema else None
 networks = [salt, averaged] if ema else [salt]
 if run.saved:

@@ -229,7 +229,7 @@ class Run:
 
 
 # what runs had from before there was a choice
-BEFORE = {"context_loss": 0.0, "positions": "table", "targets": 1.0}
+BEFORE = {"context_loss": 0.0, "positions": "table", "targets": 1.0, "init_from": None}
 OTHER_RUN = {  # part of the identity: what was another
     "train": "other training clips (--cache, --data), of other ids, pixels or latents",
     "teacher": "another teacher",

@@ -44,6 +44,7 @@ BUDGETS = {
     "salt.health": 165,
     "salt.hub": 35,
     "salt.heldout": 170,
+    "salt.initial": 175,
     "salt.journal": 310,
     "salt.lerobot": 285,
     "salt.linear": 65,
@@ -108,7 +109,7 @@ ROWS = [
     "model salt.comparison benchmarks.budget",
     "salt.user_teacher salt.transformers_teacher",
     "salt.teachers",
-    "salt.task salt.caching salt.meter salt.features salt.probing salt.verdict",
+    "salt.initial salt.task salt.caching salt.meter salt.features salt.probing salt.verdict",
     "salt.probed salt.surprise",
     "train cache_latents eval_distill export"
     " probe_time_arrow probe_states probe_labels probe_surprise tools.doctor tools.plot_runs",
