@@ -53,13 +53,16 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.proj = Linear(dim, dim)
 
-    def forward(self, x, lengths, turns=None):
+    def queries_keys_values(self, x):
+        """[B, K, 3, H, d] of tokens [B, K, D], not yet turned."""
         bias = None
         if self.q_bias is not None:
             of_keys = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
             bias = torch.cat([self.q_bias, of_keys, self.v_bias])
-        qkv = rearrange(self.qkv(x, bias), "b n (qkv h d) -> b n qkv h d", qkv=3, h=self.heads)
-        seen = ops.attention(turned(qkv, turns), lengths)
+        return rearrange(self.qkv(x, bias), "b n (qkv h d) -> b n qkv h d", qkv=3, h=self.heads)
+
+    def forward(self, x, lengths, turns=None):
+        seen = ops.attention(turned(self.queries_keys_values(x), turns), lengths)
         return self.proj(rearrange(seen, "b n h d -> b n (h d)"))
 
 
@@ -143,40 +146,46 @@ class Encoder(nn.Module):
         lengths, turns = lengths or (x.shape[1],), self.position.turned_by(index)
         return self.norm(run_blocks(self.blocks, x, lengths, turns, self.recompute))
 
-    def at(self, frames=None, size=None):
+    def at(self, frames=None, size=None, interpolated=False):
         """An Encoder of the same weights, shared, for clips of another shape, cut as its own are.
 
-        frames, size  None: as here. Raises InputError where its positions are a table's, which is
-                      of one grid, or where such clips do not divide into patches.
+        frames, size  None: as here
+        interpolated  let a table, which is of one grid, be interpolated to the other one: places
+                      between two of its tokens are near to both in the sum, which it was not
+                      trained on
+        Raises InputError where positions are a table's otherwise, or where such clips do not divide
+        into patches.
         """
         c = self.config
         shape = {"frames": frames or c.frames, "size": size or c.size}
         if (shape["frames"], shape["size"]) == (c.frames, c.size):
             return self
-        if c.positions != "rope":
+        if c.positions != "rope" and not interpolated:
             raise InputError(
                 f"this encoder's positions are a table of {c.frames} frames of {c.size} pixels;"
-                f" it takes no clips of {shape['frames']} of {shape['size']}"
+                f" it takes no clips of {shape['frames']} of {shape['size']} (but interpolated)"
             )
         other = copy.copy(self)
         other._modules = dict(self._modules)
         other.config = dataclasses.replace(c, **shape)
         other.reshaped = f" (its own: {c.frames} of {c.size})"
         other.view = views.View(**shape, short_side=shape["size"]).cut_as(self.view)
-        device = self.patch_embed.weight.device
-        other.position = Positions("rope", other.config.grid, c.dim, c.heads).to(device)
+        other.position = self.position.on(c.grid, other.config.grid)
         return other
 
-    def encode(self, clips, grad=False):
+    def encode(self, clips, grad=False, pool=None):
         """Features of all tokens of clips, or of one clip, on the encoder's device.
 
         clips  uint8 [B, T, H, W, 3] or [T, H, W, 3], an array or a tensor on any device; or their
                patches, [B, N, P] or [N, P]
         grad   keep what a backward pass needs
+        pool   None; 'time': tokens apart by time, [B, t, h * w, D]; 'mean': of all, [B, D]
         Returns [B, N, D], or [N, D] of one clip, in the dtype of the weights, token
         n = (t * h + y) * w + x of the grid (t, h, w). Raises InputError on other clips.
         """
         c = self.config
+        if pool not in (None, "time", "mean"):
+            raise InputError(f"pool is None, 'time' or 'mean', not {pool!r}")
         if not isinstance(clips, torch.Tensor):
             clips = np.array(clips)  # a copy: torch wants rising strides, and to write
             clips = torch.from_numpy(clips) if clips.dtype == np.uint8 else clips
@@ -190,6 +199,10 @@ class Encoder(nn.Module):
         patches = clips if as_patches else ops.patchify(clips, c.patch, c.tubelet)
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             features = self(self.normalise(patches[None] if alone else patches))
+            if pool == "time":
+                features = features.unflatten(1, (c.grid[0], -1))
+            elif pool == "mean":
+                features = features.mean(1)
         return features[0] if alone else features
 
     def takes(self, view):

@@ -1,4 +1,6 @@
-"""Builds the extension `salt_ops`:  python setup.py build_ext
+"""Builds the extension `salt_ops`:  python setup.py build_ext; and, for `pip install -e .`, says
+what can be imported from anywhere: salt and model. Without torch, as in pip's own environment for
+building, nothing is compiled then: build_ext does it.
 
 The CPU kernels always; the CUDA kernels too where this torch has CUDA and nvcc is found (CUDA_HOME,
 or on PATH; SALT_CUDA=0 leaves them out). For the architectures in TORCH_CUDA_ARCH_LIST, else for
@@ -13,10 +15,19 @@ import shutil
 import subprocess
 import sys
 
-import torch
 from setuptools import setup
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from salt import source_digest
+
+IMPORTED = {"packages": ["salt"], "py_modules": ["model"]}
+try:
+    import torch
+except ImportError:
+    if "build_ext" in sys.argv:
+        sys.exit("setup.py: the kernels are built with torch, which is not installed")
+    setup(**IMPORTED)
+    sys.exit()
 
 # an environment's own ninja is found
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
@@ -111,7 +122,7 @@ def build(cuda):
         sources += sorted(glob.glob("csrc/*.cu"))
         flags = {"nvcc": ["-O3", *gencode]}
     setup(
-        name="salt_ops",
+        **IMPORTED,
         ext_modules=[
             (CUDAExtension if cuda else CppExtension)(
                 "salt_ops",

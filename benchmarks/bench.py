@@ -9,6 +9,8 @@ PART is one of these:
     scale   opening and shuffling caches of 168,913 and 10,000,000 records, simulated
     step    the training step against the textbook's: time, peak memory, MFU, phases; --device cuda
             for a GPU
+    stream  features of a new frame, with the past kept and with the window encoded anew; --device
+            cuda for a GPU
     budget  operations and bytes of a step, part by part, and the time they must take at a given
             matrix rate and bandwidth
 
@@ -32,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from salt.errors import InputError, nearest, report_in_one_line
 
-PARTS = ("ops", "data", "scale", "step", "budget")
+PARTS = ("ops", "data", "scale", "step", "stream", "budget")
 
 
 def take_turns(measures, rounds):

@@ -1,9 +1,21 @@
-"""What the stages share, one job a file."""
+"""What the stages share, one job a file; and, from anywhere, what a policy takes:
+
+from salt import StreamingEncoder, load_encoder
+"""
 
 import hashlib
+import importlib
 import os
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FROM = {"load_encoder": "model", "export_transformers": "model", "StreamingEncoder": "salt.stream"}
+
+
+def __getattr__(name):
+    """What others import from here, found when it is asked for, since it imports torch."""
+    if name not in FROM:
+        raise AttributeError(f"module 'salt' has no attribute {name!r}")
+    return getattr(importlib.import_module(FROM[name]), name)
 
 
 def source_digest():

@@ -3,10 +3,11 @@ of its ops: shapes and gradients.
 """
 
 import os
+import sys
 
 import torch
 
-from salt import source_digest
+from salt import ROOT, source_digest
 from salt.errors import InputError
 
 for _name, _allowed in (
@@ -21,7 +22,11 @@ for _name, _allowed in (
 try:
     if os.environ.get("SALT_OPS") == "reference":
         raise ImportError("SALT_OPS=reference is set")
-    import salt_ops
+    sys.path.append(ROOT)  # where build_ext puts it, wherever Python runs
+    try:
+        import salt_ops
+    finally:
+        sys.path.remove(ROOT)
 
     if salt_ops.build_info().get("sources") != (
         source_digest() or salt_ops.build_info().get("sources")

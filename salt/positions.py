@@ -2,11 +2,14 @@
 its queries and keys.
 """
 
+import copy
 import math
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
 
 from salt.errors import InputError
 
@@ -44,6 +47,20 @@ class Positions(nn.Module):
             turns = rotations(grid, dim // heads)
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("turns", turns, persistent=False)
+
+    def on(self, grid, other):
+        """The Positions of another grid: rotations of whole places, or this one's table, which is
+        of `grid`, interpolated to it by trilinear interpolation.
+        """
+        made = copy.copy(self)
+        made._buffers = dict(self._buffers)
+        if self.table is None:
+            made.turns = rotations(other, self.turns.shape[-1]).to(self.turns)
+        else:
+            laid_out = rearrange(self.table, "(t h w) d -> 1 d t h w", t=grid[0], h=grid[1])
+            table = F.interpolate(laid_out.float(), size=other, mode="trilinear")
+            made.table = rearrange(table, "1 d t h w -> (t h w) d").to(self.table)
+        return made
 
     def added(self, index=None):
         """What is added to tokens at index int64 [B, K] (all N in order by default): [B, K, dim],
@@ -116,8 +133,14 @@ def turned(qkv, turns):
     """
     if turns is None:
         return qkv
+    return torch.cat([turn(qkv[:, :, :2], turns), qkv[:, :, 2:]], dim=2)
+
+
+def turn(looks, turns):
+    """The same of queries or keys alone, [B, K, n, H, d]."""
+    if turns is None:
+        return looks
     cos, sin = turns
-    looks = qkv[:, :, :2].float()
-    across = torch.stack([-looks[..., 1::2], looks[..., 0::2]], dim=-1).flatten(-2)
-    looks = (looks * cos + across * sin).to(qkv.dtype)
-    return torch.cat([looks, qkv[:, :, 2:]], dim=2)
+    exact = looks.float()
+    across = torch.stack([-exact[..., 1::2], exact[..., 0::2]], dim=-1).flatten(-2)
+    return (exact * cos + across * sin).to(looks.dtype)
