@@ -307,7 +307,5 @@ def test_the_lines_of_readme_run(tmp_path, monkeypatch):
     names = {}
     exec(compile(block[1], str(README), "exec"), names)
     assert names["clip"].shape == (6, 40, 40, 3) and names["features"].shape == (75, 48)
-    again = model.load_encoder("my-encoder")
-    assert again.view == view and torch.equal(
-        again.encode(names["clip"]), names["encoder"].encode(names["clip"])
-    )
+    answers = [tokens for tokens in names["tokens"] if tokens is not None]
+    assert len(answers) == 20 and answers[0].shape == (25, 48)
