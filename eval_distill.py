@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 import model
 from benchmarks import budget
-from salt import extension, heldout, ranks, score, task, teachers
+from salt import encoders, extension, heldout, ranks, score, task, teachers
 from salt.cache_format import fingerprint
 from salt.comparison import Table
 from salt.loader import Loader, rows_to_read
@@ -86,7 +86,7 @@ prepare_file(out)
 odd_videos.watch(math.inf, tqdm.write)
 
 # ---- one view, teacher, space and set of masks for all: other errors do not stand side by side
-loaded = {path: model.load_salt(path, place, ema) for path in paths}
+loaded = {path: encoders.load_salt(path, place, ema) for path in paths}
 table = Table(loaded, space, masks)
 for line in table.lines:
     log(line)

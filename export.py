@@ -7,7 +7,7 @@ The folder holds a page, README.md, that says what the encoder is and how to run
 
     videomae, vjepa2   config.json, model.safetensors and a processor: AutoModel.from_pretrained and
                        AutoVideoProcessor.from_pretrained of `transformers` open it
-    safetensors        the same in this project's names, for model.load_encoder
+    safetensors        the same in this project's names, for encoders.load_encoder
     onnx               encoder.onnx, uint8 clips [B, T, H, W, 3] -> tokens [B, N, D]
 """
 
@@ -46,8 +46,7 @@ if to == "onnx":
 import av  # after the settings, so that --help and a mistyped flag answer at once
 import torch
 
-import model
-from salt import ops
+from salt import encoders, ops
 from salt.card import card
 from salt.checkpoint import load_checkpoint
 from salt.files import write_whole
@@ -56,17 +55,17 @@ from salt.views import frame_numbers
 
 # ---- the encoder, and what it can be
 saved = load_checkpoint(path, ema)
-encoder = model.student_of(saved, path).eval().requires_grad_(False).at(frames, resolution)
+encoder = encoders.student_of(saved, path).eval().requires_grad_(False).at(frames, resolution)
 c = encoder.config
-own = model.EXPORTS.get(c.positions, "safetensors")
+own = encoders.EXPORTS.get(c.positions, "safetensors")
 kind = own if to == "auto" else to
-if kind in model.EXPORTS.values() and kind != own:
+if kind in encoders.EXPORTS.values() and kind != own:
     can = " or ".join(dict.fromkeys((own, "safetensors", "onnx")))
     raise InputError(
         f"--to {kind}: the positions of {path} are {c.positions}, which {kind} has not; it can be"
         f" {can}"
     )
-if video and kind not in model.EXPORTS.values():
+if video and kind not in encoders.EXPORTS.values():
     raise InputError("--video measures folders that transformers opens; leave it out")
 found = {}
 for each in probes.split(",") if probes else ():
@@ -161,7 +160,7 @@ try:
     if kind == "onnx":
         write_onnx(part)
     else:
-        model.write_folder(encoder, part, "salt_vla" if kind == "safetensors" else kind)
+        encoders.write_folder(encoder, part, "salt_vla" if kind == "safetensors" else kind)
     if video:
         compared = compare(part)
     said = teacher_name, licence, compared

@@ -65,7 +65,7 @@ from tqdm import tqdm
 
 import model
 from benchmarks import budget
-from salt import heldout, ops, probed, ranks, surprise, teachers, verdict
+from salt import encoders, heldout, ops, probed, ranks, surprise, teachers, verdict
 from salt.comparison import Table
 from salt.loader import Batch, prefetch
 from salt.odd_videos import odd_videos
@@ -85,7 +85,7 @@ if slow:
     print(slow)
 
 # ---- checkpoints of one view, teacher, space and set of masks, and what makes their targets
-loaded = {path: model.load_salt(path, place, ema) for path in paths}
+loaded = {path: encoders.load_salt(path, place, ema) for path in paths}
 table = Table(loaded, space, masks)
 first, _, saved = loaded[paths[0]]
 shape = first.student.config

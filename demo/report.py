@@ -33,8 +33,7 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
-import model
-from salt import ops
+from salt import encoders, ops
 from salt.cache import open_cache
 from salt.clips import Records
 from salt.loader import Loader
@@ -113,7 +112,7 @@ if run["teacher"] == "own":
     results["teacher_r2"] = [row["val_r2"] for row in held_out["teacher"]]
 
 # ---- one picture: curves above, a clip and its latents over time below
-salt, space, saved = model.load_salt(run_of("student") / "last.pth")
+salt, space, saved = encoders.load_salt(run_of("student") / "last.pth")
 cache = open_cache(folder / "latents_validation")
 if record is not None and record >= len(cache):
     raise InputError(f"--record is {record}, and there are {len(cache)} held-out clips")

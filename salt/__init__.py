@@ -8,7 +8,11 @@ import importlib
 import os
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FROM = {"load_encoder": "model", "export_transformers": "model", "StreamingEncoder": "salt.stream"}
+FROM = {
+    "load_encoder": "salt.encoders",
+    "export_transformers": "salt.encoders",
+    "StreamingEncoder": "salt.stream",
+}
 
 
 def __getattr__(name):

@@ -19,8 +19,8 @@ USES = {
 """,
     "safetensors": """
     import model                        # of SALT-VLA: transformers has no model of this kind
-    from salt import video
-    encoder = model.load_encoder(FOLDER)
+    from salt import encoders, video
+    encoder = encoders.load_encoder(FOLDER)
     tokens = encoder.encode(video.read_clip("video.mp4", encoder.view))  # SHAPE
 """,
     "onnx": """

@@ -12,7 +12,7 @@ from salt.views import View
 class Table:
     """Checkpoints that are measured on the same clips and masks.
 
-    loaded   {path: (Salt, Space, content)} as model.load_salt gives them
+    loaded   {path: (Salt, Space, content)} as encoders.load_salt gives them
     space    'own', or the --target_norm that all are to be compared in
     masks    mask families to measure; []: those of the checkpoints
     Raises InputError where two of them cannot be compared in that way.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from model import FORMATS, encoder_of_folder
 from salt import given_paths, hub
+from salt.encoders import FORMATS, encoder_of_folder
 from salt.errors import InputError
 from salt.pretrained import normalisation, read_configuration, read_weights
 from salt.teachers import encoder_of_file

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import model
-from salt import features, heldout, lerobot, teachers, verdict
+from salt import encoders, features, heldout, lerobot, teachers, verdict
 from salt.cache_format import fingerprint
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError, VideoError
@@ -47,7 +47,7 @@ class Encoders:
                     f"{path} was trained under another view than {paths[0]}: {difference}; probe"
                     " them apart"
                 )
-            student = model.student_of(saved, path)
+            student = encoders.student_of(saved, path)
             self.shape = self.shape or student.config
             name = "student" if len(paths) == 1 else short_name(path, paths)
             self.add(name, student, s, device)

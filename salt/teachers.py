@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import FORMATS, SIZES, build_encoder, cast_matrices, encoder_of_folder, plain, student_of
+from model import SIZES, cast_matrices, plain
 from salt import given_paths, hub, vjepa2
 from salt.cache_format import agree_on
 from salt.checkpoint import load_checkpoint
+from salt.encoders import FORMATS, build_encoder, encoder_of_folder, student_of
 from salt.errors import InputError
 from salt.pretrained import digest_of_weights, read_configuration
 from salt.torch_files import from_file, load_pickle

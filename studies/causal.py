@@ -39,7 +39,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-import model
+from salt import encoders
 from salt.containers import frame_count
 from salt.splits import load_split
 from salt.stream import StreamingEncoder, leak
@@ -106,7 +106,7 @@ def with_interval(values):
 rows = {split: load_split(data, split)[:videos] for split in ("train", "validation")}
 runs = []
 for path in checkpoint:
-    encoder = model.load_encoder(path)
+    encoder = encoders.load_encoder(path)
     train, states, _ = features(encoder, rows["train"])
     held_out, answers, far = features(encoder, rows["validation"])
     r2 = {k: r2_of_places((train[k], states), (held_out[k], answers)) for k in train}

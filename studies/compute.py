@@ -142,7 +142,9 @@ BUILT = "salt = model.build_salt(work.encoder, work.predictor)\n"
 FROM_TEACHER = [
     (
         BUILT,
-        BUILT + "salt.student.load_state_dict(model.load_encoder('NEEDED').state_dict())\n",
+        BUILT
+        + "from salt.encoders import load_encoder\n"
+        + "salt.student.load_state_dict(load_encoder('NEEDED').state_dict())\n",
     )
 ]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import model
+from salt import encoders
 from salt.checkpoint import load_checkpoint
 from salt.video import read_clip
 from tests.stages import SMALL, error_of, run
@@ -53,8 +53,8 @@ def test_a_folder_of_each_kind(trained, kind):
     flags = ["--probes", "states.json", "--licence", "mit", "--teacher_name", "a net of 1998"]
     said = run(trained, "export", "--checkpoint", path, folder, *flags)
     assert f": {kind}, README.md, config.json, model.safetensors" in said
-    encoder, saved = model.load_encoder(path), load_checkpoint(path)
-    again = model.load_encoder(folder)
+    encoder, saved = encoders.load_encoder(path), load_checkpoint(path)
+    again = encoders.load_encoder(folder)
     assert again.config == encoder.config and again.view == encoder.view
     state = encoder.state_dict()
     assert all(torch.equal(x, state[name]) for name, x in again.state_dict().items())
@@ -93,7 +93,7 @@ def test_the_lines_of_the_page_run(trained, kind, monkeypatch):
     run(trained, "export", "--checkpoint", f"{KINDS[kind]}.pth", folder)
     names = {}
     exec(lines_of((trained / folder / "README.md").read_text()), names)
-    encoder = model.load_encoder(f"{KINDS[kind]}.pth")
+    encoder = encoders.load_encoder(f"{KINDS[kind]}.pth")
     ours = encoder.encode(read_clip("video.mp4", encoder.view))
     theirs = names["tokens"].reshape(ours.shape)
     near = 1e-6 if kind == "safetensors" else 0.1  # another resizing
@@ -122,7 +122,7 @@ def test_onnx(trained, monkeypatch):
         flags = ["--checkpoint", f"{positions}.pth", "--to", "onnx", f"onnx-{positions}"]
         said = run(trained, "export", *flags)
         assert "onnxruntime at a batch of 3" in said
-        encoder = model.load_encoder(f"{positions}.pth")
+        encoder = encoders.load_encoder(f"{positions}.pth")
         c = encoder.config
         session = onnxruntime.InferenceSession(f"onnx-{positions}/encoder.onnx")
         for count in (1, 2, 5):
@@ -140,7 +140,7 @@ def test_rotary_positions_export_at_another_shape(trained):
     flags = ["--checkpoint", "rope.pth", "--frames", 8, "--resolution", 64, "other-shape"]
     run(trained, "export", *flags)
     theirs = transformers.AutoModel.from_pretrained(trained / "other-shape").eval()
-    encoder = model.load_encoder(trained / "rope.pth").at(8, 64)
+    encoder = encoders.load_encoder(trained / "rope.pth").at(8, 64)
     clips = torch.randint(0, 256, (1, 8, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
         pixels = pixel_values(clips, encoder.config.mean, encoder.config.std)
@@ -153,7 +153,7 @@ def test_a_videomae_is_fine_tuned(trained):
     kind = transformers.VideoMAEForVideoClassification
     theirs, told = kind.from_pretrained(trained / "tuned", output_loading_info=True)
     assert all("classifier" in name or "fc_norm" in name for name in told["missing_keys"])
-    encoder = model.load_encoder(trained / "table.pth")
+    encoder = encoders.load_encoder(trained / "table.pth")
     c = encoder.config
     clips = torch.randint(0, 256, (2, c.frames, c.size, c.size, 3), dtype=torch.uint8)
     pixels, labels = pixel_values(clips, c.mean, c.std), torch.tensor([0, 1])

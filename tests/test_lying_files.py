@@ -9,7 +9,7 @@ import torch
 
 import model
 from model import EncoderConfig
-from salt import teachers
+from salt import encoders, teachers
 from salt.checkpoint import CHECKPOINT_PARTS, save_checkpoint
 from salt.errors import InputError
 from salt.positions import position_table
@@ -23,7 +23,7 @@ SPACE = {"target": "latents", "normalise": "none", "mean": None, "rstd": None}
 HUGE = 2**40
 
 
-def in_one_line(path, message, loads=(teachers.load_teacher, model.load_encoder)):
+def in_one_line(path, message, loads=(teachers.load_teacher, encoders.load_encoder)):
     for load in loads:
         with pytest.raises(InputError, match=message) as caught:
             load(path)
@@ -32,7 +32,7 @@ def in_one_line(path, message, loads=(teachers.load_teacher, model.load_encoder)
 
 @pytest.fixture
 def folder(tmp_path):
-    model.export_transformers(shake(model.Encoder(CONFIG)), tmp_path / "exported")
+    encoders.export_transformers(shake(model.Encoder(CONFIG)), tmp_path / "exported")
     return tmp_path / "exported"
 
 
@@ -94,7 +94,7 @@ def packed(path, source, name=None):
 def test_zip_bombs(tmp_path, name):
     torch.save({"salt_vla": 1, "w": torch.zeros(10)}, tmp_path / "small.pth")
     packed(tmp_path / "bomb.pth", tmp_path / "small.pth", name)
-    loads = (teachers.load_teacher, model.load_encoder, load_pickle)
+    loads = (teachers.load_teacher, encoders.load_encoder, load_pickle)
     in_one_line(tmp_path / "bomb.pth", r"has \d+ bytes and states \d{8,} of content", loads)
 
 
@@ -144,7 +144,7 @@ def checkpoint(path, config=(), predictor=(), **state):
 )
 def test_checkpoints_of_huge_encoders(tmp_path, config, message):
     checkpoint(tmp_path / "best.pth", config)
-    in_one_line(tmp_path / "best.pth", message, (teachers.load_teacher, model.load_encoder))
+    in_one_line(tmp_path / "best.pth", message, (teachers.load_teacher, encoders.load_encoder))
 
 
 @pytest.mark.parametrize(
@@ -158,12 +158,12 @@ def test_checkpoints_of_huge_encoders(tmp_path, config, message):
 )
 def test_checkpoints_of_huge_predictors(tmp_path, predictor, message):
     checkpoint(tmp_path / "best.pth", predictor=predictor)
-    in_one_line(tmp_path / "best.pth", message, [model.load_salt])
+    in_one_line(tmp_path / "best.pth", message, [encoders.load_salt])
 
 
 def test_what_does_not_lie_is_loaded_as_it_was_saved(tmp_path):
     checkpoint(tmp_path / "best.pth")
-    salt, _, saved = model.load_salt(tmp_path / "best.pth")
+    salt, _, saved = encoders.load_salt(tmp_path / "best.pth")
     for module, name in ((salt.student, "student"), (salt.predictor, "predictor")):
         assert all(
             torch.equal(value, saved[name][key]) for key, value in module.state_dict().items()

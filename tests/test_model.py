@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import model
 from model import EncoderConfig
-from salt import cache_format, ops, optimiser, ranks, teachers, views
+from salt import cache_format, encoders, ops, optimiser, ranks, teachers, views
 from salt.checkpoint import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
 from salt.errors import InputError
 from salt.loader import Batch
@@ -212,7 +212,7 @@ def test_a_student_exports_to_transformers(tmp_path):
                 )
             )
         )
-        model.export_transformers(mine, tmp_path / str(final_norm))
+        encoders.export_transformers(mine, tmp_path / str(final_norm))
         theirs = transformers.VideoMAEModel.from_pretrained(tmp_path / str(final_norm)).eval()
         clips = clips_for(mine.config)
         with torch.no_grad():
@@ -396,7 +396,7 @@ class Bomb:
 def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"salt_vla": 1, "student": Bomb()}, "bad.pth")
-    for load in (teachers.load_teacher, model.load_encoder):
+    for load in (teachers.load_teacher, encoders.load_encoder):
         with pytest.raises(InputError, match="could run code"):
             load("bad.pth")
     assert not os.path.exists("bomb_went_off")
@@ -669,11 +669,11 @@ def test_checkpoints_come_back(tmp_path):
             "step": 0,
         },
     )
-    loaded, found, _ = model.load_salt(tmp_path / "best.pth")
+    loaded, found, _ = encoders.load_salt(tmp_path / "best.pth")
     for name, value in salt.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
     assert torch.equal(found.zero, space.zero) and os.listdir(tmp_path) == ["best.pth"]
-    encoder = model.load_encoder(tmp_path / "best.pth")
+    encoder = encoders.load_encoder(tmp_path / "best.pth")
     teacher = teachers.load_teacher(tmp_path / "best.pth")
     clips = clips_for(config)
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import model
 from model import EncoderConfig
-from salt import cache, cache_format, caching, hub, teachers, views
+from salt import cache, cache_format, caching, encoders, hub, teachers, views
 from salt.errors import InputError
 from salt.teachers import Asked, load_teacher
 from tests.stages import SMALL, error_of, run
@@ -125,8 +125,8 @@ def test_a_student_with_rotary_positions_exports_to_v_jepa_2(tmp_path, classify)
     shape = dict(dim=48, depth=2, heads=4, mlp_dim=128, frames=4, size=32, positions="rope")
     mine = shake(model.Encoder(EncoderConfig(**shape, mean=(0.5,) * 3, std=(0.25,) * 3)))
     mine.view = views.View(4, 32, 40, sampling="stride", stride=3)
-    model.export_transformers(mine, tmp_path / "v")
-    again = model.load_encoder(tmp_path / "v")
+    encoders.export_transformers(mine, tmp_path / "v")
+    again = encoders.load_encoder(tmp_path / "v")
     assert again.config == mine.config and again.view == mine.view and again.view_is_known
     clips = clips_for(mine.config)
     assert torch.equal(again.encode(clips), mine.encode(clips))
@@ -155,7 +155,7 @@ def test_a_student_with_rotary_positions_exports_to_v_jepa_2(tmp_path, classify)
 def test_a_table_of_three_axes_is_neither(tmp_path):
     shape = dict(dim=48, depth=1, heads=4, mlp_dim=96, frames=4, size=32, positions="table3d")
     with pytest.raises(InputError, match="VideoMAE has a table .* V-JEPA 2 rotary .* neither"):
-        model.export_transformers(model.Encoder(EncoderConfig(**shape)), tmp_path / "v")
+        encoders.export_transformers(model.Encoder(EncoderConfig(**shape)), tmp_path / "v")
     with pytest.raises(InputError, match="takes no clips of 8 of 32"):
         model.Encoder(EncoderConfig(**shape)).at(frames=8)
 

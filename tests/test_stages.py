@@ -16,7 +16,7 @@ import torch
 
 import model
 from benchmarks import budget
-from salt import cache, loader, teachers
+from salt import cache, encoders, loader, teachers
 from salt.advice import causes
 from salt.checkpoint import load_checkpoint, save_checkpoint
 from salt.clips import Records
@@ -392,7 +392,7 @@ def test_the_context_loss_reads_the_latents_of_the_context(world, tmp_path):
     (folder,) = tmp_path.glob("checkpoints/*")
     entry = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert f"R2 {entry['r2']:.4f} R2c {entry['r2_context']:.4f} lr" in said
-    salt, space, saved = model.load_salt(folder / "last.pth")
+    salt, space, saved = encoders.load_salt(folder / "last.pth")
     clips = Records(cache.open_cache(world / "latents"))
     order = shuffled(len(clips), saved["settings"]["batch_size"], 0, range(1))
     batch = next(loader.Loader(clips, order, ["short", "long"], 0))
@@ -437,7 +437,7 @@ def test_older_runs_have_what_was_there_before_the_choice(world, tmp_path):
         del saved["predictor_config"][part]
     del saved["encoder_config"]["positions"]
     save_checkpoint(tmp_path / "last.pth", saved)
-    assert model.load_salt(tmp_path / "last.pth")[0].predictor.seen is None
+    assert encoders.load_salt(tmp_path / "last.pth")[0].predictor.seen is None
     flags += ["--resume", tmp_path / "last.pth"]  # at the end: nothing to do
     assert "trained with --context_loss 0.0, not 1.0" in error_of(tmp_path, "train", *flags)
     flags += ["--context_loss", "0"]
@@ -456,18 +456,18 @@ def test_a_run_with_other_positions(kind, world, tmp_path):
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL]
     run(tmp_path, "train", *flags, "--max_steps", "2", "--positions", kind)
     (folder,) = tmp_path.glob("checkpoints/*")
-    encoder = model.load_encoder(folder / "last.pth")
+    encoder = encoders.load_encoder(folder / "last.pth")
     assert encoder.config.positions == kind
     run(tmp_path, "eval_distill", "--checkpoint", folder, "--cache", world / "held_out")
     again = ["--max_steps", "2", "--resume", folder / "last.pth"]
     said = error_of(tmp_path, "train", *flags, *again)
     assert f"was trained with --positions {kind}, not table" in said
     if kind == "rope":
-        model.export_transformers(encoder, tmp_path / "exported")
-        assert model.load_encoder(tmp_path / "exported").config == encoder.config
+        encoders.export_transformers(encoder, tmp_path / "exported")
+        assert encoders.load_encoder(tmp_path / "exported").config == encoder.config
     else:
         with pytest.raises(InputError, match="so it is neither"):
-            model.export_transformers(encoder, tmp_path / "exported")
+            encoders.export_transformers(encoder, tmp_path / "exported")
 
 
 def test_fewer_targets(world, tmp_path):
@@ -516,7 +516,7 @@ def test_the_moving_average_is_one_and_can_be_used(world, tmp_path):
         for name, value in average.items():
             torch.testing.assert_close(state["ema"]["student"][name], value, rtol=1e-5, atol=1e-7)
     last = next(tmp_path.glob("checkpoints/e3_*/last.pth"))
-    loaded = model.load_encoder(last, ema=True).state_dict()
+    loaded = encoders.load_encoder(last, ema=True).state_dict()
     assert all(
         torch.equal(loaded[name], value) for name, value in states[-1]["ema"]["student"].items()
     )

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from salt.masks import sample_masks
+from salt.score import Space
 from studies import compute, report, stall, world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,9 +241,7 @@ def test_distillation_asks_for_nothing_hidden(network):
     assert list(salt(clips, masks)) == [module.SEEN]
     with torch.no_grad():
         assert set(salt(clips, masks)) == {"ratio", module.SEEN}
-    space = module.Space(
-        "latents", "layer_norm", None, None, torch.zeros(salt.student.config.tokens, 5)
-    )
+    space = Space("latents", "layer_norm", None, None, torch.zeros(salt.student.config.tokens, 5))
     latents = torch.randn(2, salt.student.config.tokens, 5)
     batch = types.SimpleNamespace(patches=clips, latents=latents, masks=masks)
     loss, sums = module.salt_loss(salt, batch, space, context=1.0)

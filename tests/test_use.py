@@ -11,7 +11,7 @@ import torch
 
 import model
 from model import EncoderConfig
-from salt import ops, teachers
+from salt import encoders, ops, teachers
 from salt.checkpoint import CHECKPOINT_PARTS, save_checkpoint
 from salt.errors import InputError
 from salt.files import sha256
@@ -221,9 +221,11 @@ def test_the_view_comes_with_the_encoder(tmp_path):
     view = View(8, 48, 56, sampling="stride", stride=3, interpolation="bicubic", window=(0.25, 1))
     encoder = tiny_encoder(view, eps=1e-5, mean=(0.4, 0.5, 0.6))
     save(encoder, tmp_path / "best.pth")
-    model.export_transformers(model.load_encoder(tmp_path / "best.pth"), tmp_path / "exported")
+    encoders.export_transformers(
+        encoders.load_encoder(tmp_path / "best.pth"), tmp_path / "exported"
+    )
     for path in ("best.pth", "exported"):
-        for load in (model.load_encoder, teachers.load_teacher):
+        for load in (encoders.load_encoder, teachers.load_teacher):
             found = load(tmp_path / path)
             assert found.view == view and found.config == encoder.config, (path, load)
             assert found.state_dict().keys() == encoder.state_dict().keys()
@@ -236,18 +238,18 @@ def test_the_view_comes_with_the_encoder(tmp_path):
         tmp_path / "exported" / "model.safetensors"
     )
     with pytest.raises(InputError, match="holds no moving average"):
-        model.load_encoder(tmp_path / "exported", ema=True)
+        encoders.load_encoder(tmp_path / "exported", ema=True)
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     (tmp_path / "exported" / "config.json").write_text(
         json.dumps({**config, "salt_view": {"colour": 3}})
     )
     with pytest.raises(InputError, match="no field 'colour'"):
-        model.load_encoder(tmp_path / "exported")
+        encoders.load_encoder(tmp_path / "exported")
 
 
 def test_a_teacher_of_others_has_the_view_of_its_size(tmp_path):
     encoder = tiny_encoder(View(8, 48, 56))
-    model.export_transformers(encoder, tmp_path)
+    encoders.export_transformers(encoder, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["salt_view"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -268,7 +270,7 @@ def test_a_teacher_of_others_has_the_view_of_its_size(tmp_path):
 def test_the_exported_folder_does_what_the_encoder_does_from_a_video_file_on(tmp_path, view):
     path = write_video(tmp_path / "v.webm", list(textured(20, 120, 176)), bit_rate=4_000_000)
     encoder = tiny_encoder(view, mean=(0.4, 0.5, 0.6), std=(0.3, 0.25, 0.2))
-    model.export_transformers(encoder, tmp_path / "exported")
+    encoders.export_transformers(encoder, tmp_path / "exported")
     theirs = transformers.VideoMAEModel.from_pretrained(tmp_path / "exported").eval()
     processor = transformers.VideoMAEImageProcessor.from_pretrained(tmp_path / "exported")
     clip = read_clip(path, encoder.view)
@@ -284,11 +286,11 @@ def test_the_exported_folder_does_what_the_encoder_does_from_a_video_file_on(tmp
 
 def test_the_view_outlives_saving_by_transformers(tmp_path):
     view = View(4, 32, 40)
-    model.export_transformers(tiny_encoder(view), tmp_path / "ours")
+    encoders.export_transformers(tiny_encoder(view), tmp_path / "ours")
     transformers.VideoMAEModel.from_pretrained(tmp_path / "ours").save_pretrained(
         tmp_path / "theirs"
     )
-    assert model.load_encoder(tmp_path / "theirs").view == view
+    assert encoders.load_encoder(tmp_path / "theirs").view == view
 
 
 # -------------------------------------------------------------------------------- README

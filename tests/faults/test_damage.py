@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import model
-from salt import cache, cache_format, ops, teachers, upkeep
+from salt import cache, cache_format, encoders, ops, teachers, upkeep
 from salt.checkpoint import load_checkpoint
 from salt.errors import InputError
 from salt.run_folder import furthest
@@ -238,8 +237,8 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, make):
     shutil.copy(path, tmp_path / "run" / "last.pth")
     for load in (
         lambda: load_checkpoint(path),
-        lambda: model.load_salt(path),
-        lambda: model.load_encoder(path),
+        lambda: encoders.load_salt(path),
+        lambda: encoders.load_encoder(path),
         lambda: teachers.load_teacher(path),
         lambda: teachers.load_teacher(tmp_path / "folder"),
         lambda: furthest([tmp_path / "run"], print),
