@@ -26,7 +26,7 @@ from salt import ops, views
 from salt.errors import InputError
 from salt.linear import Linear, cast_matrices  # noqa: F401  public here
 from salt.masks import FAMILIES, sample_masks  # noqa: F401  likewise
-from salt.positions import Positions, turned
+from salt.positions import Positions, turn, turned
 from salt.shapes import SIZES, EncoderConfig, config_of_size  # noqa: F401
 from salt.torch_files import load_weights
 
@@ -57,13 +57,33 @@ class Attention(nn.Module):
         return rearrange(self.qkv(x, bias), "b n (qkv h d) -> b n qkv h d", qkv=3, h=self.heads)
 
     def forward(self, x, lengths, turns=None):
-        seen = ops.attention(turned(self.queries_keys_values(x), turns), lengths)
-        return self.proj(rearrange(seen, "b n h d -> b n (h d)"))
+        found = ops.attention(turned(self.queries_keys_values(x), turns), lengths)
+        return self.proj(rearrange(found, "b n h d -> b n (h d)"))
+
+    def looking_at(self, seen, x, lengths, turns):
+        """x [B, K, D] attending to `seen` [B, S, D] alone, of which each pair of `lengths` is apart
+        from the others; turns: of both, or None.
+        """
+        matrix, dim = self.qkv.matrix(), x.shape[-1]
+        of_q, of_kv = matrix.split((dim, 2 * dim))
+        none = torch.zeros_like(self.v_bias)
+        q = ops.linear(x.to(matrix.dtype), of_q, self.q_bias)
+        kv = ops.linear(seen.to(matrix.dtype), of_kv, torch.cat([none, self.v_bias]))
+        q = rearrange(q, "b n (one h d) -> b n one h d", one=1, h=self.heads)
+        kv = rearrange(kv, "b n (kv h d) -> b n kv h d", kv=2, h=self.heads)
+        of_x, of_seen = turns or (None, None)
+        q, k = turn(q, of_x)[:, :, 0], turn(kv[:, :, :1], of_seen)[:, :, 0]
+        asked, given = zip(*lengths, strict=True)
+        parts = zip(q.split(asked, 1), k.split(given, 1), kv[:, :, 1].split(given, 1), strict=True)
+        found = [
+            F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in each)) for each in parts
+        ]
+        return self.proj(rearrange(torch.cat(found, dim=2), "b h n d -> b n (h d)"))
 
 
 class Block(nn.Module):
     """A pre-norm transformer block over tokens [B, K, D], of which each `lengths` in turn attend to
-    each other.
+    each other; or where some are `seen` to those alone, as Attention.looking_at has it.
     """
 
     def __init__(self, dim, heads, mlp_dim, eps=1e-6, qkv_bias=True, key_bias=False):
@@ -74,20 +94,25 @@ class Block(nn.Module):
         self.fc1 = Linear(dim, mlp_dim)
         self.fc2 = Linear(mlp_dim, dim)
 
-    def forward(self, x, lengths, turns=None):
-        x = x + self.attn(self.norm1(x), lengths, turns)
+    def forward(self, x, lengths, turns=None, seen=None):
+        if seen is None:
+            x = x + self.attn(self.norm1(x), lengths, turns)
+        else:
+            x = x + self.attn.looking_at(self.norm1(seen), self.norm1(x), lengths, turns)
         return x + self.fc2(self.fc1(self.norm2(x)), of=ops.gelu_linear)
 
 
-def run_blocks(blocks, x, lengths, turns, recompute=False):
+def run_blocks(blocks, x, lengths, turns, recompute=False, seen=None):
     """x [B, K, D] through the blocks; with recompute a block keeps nothing but its input for the
     backward pass, and runs again there.
     """
     for block in blocks:
         x = (
-            checkpoint(block, x, lengths, turns, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                block, x, lengths, turns, seen, use_reentrant=False, preserve_rng_state=False
+            )
             if recompute and torch.is_grad_enabled()
-            else block(x, lengths, turns)
+            else block(x, lengths, turns, seen)
         )
     return x
 
@@ -246,7 +271,9 @@ class Encoder(nn.Module):
 
 class Predictor(nn.Module):
     """Transformer that fills in the target positions from the encoded context; a learnt mask token
-    a family. With `seen` a linear head, too, says what is at the context itself.
+    a family. With `seen` a linear head, too, says what is at the context itself. attends: 'all',
+    context and targets go through its blocks and look at all; or 'context', targets alone do, and
+    look at the context alone (CrossMAE: Fu et al. 2024, arXiv 2401.14391).
     """
 
     recompute = False
@@ -264,13 +291,14 @@ class Predictor(nn.Module):
         seen=False,
         positions="table",
         grid=None,
+        attends="all",
     ):
         super().__init__()
         if dim % heads:
             raise InputError(
                 f"the predictor's width ({dim}) must be a multiple of its heads ({heads})"
             )
-        self.families = list(families)
+        self.families, self.attends = list(families), attends
         self.embed = Linear(dim_in, dim)
         self.mask_tokens = nn.Parameter(torch.zeros(len(self.families), dim))
         if grid is None and positions == "table":  # from before there were others
@@ -299,11 +327,21 @@ class Predictor(nn.Module):
             tokens.append(seen)  # [B, Kc, dim]
             tokens.append(asked.expand(*drawn.target.shape, -1))  # [B, Kt, dim]
         sizes = [part.shape[1] for part in tokens]
-        lengths = [seen + asked for seen, asked in zip(sizes[::2], sizes[1::2], strict=True)]
         index = torch.cat([part for drawn in masks for part in (drawn.context, drawn.target)], 1)
         x = torch.cat(tokens, dim=1) + self.position.added(index)
-        x = run_blocks(self.blocks, x, lengths, self.position.turned_by(index), self.recompute)
-        targets = x.split(sizes, dim=1)[1::2]
+        pairs = list(zip(sizes[1::2], sizes[::2], strict=True))  # targets, context of each family
+        if self.attends == "all":
+            turns, lengths = self.position.turned_by(index), [sum(pair) for pair in pairs]
+            x = run_blocks(self.blocks, x, lengths, turns, self.recompute)
+            targets = x.split(sizes, dim=1)[1::2]
+        else:
+            seen, x = (torch.cat(x.split(sizes, dim=1)[k::2], dim=1) for k in (0, 1))
+            turns = [
+                self.position.turned_by(torch.cat(index.split(sizes, dim=1)[k::2], dim=1))
+                for k in (1, 0)
+            ]
+            x = run_blocks(self.blocks, x, pairs, turns, self.recompute, seen)
+            targets = x.split(sizes[1::2], dim=1)
         predictions = {
             drawn.family: self.proj(self.norm(target))
             for drawn, target in zip(masks, targets, strict=True)

@@ -29,6 +29,7 @@ depth: int | None = None  # student blocks, where not those of its size
 predictor_depth: int = 12  # predictor blocks
 predictor_dim: int = 512  # predictor width
 predictor_heads: int = 8  # predictor attention heads
+predictor_attention: Literal["all", "context"] = "all"  # what targets look at in it
 init_from: str | None = None  # first weights of the student: see salt/initial.py [random]
 # places of tokens: by a table of their numbers, one of t, y and x, or rotary; of both networks
 positions: Literal["table", "table3d", "rope"] = "table"
@@ -102,8 +103,7 @@ deterministic: bool = False  # on a GPU: the same bits every run, slower
 # TFLOP/s of matrix products that MFU is a share of [measured at the start]
 matrix_rate: float | None = None
 wandb: str | None = None  # project of Weights & Biases to log to as well (pip install wandb)
-# log to checkpoints/<run>/tensorboard as well (pip install tensorboard)
-tensorboard: bool = False
+tensorboard: bool = False  # log to checkpoints/<run>/tensorboard, too (pip install tensorboard)
 checkpoints = "checkpoints"  # folder of checkpoints
 run_logs = "run_logs"  # folder of logs
 # -------------------------------------------------------------------------------------------------

@@ -46,6 +46,22 @@ def transformer(name, spans, dim, depth, mlp_dim):
     ]
 
 
+def of_predictor(counts, dim, depth, attends):
+    """Its blocks; where targets attend to the context alone, they alone go through all of them."""
+    if attends == "all":
+        return transformer("predictor", [c + t for c, t in counts], dim, depth, 4 * dim)
+    context, target = (depth * sum(each) for each in zip(*counts))
+    matrices, attention, rest = transformer("predictor", [0], dim, depth, 4 * dim)
+    # of targets query, projection and MLP, 10 D^2; of the context keys and values, 2 D^2
+    products = 2 * (target * 10 + context * 2) * dim**2
+    looked_at = depth * 4 * dim * sum(c * t for c, t in counts)
+    return [
+        matrices._replace(forward=products, activations=(target * 28 + context * 6) * dim),
+        attention._replace(forward=looked_at, activations=(target * 4 + context * 4) * dim),
+        rest._replace(activations=target * 44 * dim + context * 6 * dim),
+    ]
+
+
 def linear(name, tokens, dim_in, dim_out):
     return Part(
         name, 2 * tokens * dim_in * dim_out, 2 * tokens * (dim_in + dim_out), 2 * dim_in * dim_out
@@ -69,7 +85,7 @@ def forward_parts(encoder, predictor, counts):
             "encoder", [c for c, _ in counts], encoder.dim, encoder.depth, encoder.mlp_dim
         ),
         linear("into the predictor", context, encoder.dim, dim),
-        *transformer("predictor", [c + t for c, t in counts], dim, predictor["depth"], 4 * dim),
+        *of_predictor(counts, dim, predictor["depth"], predictor.get("attends", "all")),
         linear("predictions", target, dim, predictor["dim_out"]),
         *[linear("of what is seen", context, encoder.dim, predictor["dim_out"])] * seen,
         # prediction 2, target 2, gradient 2

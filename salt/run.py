@@ -229,7 +229,13 @@ class Run:
 
 
 # what runs had from before there was a choice
-BEFORE = {"context_loss": 0.0, "positions": "table", "targets": 1.0, "init_from": None}
+BEFORE = {
+    "context_loss": 0.0,
+    "positions": "table",
+    "targets": 1.0,
+    "init_from": None,
+    "predictor_attention": "all",
+}
 OTHER_RUN = {  # part of the identity: what was another
     "train": "other training clips (--cache, --data), of other ids, pixels or latents",
     "teacher": "another teacher",

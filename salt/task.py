@@ -111,6 +111,7 @@ def open_training(s, device, log):
         "dim": s.predictor_dim,
         "depth": s.predictor_depth,
         "heads": s.predictor_heads,
+        "attends": s.predictor_attention,
         "seen": s.context_loss > 0,
         "positions": s.positions,
         "grid": encoder.grid,

@@ -42,6 +42,7 @@ def cost_of_vit_l(row):
         counts = [(context, kept_targets(target, share)) for context, target in counts]
         width, depth = (flags[key] / REFERENCE[key] for key in ("predictor_dim", "predictor_depth"))
         predictor = {"dim": round(512 * width), "depth": round(12 * depth), "dim_out": 768}
+        predictor["attends"] = flags.get("predictor_attention", "all")
         clips = flags["max_steps"] * flags["batch_size"]
         return clips * budget.step_flops(encoder, predictor, counts)
 
@@ -57,41 +58,6 @@ def text_of(masks):
 
 
 # ---- model.py's lines, changed
-# CrossMAE's predictor (Fu et al. 2024, arXiv 2401.14391): a target attends to the context alone,
-# and the context goes through no block
-CROSS_ATTENTION = [
-    (
-        "class Predictor(nn.Module):\n",
-        '''def crossed(block, asked, seen):
-    """A block whose tokens `asked` [B, Kt, D] attend to `seen` [B, Kc, D] alone."""
-    attn, (of_q, of_k, of_v) = block.attn, block.attn.qkv.weight.chunk(3)
-
-    def heads(x):
-        return rearrange(x, "b n (h d) -> b h n d", h=attn.heads)
-
-    seen = block.norm1(seen)
-    q = heads(F.linear(block.norm1(asked), of_q, attn.q_bias))
-    k, v = heads(F.linear(seen, of_k)), heads(F.linear(seen, of_v, attn.v_bias))
-    found = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-    asked = asked + attn.proj(found)
-    return asked + block.fc2(block.fc1(block.norm2(asked)), of=ops.gelu_linear)
-
-
-class Predictor(nn.Module):
-''',
-    ),
-    (
-        "x = run_blocks(self.blocks, x, lengths, self.position.turned_by(index), self.recompute)",
-        "parts = x.split(sizes, dim=1)",
-    ),
-    (
-        "        targets = x.split(sizes, dim=1)[1::2]\n",
-        """        seen, targets = parts[::2], list(parts[1::2])
-        for block in self.blocks:
-            targets = [crossed(block, *pair) for pair in zip(targets, seen, strict=True)]
-""",
-    ),
-]
 # plain distillation: in training the predictor is not asked
 NOTHING_HIDDEN_IS_ASKED = [
     (
@@ -160,7 +126,7 @@ ROWS = {
     "predictor_1": Row("R2 down, states as good", {"predictor_depth": 1}),
     "predictor_4": Row("R2 up, states as good", {"predictor_depth": 4}),
     "cross_attention": Row(
-        "as good, faster: few tokens are context", patches={"model.py": CROSS_ATTENTION}
+        "as good, faster: few tokens are context", {"predictor_attention": "context"}
     ),
     # ---- families
     "masks_short_long": Row("R2 is of other masks; states as good", {"masks": "short,long"}),

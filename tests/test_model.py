@@ -17,6 +17,7 @@ from salt.checkpoint import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
 from salt.errors import InputError
 from salt.loader import Batch
 from salt.masks import sample_masks
+from salt.positions import turn
 from salt.score import Space, clip_errors, mse, r2, r2_interval
 
 transformers = pytest.importorskip("transformers")
@@ -469,7 +470,7 @@ def test_encode_refuses_other_clips():
     torch.testing.assert_close(encoder.encode(clips), encoder.encode(ops.patchify(clips)))
 
 
-def make_salt(target_dim=20, families=("short", "long"), seen=False):
+def make_salt(target_dim=20, families=("short", "long"), seen=False, **predictor):
     torch.manual_seed(0)
     config = EncoderConfig(dim=48, depth=1, heads=4, mlp_dim=96, frames=8, size=96)
     return shake(
@@ -484,6 +485,8 @@ def make_salt(target_dim=20, families=("short", "long"), seen=False):
                 "depth": 1,
                 "heads": 4,
                 "seen": seen,
+                "grid": config.grid,
+                **predictor,
             },
         )
     )
@@ -616,6 +619,49 @@ def test_gradients_reach_every_parameter():
         if parameter.grad is None or not parameter.grad.abs().sum() > 0
     ]
     assert still == []
+
+
+@pytest.mark.parametrize("positions", ["table", "rope"])
+def test_targets_that_look_at_the_context_alone(positions):
+    """Against plain PyTorch, in float64; who else is asked for changes nothing, and every parameter
+    has a gradient.
+    """
+    salt = make_salt(attends="context", positions=positions)
+    predictor = salt.predictor
+    ids = torch.arange(2)
+    masks = [sample_masks(ids, 0, 0, family, (4, 6, 6)) for family in ("short", "long")]
+    context = torch.randn(2, sum(drawn.context.shape[1] for drawn in masks), 48)
+    found = predictor(context, masks)
+    first = 0
+    for number, drawn in enumerate(masks):
+        count = drawn.context.shape[1]
+        seen = predictor.embed(context[:, first : first + count])
+        first += count
+        asked = predictor.mask_tokens[number].expand(*drawn.target.shape, -1)
+        seen = seen + predictor.position.added(drawn.context)
+        asked = asked + predictor.position.added(drawn.target)
+        (block,) = predictor.blocks
+        attn, given = block.attn, block.norm1(seen)
+        q, k, v = (
+            (of @ attn.qkv.weight[32 * i : 32 * (i + 1)].T + bias).unflatten(-1, (1, 4, 8))
+            for i, (of, bias) in enumerate(
+                [(block.norm1(asked), attn.q_bias), (given, 0), (given, attn.v_bias)]
+            )
+        )
+        if positions == "rope":
+            q = turn(q, predictor.position.turned_by(drawn.target))
+            k = turn(k, predictor.position.turned_by(drawn.context))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q[:, :, 0], k[:, :, 0]) / 8**0.5
+        looked = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v[:, :, 0]).flatten(-2)
+        asked = asked + attn.proj(looked)
+        asked = asked + block.fc2(F.gelu(block.fc1(block.norm2(asked))))
+        expected = predictor.proj(predictor.norm(asked))
+        torch.testing.assert_close(found[drawn.family], expected, rtol=1e-4, atol=1e-5)
+    fewer = [drawn._replace(target=drawn.target[:, :3].contiguous()) for drawn in masks]
+    for family, prediction in predictor(context, fewer).items():
+        torch.testing.assert_close(prediction, found[family][:, :3], rtol=1e-4, atol=1e-5)
+    sum(prediction.square().sum() for prediction in found.values()).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in predictor.parameters())
 
 
 def test_weight_decay_falls_on_matrices_alone():

@@ -145,6 +145,7 @@ def test_more_ranks_are_the_same_run(alone, tmp_path, count, more):
 
 def test_bfloat16_over_ranks_and_shards(alone, tmp_path):
     folder, flags = alone
+    flags = [*flags, "--predictor_attention", "context"]
     run(tmp_path, "train", *flags, "--dtype", "bf16", "--run_name", "one")
     over_ranks(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "ddp")
     over_ranks(2, tmp_path, *flags, "--dtype", "bf16", "--run_name", "fsdp", "--fsdp")

@@ -36,7 +36,7 @@ needs_tiles = pytest.mark.skipif(
 GRID, FAMILIES = (4, 6, 6), ("short", "long")
 
 
-def make_salt(depth=2, families=FAMILIES, seed=0, seen=False, positions="table"):
+def make_salt(depth=2, families=FAMILIES, seed=0, seen=False, positions="table", attends="all"):
     torch.manual_seed(seed)
     encoder_config = model.EncoderConfig(
         dim=64, depth=depth, heads=2, mlp_dim=128, frames=8, size=96, positions=positions
@@ -54,6 +54,7 @@ def make_salt(depth=2, families=FAMILIES, seed=0, seen=False, positions="table")
             "seen": seen,
             "positions": positions,
             "grid": encoder_config.grid,
+            "attends": attends,
         },
     )
     with torch.no_grad():  # zeros would hide mistakes
@@ -376,9 +377,10 @@ def test_nothing_is_computed_for_tokens_that_no_mask_asks_for():
 
 
 @pytest.mark.parametrize("seen", [False, True])
-def test_the_budget_counts_what_torch_counts(seen):
-    salt, batch = make_salt(seen=seen), some_batch(2)
-    predictor = {"dim": 48, "depth": 2, "dim_out": 24, "seen": seen}
+@pytest.mark.parametrize("attends", ["all", "context"])
+def test_the_budget_counts_what_torch_counts(seen, attends):
+    salt, batch = make_salt(seen=seen, attends=attends), some_batch(2)
+    predictor = {"dim": 48, "depth": 2, "dim_out": 24, "seen": seen, "attends": attends}
     # as plain products, which it knows
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss, _ = model.salt_loss(salt, batch, SPACE, context=1.0)

@@ -227,15 +227,6 @@ def network():
     return make
 
 
-def test_a_target_attends_to_the_context_alone(network):
-    """Who else is asked for does not change a prediction; in the product's predictor it does."""
-    for patches, alone in ((compute.CROSS_ATTENTION, True), ([], False)):
-        salt, clips, (masks,) = network(patched("model", patches))
-        whole = salt(clips, [masks])["ratio"]
-        fewer = salt(clips, [masks._replace(target=masks.target[:, :3])])["ratio"]
-        assert torch.allclose(whole[:, :3], fewer, atol=1e-5) == alone
-
-
 def test_distillation_asks_for_nothing_hidden(network):
     salt, clips, masks = network(module := patched("model", compute.NOTHING_HIDDEN_IS_ASKED))
     assert list(salt(clips, masks)) == [module.SEEN]
