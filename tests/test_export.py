@@ -136,6 +136,15 @@ def test_onnx(trained, monkeypatch):
             assert np.array_equal(names["tokens"], found)
 
 
+def test_onnx_without_its_packages(trained):
+    (trained / "without").mkdir()
+    (trained / "without" / "onnxscript.py").write_text("raise ImportError")
+    flags = ["--checkpoint", "table.pth", "--to", "onnx", "never"]
+    told = error_of(trained, "export", *flags, PYTHONPATH=str(trained / "without"))
+    assert "pip install onnx onnxscript onnxruntime" in told
+    assert not (trained / "never").exists() and not (trained / "never.part").exists()
+
+
 def test_rotary_positions_export_at_another_shape(trained):
     flags = ["--checkpoint", "rope.pth", "--frames", 8, "--resolution", 64, "other-shape"]
     run(trained, "export", *flags)

@@ -4,6 +4,7 @@ are asked for, grids of students that are not theirs, and names on the hub.
 
 import functools
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from model import EncoderConfig
 from salt import cache, cache_format, caching, encoders, hub, teachers, views
 from salt.errors import InputError
 from salt.teachers import Asked, load_teacher
-from tests.stages import SMALL, error_of, run
+from tests.stages import ROOT, SMALL, error_of, run
 from tests.test_model import TINY, clips_for, pixel_values, shake
 
 transformers = pytest.importorskip("transformers")
@@ -431,3 +432,18 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="hf download owner/name --local-dir name"):
         hub.download("owner/name")
+
+
+def test_nothing_optional_is_imported_unless_asked_for():
+    optional = "transformers pyarrow onnx onnxscript onnxruntime huggingface_hub torchvision timm"
+    lines = f"""
+import subprocess
+import sys
+import model
+from salt import caching, encoders, initial, lerobot, probed, stream, task, teachers
+from salt import StreamingEncoder, export_transformers, load_encoder
+found = set({optional.split()!r}) & set(sys.modules)
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
