@@ -70,7 +70,7 @@ if video and kind not in encoders.EXPORTS.values():
 found = {}
 for each in probes.split(",") if probes else ():
     try:
-        found[os.path.basename(each)] = json.loads(Path(each).read_text())
+        found[each] = json.loads(Path(each).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"--probes {each} cannot be read: {error}") from None
 
@@ -163,7 +163,7 @@ try:
         encoders.write_folder(encoder, part, "salt_vla" if kind == "safetensors" else kind)
     if video:
         compared = compare(part)
-    said = teacher_name, licence, compared
+    said = ema, teacher_name, licence, compared
     page = card(folder.name, kind, encoder, saved, found, *said)
     write_whole(str(part / "README.md"), page.encode())
     os.replace(part, folder)

@@ -167,7 +167,8 @@ class Encoder(nn.Module):
         return self.norm(run_blocks(self.blocks, x, lengths, turns, self.recompute))
 
     def at(self, frames=None, size=None, interpolated=False):
-        """An Encoder of the same weights, shared, for clips of another shape, cut as its own are.
+        """An Encoder of the same weights for clips of another shape, cut as its own are. It shares
+        its modules with this one: what converts or moves one of them does so to both.
 
         frames, size  None: as here
         interpolated  let a table, which is of one grid, be interpolated to the other one: places

@@ -65,7 +65,7 @@ paths = [runs.checkpoint_of(word) for word in checkpoint]
 import numpy as np  # after the settings, so that --help and a mistyped flag answer at once
 from tqdm import tqdm
 
-from salt import lerobot, ops, probed, probing, ranks, verdict
+from salt import lerobot, ops, probed, probing, ranks, splits, verdict
 from salt.containers import frame_count, frame_rate
 from salt.features import Features
 from salt.masks import STREAMS, Random
@@ -88,7 +88,7 @@ def read_states(path):
     """({video id: float32 [frames, S]}, names of the S numbers) of states.json, or of a LeRobot
     data set.
     """
-    if not states and lerobot.is_one(folder):
+    if not states and splits.is_lerobot(data, splits_dir):
         return lerobot.states_of(folder, lerobot.asked(settings), print)
     try:
         with open(path, encoding="utf-8") as file:

@@ -113,12 +113,24 @@ def content_digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+# how every teacher was asked before there was a choice
+ASKED = {"layers": [-1], "of_frames": "mean", "norm": False, "shown": None}
+
+
 def agree_on(saved, now):
     """Whether two identities say the same, as far as both say it: one that an older version wrote
-    lacks what was added since. Of different kinds are two that have nothing in common."""
+    lacks what was added since, but for ASKED, which is known of it. Of different kinds are two that
+    have nothing in common."""
+    if is_teacher(saved) and is_teacher(now):
+        saved, now = ({**ASKED, **each} for each in (saved, now))
     if isinstance(saved, dict) and isinstance(now, dict) and saved.keys() & now.keys():
         return all(agree_on(saved[name], now[name]) for name in saved.keys() & now.keys())
     return saved == now
+
+
+def is_teacher(identity):
+    """Whether this identity is a teacher's."""
+    return isinstance(identity, dict) and {"sha256", "mean", "std"} <= identity.keys()
 
 
 def metadata_digest(metadata):

@@ -90,12 +90,8 @@ class Work:
             line = self.encoder.other_view(self.shown)
             if line:
                 log(line)
-            if not getattr(self.shape, "final_norm", True):
-                log(
-                    f"the teacher {s.teacher} has no final norm (use_mean_pooling: its head had"
-                    " it): latents are the sums of all blocks, of very unequal channels;"
-                    " --teacher_norm norms them, or train.py --target_norm"
-                )
+            for line in teachers.notes(self.encoder, s.teacher):
+                log(line)
         self.tokens = math.prod(grid_of(self.view, self.patch, self.tubelet))
         self.patch_dim = 3 * self.tubelet * self.patch * self.patch
         self.views = self.source.metadata["views"] if self.source else s.views

@@ -3,6 +3,7 @@ measured of it, and the lines that run it.
 """
 
 import json
+import os
 
 from salt.errors import InputError
 
@@ -36,12 +37,13 @@ USES["vjepa2"] = USES["videomae"].replace(
 )
 
 
-def card(name, kind, encoder, saved, probes, teacher, licence, compared):
+def card(name, kind, encoder, saved, probes, ema, teacher, licence, compared):
     """The page, in Markdown.
 
     kind     a key of USES
     saved    the checkpoint's content
     probes   {path: what a probe wrote there}
+    ema      whether the encoder is the moving average
     teacher, licence   str or None, as the user calls them
     compared  lines on what other decoding makes of a video
     """
@@ -54,7 +56,7 @@ def card(name, kind, encoder, saved, probes, teacher, licence, compared):
     lines += [
         "| | |",
         "|---|---|",
-        *facts(encoder, saved),
+        *facts(encoder, saved, ema),
         "",
         "## Use it",
         *use(kind, encoder, name),
@@ -87,7 +89,7 @@ def teacher_of(saved):
     return f"{shape.get('dim', '?')} wide, SHA-256 of its weights {known.get('sha256', '?')[:16]}"
 
 
-def facts(encoder, saved):
+def facts(encoder, saved, ema):
     """Rows of a table."""
     c, s, view = encoder.config, saved["settings"], encoder.view
     last = saved["history"][-1] if saved["history"] else {}
@@ -97,15 +99,18 @@ def facts(encoder, saved):
     yield f"| tokens | {' x '.join(map(str, c.grid))} (time, rows, columns) of {c.dim} |"
     yield f"| positions | {c.positions} |"
     yield f"| mean, std | {numbers(c.mean)}; {numbers(c.std)} of pixels in [0, 1] |"
-    yield f"| training videos | {len(seen) or 'not known'} |"
+    cache = f", cache {os.path.basename(os.path.normpath(s['cache']))}" if s.get("cache") else ""
+    yield f"| training videos | {len(seen) or 'not known'}, split {s['split']}{cache} |"
     yield f"| steps | {step:,} of {batch} clips: {step * batch:,} clips seen |"
     names = "recipe masks loss target_norm context_loss lr weight_decay_end seed".split()
     yield f"| recipe | {', '.join(f'{name} {text(s[name])}' for name in names if name in s)} |"
-    if "val_r2" in last:
-        ends = last.get("val_r2_ci95")
-        ends = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+    name = "val_r2_ema" if ema else "val_r2"
+    if name in last:
+        trained = saved["encoder_config"]
+        shape = trained["frames"], trained["size"]
+        at = "" if shape == (c.frames, c.size) else f", of clips of {shape[0]} frames of {shape[1]}"
         videos = last.get("val_videos", "held-out")
-        yield f"| {videos} R2 at step {last['step']} | {last['val_r2']:.3f}{ends} |"
+        yield f"| {videos} R2 at step {last['step']}{at} | {last[name]:.3f} |"
 
 
 def numbers(values):
@@ -119,13 +124,13 @@ def text(value):
 def use(kind, encoder, name):
     """Lines of code."""
     c = encoder.config
-    middle = encoder.view.sampling == "uniform"
-    picked = f"range({c.frames})"
-    if middle:
+    if encoder.view.sampling == "uniform":
         picked = f"(int((i + 0.5) * len(frames) / {c.frames}) for i in range({c.frames}))"
-    elif encoder.view.sampling == "stride":
+    else:
         stride = encoder.view.stride
-        picked = f"range(START, START + {c.frames * stride}, {stride})"
+        first = f"(len(frames) - 1 - {(c.frames - 1) * stride}) // 2"
+        last = "len(frames) - 1"
+        picked = f"(min(max({first} + {stride} * i, 0), {last}) for i in range({c.frames}))"
     words = {
         "FOLDER": json.dumps(name),
         "NUMBERS": picked,
@@ -140,8 +145,17 @@ def use(kind, encoder, name):
 
 
 def probe_table(found, path):
-    """The table that a probe's JSON file holds, a column a head."""
+    """The table that a probe's JSON file holds, a column a head; of eval_distill.py's, R2."""
     table = found.get("table") if isinstance(found, dict) else None
+    if isinstance(found, dict) and isinstance(found.get("results"), list):
+        columns = {"held-out R2": "r2", "from the best dumb predictor": "r2_over_best"}
+        table = {
+            os.path.basename(os.path.dirname(result["checkpoint"])): {
+                title: {"R2": result[key], "ci95": result.get(f"{key}_ci95")}
+                for title, key in columns.items()
+            }
+            for result in found["results"]
+        }
     if not isinstance(table, dict) or not table:
         raise InputError(f"{path} has no table: it is no file that a probe wrote with --out")
     columns = list(next(iter(table.values())))

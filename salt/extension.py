@@ -26,7 +26,7 @@ try:
     try:
         import salt_ops
     finally:
-        sys.path.remove(ROOT)
+        sys.path.pop()
 
     if salt_ops.build_info().get("sources") != (
         source_digest() or salt_ops.build_info().get("sources")

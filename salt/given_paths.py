@@ -29,10 +29,13 @@ def in_a_file(teacher):
     return (found[1], found[2]) if found else ("", "")
 
 
+HUB = r"[\w.-]+/[\w.-]+"  # owner/name
+
+
 def of_the_hub(path):
     """Whether a path that is not there can be a model's name on the Hugging Face hub."""
     return (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        re.fullmatch(HUB, str(path))
         and not os.path.exists(path)
         and not os.path.isdir(os.path.dirname(path))
     )
@@ -52,8 +55,8 @@ def check(**flags):
             if not path or os.path.exists(os.path.expanduser(path)):
                 continue
             kind = "cache" if name not in NOT_THERE else name
-            if kind == "teacher" and of_the_hub(path):
-                if importlib.util.find_spec("huggingface_hub"):
+            if kind == "teacher" and re.fullmatch(HUB, path):
+                if of_the_hub(path) and importlib.util.find_spec("huggingface_hub"):
                     continue  # hub.py fetches it
                 kind = "hub"
             above = os.path.dirname(os.path.abspath(path))

@@ -19,6 +19,7 @@ import numpy as np
 
 from salt.errors import InputError
 from salt.lists import Row
+from salt.torch_files import from_file
 
 STATES = ("observation.state", "action")  # features that the probes read
 HALF_A_MILLISECOND = 5e-4  # by which times of frames and of windows are compared
@@ -36,7 +37,10 @@ WHOLE = Cut()
 
 def asked(s):
     """The Cut of a script's settings."""
-    return Cut(tuple(s.get("cameras", ())), s.get("window_seconds"))
+    seconds = s.get("window_seconds")
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"--window_seconds is {seconds:g}; a window is longer than nothing")
+    return Cut(tuple(s.get("cameras", ())), seconds)
 
 
 class Episode(NamedTuple):
@@ -84,8 +88,9 @@ def information(folder):
     try:
         info = json.loads(Path(path).read_text(encoding="utf-8"))
         version = str(info["codebase_version"])
-        info["cameras"] = [k for k, v in info["features"].items() if v["dtype"] == "video"]
+        info["cameras"] = [name for name, x in info["features"].items() if is_camera(x)]
         float(info["fps"])
+        str(info["video_path"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is malformed: {error!r}") from None
     if not version.startswith(("v3.", "v2.1")):
@@ -98,13 +103,25 @@ def information(folder):
     return info
 
 
+def is_camera(feature):
+    """Whether a feature is a video of colours: depth comes as one, too."""
+    said = {**feature, **(feature.get("info") or {})}
+    depth = said.get("video.is_depth_map") or said.get("is_depth_map")
+    return feature["dtype"] == "video" and not depth
+
+
 @functools.cache
 def episodes(folder):
     """The Episodes of a data set, in order."""
+    return from_file(os.path.join(folder, "meta"), read_episodes, folder)
+
+
+def read_episodes(folder):
     info = information(folder)
     cameras = info["cameras"]
+    tasks_of = functools.cache(lambda: tasks_of_episodes(folder, info))
     if str(info["codebase_version"]).startswith("v2"):
-        return [of_version_2(folder, info, each) for each in episode_lines(folder)]
+        return [of_version_2(folder, info, each, tasks_of) for each in episode_lines(folder)]
     files = sorted(Path(folder, "meta", "episodes").glob("*/*.parquet"))
     if not files:
         raise InputError(f"{folder}/meta/episodes has no parquet files")
@@ -129,8 +146,28 @@ def episodes(folder):
                     start,
                     end,
                 )
-            tasks = list(row.get("tasks") or ())
-            found.append(Episode(row["episode_index"], row["length"], tasks, videos))
+            tasks = row.get("tasks") or tasks_of().get(row["episode_index"], ())
+            found.append(Episode(row["episode_index"], row["length"], list(tasks), videos))
+    return found
+
+
+def tasks_of_episodes(folder, info):
+    """{episode: [its first task]} by meta/tasks and the frames, for sets whose episodes do not say
+    it themselves.
+    """
+    if str(info["codebase_version"]).startswith("v2"):
+        path = os.path.join(folder, "meta", "tasks.jsonl")
+        rows = read_lines(path) if os.path.isfile(path) else []
+    else:
+        path = os.path.join(folder, "meta", "tasks.parquet")
+        rows = read_table(path).to_pylist() if os.path.isfile(path) else []
+    # of pandas, with the tasks as its index
+    names = {row["task_index"]: row.get("task", row.get("__index_level_0__")) for row in rows}
+    found = {}
+    for file in sorted(Path(folder, "data").glob("*/*.parquet")) if names else ():
+        table = read_table(file, ["episode_index", "task_index"]).to_pydict()
+        for episode, task in zip(table["episode_index"], table.get("task_index", ()), strict=False):
+            found.setdefault(episode, [names[task]] if names.get(task) else [])
     return found
 
 
@@ -138,7 +175,7 @@ def episode_lines(folder):
     return read_lines(os.path.join(folder, "meta", "episodes.jsonl"))
 
 
-def of_version_2(folder, info, line):
+def of_version_2(folder, info, line, tasks_of):
     """The Episode of a line of meta/episodes.jsonl."""
     index = line["episode_index"]
     names = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
@@ -146,7 +183,8 @@ def of_version_2(folder, info, line):
     for camera in info["cameras"]:
         path = info["video_path"].format(video_key=camera, **names)
         videos[camera] = os.path.join(folder, path), None, None
-    return Episode(index, line["length"], list(line.get("tasks") or ()), videos)
+    tasks = line.get("tasks") or tasks_of().get(index, ())
+    return Episode(index, line["length"], list(tasks), videos)
 
 
 def chosen_cameras(folder, cut):
@@ -161,7 +199,7 @@ def chosen_cameras(folder, cut):
                 " part behind its last point"
             )
         chosen += fits
-    return chosen or have
+    return list(dict.fromkeys(chosen)) or have
 
 
 @functools.cache
@@ -173,6 +211,10 @@ def rows_of(folder, cut, log):
     """
     fps = float(information(folder)["fps"])
     cameras = chosen_cameras(folder, cut)
+    if cut.window_seconds and cut.window_seconds * fps < 1:
+        raise InputError(
+            f"--window_seconds {cut.window_seconds:g} is less than a frame of {folder}"
+        )
     every = episodes(folder)
     paths = sorted({each.videos[camera][0] for each in every for camera in cameras})
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
@@ -185,18 +227,23 @@ def rows_of(folder, cut, log):
             if why:
                 log(f"{path}: episode {each.index} is left out: {why}")
                 continue
-            found += windows(each, camera, path, start or 0.0, start is not None, fps, cut)
+            name = f"{Path(folder).resolve().name}.{key_of(each)}.{camera.replace('/', '_')}"
+            found += windows(each, name, path, start or 0.0, start is not None, fps, cut)
     return found
 
 
-def windows(episode, camera, path, start, shared, fps, cut):
+def key_of(episode):
+    """What decides its split: cameras and windows of an episode stay together."""
+    return f"episode_{episode.index:06d}"
+
+
+def windows(episode, name, path, start, shared, fps, cut):
     """Equal parts of an episode, none longer than the Cut's; shared: its file holds others, too."""
     seconds = episode.length / fps
     count = 1
     if cut.window_seconds:
         count = max(1, math.ceil(seconds / cut.window_seconds - 1e-6))
     label = episode.tasks[0] if episode.tasks else None
-    name = f"episode_{episode.index:06d}.{camera.replace('/', '_')}"
     for number in range(count):
         first, last = seconds * number / count, seconds * (number + 1) / count
         own = f"{name}.{number + 1}of{count}" if count > 1 else name
@@ -225,7 +272,7 @@ def misfit(episode, start, end, last, fps):
     if last is None:
         return "its video is not there, or cannot be opened"
     seconds = episode.length / fps
-    start, end = (0.0, seconds) if start is None else (start, end)
+    start, end = (0.0, last) if start is None else (start, end)  # v2.1 has a file an episode
     if not 0 <= start < end:
         return f"it runs from {start:g} s to {end:g} s"
     if end > last + 1.5 / fps:
@@ -233,11 +280,6 @@ def misfit(episode, start, end, last, fps):
     if abs(end - start - seconds) > 1.5 / fps:
         return f"it has {episode.length} frames, and {(end - start) * fps:.1f} frames of time"
     return ""
-
-
-def split_key(row):
-    """What decides a row's split: its episode, so that cameras and windows of one stay together."""
-    return row.id.partition(".")[0]
 
 
 def states_of(folder, cut, log):
@@ -259,11 +301,14 @@ def states_of(folder, cut, log):
             [np.stack(table[name].to_pylist()).reshape(len(of), -1) for name in features], axis=1
         )
         for index in np.unique(of):
-            by_episode[int(index)] = times[of == index], values[of == index].astype(np.float32)
+            part = times[of == index], values[of == index].astype(np.float32)
+            by_episode.setdefault(int(index), []).append(part)
     found = {}
     for row, episode, first, last in rows_of(folder, cut, log):
         if episode.index in by_episode:
-            times, values = by_episode[episode.index]
+            times, values = (np.concatenate(x) for x in zip(*by_episode[episode.index]))
+            values = values[np.argsort(times, kind="stable")]
+            times = np.sort(times, kind="stable")
             low, high = first - HALF_A_MILLISECOND, last - HALF_A_MILLISECOND
             found[row.id] = values[(times >= low) & (times < high)]
     return found, names

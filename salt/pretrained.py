@@ -10,6 +10,7 @@ from salt.errors import InputError
 from salt.files import sha256
 from salt.torch_files import load_pickle, whole
 
+STATED = ("image_mean", "image_std")
 # that may say mean and std
 PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
@@ -40,6 +41,8 @@ def read_configuration(folder):
         raise InputError(f"{path} is no JSON object")
     # of processor_config.json
     said = [each.get("video_processor", each.get("image_processor", each)) for each in said]
+    # null is what a newer version writes where an older one is silent
+    said = [{k: v for k, v in each.items() if v is not None or k in STATED} for each in said]
     return config, next((each for each in said if "image_mean" in each), said[0] if said else {})
 
 
@@ -123,8 +126,20 @@ def normalisation(pixels, folder):
         )
     if pixels.get("do_normalize") is False:
         return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    names = (("mean", "image_mean"), ("std", "image_std"))
-    return {mine: pixels[theirs] for mine, theirs in names if theirs in pixels}
+    return {mine: pixels[f"image_{mine}"] for mine in ("mean", "std") if f"image_{mine}" in pixels}
+
+
+def stated_normalisation(pixels, folder):
+    """The same of a model whose class has values of its own where its files are silent, which are
+    not known here. Raises InputError where they are.
+    """
+    found = normalisation(pixels, folder)
+    if len(found) < 2:
+        raise InputError(
+            f"{folder} does not say how pixels are normalised: no image_mean and image_std in"
+            f" {' or '.join(PROCESSORS)}; save its processor there, too (processor.save_pretrained)"
+        )
+    return found
 
 
 def view_of(pixels, fields, of_class=224):
@@ -135,7 +150,9 @@ def view_of(pixels, fields, of_class=224):
               resized to it by bilinear interpolation, the middle square of it
     """
     side, edges = fields["size"], pixels.get("size", of_class)
-    edges = edges if isinstance(edges, dict) else {"shortest_edge": edges}
+    if not isinstance(edges, dict):  # without a crop older classes mean both sides
+        crops = "crop_size" in pixels or pixels.get("do_center_crop") is not False
+        edges = {"shortest_edge": edges} if crops else {"height": edges, "width": edges}
     kept = pixels.get("crop_size", of_class) if pixels.get("do_center_crop") is not False else side
     kept = kept if isinstance(kept, dict) else {"height": kept, "width": kept}
     how = {0: None, 2: "bilinear", 3: "bicubic", 4: "area"}.get(pixels.get("resample", 2))

@@ -88,19 +88,18 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None, cut=lerobo
             f"there is no data folder {folder}; --data names the folder that holds the videos and"
             " their lists"
         )
-    elif lerobot.is_one(folder) and not (splits_dir or first_list(folder)):
+    elif is_lerobot(folder, splits_dir):
         rows = rows_of_lerobot(folder, split, log, cut)
-        refuse_nothing(rows, folder, split)
-        return rows
     else:
         rows = rows_of_folder(folder, split, splits_dir, log)
-    if cut != lerobot.WHOLE:
+    if cut != lerobot.WHOLE and not is_lerobot(folder, splits_dir):
         raise InputError(
             f"{folder} is read by its lists, or is no LeRobot data set: leave --cameras and"
             " --window_seconds out"
         )
     refuse_nothing(rows, folder, split)
-    refuse_shared_frames(folder, split, splits_dir, rows, log)
+    if not is_lerobot(folder, splits_dir):
+        refuse_shared_frames(folder, split, splits_dir, rows, log)
     ids = set()
     for row in rows:
         if row.id in ids:
@@ -125,11 +124,24 @@ def first_list(folder):
     return next(filter(os.path.isfile, paths), None)
 
 
+def is_lerobot(folder, splits_dir=None):
+    """Whether --data is read as a LeRobot data set: it is one, and nobody has put lists beside."""
+    folder = os.path.expanduser(folder)
+    return lerobot.is_one(folder) and not (splits_dir or first_list(folder))
+
+
 def rows_of_lerobot(folder, split, log, cut):
     """Those of the episodes of a LeRobot data set that fall into a split."""
-    found = [row for row, *_ in lerobot.rows_of(folder, cut, log)]
-    kept = hashed_split(found, split, lerobot.split_key)
-    episodes = len(set(map(lerobot.split_key, kept)))
+    every = lerobot.rows_of(folder, cut, log)
+    keys = {row.id: lerobot.key_of(episode) for row, episode, *_ in every}
+    found = [row for row, *_ in every]
+    kept = hashed_split(found, split, lambda row: keys[row.id])
+    episodes = len({keys[row.id] for row in kept})
+    if not kept:
+        raise InputError(
+            f"none of the {len(set(keys.values()))} episodes of {folder} falls into the split"
+            f" {split!r}: a tenth is held out by a hash of the number, and these are too few"
+        )
     log(
         f"{split}: {len(kept)} rows, of {episodes} episodes of the LeRobot data set {folder}, split"
         f" by a hash of the episode; {len(found) - len(kept)} rows are the other split's"

@@ -31,14 +31,22 @@ class StreamingEncoder:
     hop      frames between two answers, whole tubelets
     causal   True: keys and values of the past are kept, and a tubelet looks at it and at itself,
              block by block, so that features reach further back than the window, a window a
-             block. False: the last `window` frames are encoded anew for each answer, as in
-             training, and each token looks at all of them; until there are as many, the first one
-             stands in for those before it
-    Raises InputError where window or hop do not fit the encoder.
+             block; of rotary positions alone, since what a table has added to a token stays there
+             when the window moves on. False: the last `window` frames are encoded anew for each
+             answer, as in training, and each token looks at all of them; until there are as many,
+             the first one stands in for those before it. None: True of rotary positions
+    Raises InputError where window, hop or causal do not fit the encoder.
     """
 
-    def __init__(self, encoder, window=None, hop=2, causal=True):
+    def __init__(self, encoder, window=None, hop=2, causal=None):
         c = encoder.config
+        rotary = c.positions == "rope"
+        causal = rotary if causal is None else causal
+        if causal and not rotary:
+            raise InputError(
+                f"the encoder's positions are {c.positions}: a past that is kept cannot move on in"
+                " a table; causal=False encodes the window anew, --positions rope trains another"
+            )
         window = window or c.frames
         if window % c.tubelet or not 0 < window <= c.frames:
             raise InputError(
@@ -71,6 +79,11 @@ class StreamingEncoder:
         """
         alone = frame.ndim == 3
         frames = frame[None] if alone else frame
+        if self.frames and len(self.frames[-1]) != len(frames):
+            raise InputError(
+                f"{len(frames)} frames at a time were pushed, and {len(self.frames[-1])} before;"
+                " reset() begins a new stream"
+            )
         cut = [clip_of_frames(each[None], self.of_one)[0] for each in frames]
         self.frames.append(torch.stack([torch.from_numpy(each.copy()) for each in cut]))
         made = self.newest() if self.causal else self.anew()
@@ -96,7 +109,7 @@ class StreamingEncoder:
         self.seen += 1
         here = torch.arange(place * n, (place + 1) * n, device=patches.device)[None]
         index = torch.arange((place + 1) * n, device=patches.device)[None]  # of the window
-        x = encoder.patch_embed(encoder.normalise(patches)) + encoder.position.added(here)
+        x = encoder.patch_embed(encoder.normalise(patches))
         for number, block in enumerate(encoder.blocks):
             qkv = block.attn.queries_keys_values(block.norm1(x))
             q, kept = qkv[:, :, :1], qkv[:, :, 1:]

@@ -201,6 +201,8 @@ def teacher_of(s, clips, teacher, device, log):
     line = teacher.other_view(view)
     if line:
         log(line)
+    for line in teachers.notes(teacher, s.teacher):
+        log(line)
     log(f"teacher {s.teacher}: {teacher.takes(view)}")
     return teacher
 

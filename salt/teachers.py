@@ -72,12 +72,15 @@ def load_teacher(path, device="cpu", dtype="fp32", asked=AS_IT_IS):
         if config.get("model_type") not in FORMATS:
             from salt import transformers_teacher
 
-            return transformers_teacher.open_folder(path, config, pixels, device, dtype, asked)
+            how = (device, dtype, asked)
+            return transformers_teacher.open_folder(path, name, config, pixels, *how)
         encoder, files = encoder_of_folder(path)
     elif path.is_file():
         encoder, files = encoder_of_file(path), [path]
     else:
         raise InputError(given_paths.NOT_THERE["teacher"].format(path))
+    if asked.of_frames != "mean":
+        raise InputError(f"{name} is a model of videos; --teacher_frames is for models of images")
     if encoder.config.positions == "rope":
         encoder = encoder.at(asked.frames, asked.resolution)
     encoder = encoder.to(device).float().eval().requires_grad_(False)
@@ -115,6 +118,20 @@ def encoder_of_file(path):
 def on_the_fly(path, device, frames, resolution):
     """load_teacher, of the one that runs in training, which takes these clips if it takes any."""
     return load_teacher(path, device, TEACHER_DTYPE, Asked(frames, resolution))
+
+
+def notes(teacher, path):
+    """Lines for a log on what its latents are, where that is not what one expects."""
+    whole = getattr(teacher, "encoder", teacher)  # of a LayeredTeacher
+    normed = getattr(teacher, "asked", AS_IT_IS).norm
+    if not (getattr(whole.config, "final_norm", True) or normed):
+        yield (
+            f"the teacher {path} has no final norm (use_mean_pooling: its head had it): latents are"
+            " the sums of all blocks, of very unequal channels; --teacher_norm norms them, or"
+            " train.py --target_norm"
+        )
+    if getattr(teacher, "note", ""):
+        yield teacher.note
 
 
 class LayeredTeacher:

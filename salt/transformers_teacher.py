@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from salt.errors import InputError
-from salt.pretrained import digest_of_weights, normalisation, square, view_of, weight_files
+from salt.pretrained import (
+    digest_of_weights,
+    square,
+    stated_normalisation,
+    view_of,
+    weight_files,
+)
 from salt.user_teacher import UserTeacher
 from salt.views import View
 
@@ -20,9 +26,10 @@ TUBELET = 2  # frames a token of an image model, whose own frames are one by one
 FRAMES = 16
 
 
-def open_folder(path, config, pixels, device, dtype, asked):
+def open_folder(path, name, config, pixels, device, dtype, asked):
     """The UserTeacher of a folder in `transformers` format.
 
+    name            for logs
     config, pixels  of pretrained.read_configuration
     dtype           'fp32' or 'bf16': of the weights and all that is computed
     asked           teachers.Asked
@@ -45,13 +52,22 @@ def open_folder(path, config, pixels, device, dtype, asked):
     net = getattr(net, "vision_model", net)  # of CLIP and SigLIP, which have one for text, too
     net = net.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
     digest = digest_of_weights(files)
-    made = ModelTeacher(net.eval().requires_grad_(False), path, digest, pixels, dtype, asked)
+    try:
+        made = ModelTeacher(net.eval().requires_grad_(False), path, digest, pixels, dtype, asked)
+    except AttributeError as error:
+        raise InputError(
+            f"{path} holds a {kind}, which is no transformer of patches ({error}); a function of"
+            " yours can make it a teacher: --teacher file.py:function"
+        ) from None
+    made.name = name
     teacher = UserTeacher(
         made, str(path), path / "config.json", digest_of_weights([path / "config.json"]), device
     )
     teacher.identity |= asked.to_dict()
     if made.view:
         teacher.view = made.view
+    elif "size" in pixels or "crop_size" in pixels:
+        teacher.note = f"{path}: its processor cuts frames in a way that no view can say"
     return teacher
 
 
@@ -104,10 +120,15 @@ class ModelTeacher:
         cut = cut or pixels.get("size") or own
         cut = cut if isinstance(cut, dict) else {"height": cut}
         self.frames = asked.frames or (c.num_frames if self.of_videos else FRAMES)
+        if self.of_videos and (self.frames != c.num_frames or asked.of_frames != "mean"):
+            raise InputError(
+                f"{path} is a model of videos of {c.num_frames} frames; leave --frames and"
+                " --teacher_frames out"
+            )
         stated = cut.get("height") or cut.get("shortest_edge") or own
         self.resolution = asked.resolution or stated
         self.dim = c.hidden_size * len(asked.layers)
-        ours = {"mean": (0.0,) * 3, "std": (1.0,) * 3, **normalisation(pixels, path)}
+        ours = stated_normalisation(pixels, path)
         self.mean, self.std = ours["mean"], ours["std"]
         self.view = self.cut(pixels, stated)
         self.other_size = self.resolution != own

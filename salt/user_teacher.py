@@ -66,7 +66,7 @@ class UserTeacher:
     Raises InputError where it does not keep the contract; it is tried on two clips of noise.
     """
 
-    view_is_known, reshaped = False, ""
+    view_is_known, reshaped, note = False, "", ""
     takes = Encoder.takes  # lines for a log
     other_view = Encoder.other_view
 

@@ -179,6 +179,8 @@ def write_folder(c, weights, folder, view):
     """
     from safetensors.torch import save_file
 
+    if not c.final_norm:
+        raise InputError("transformers' V-JEPA 2 has a final norm, and this encoder none")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {}

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from salt import encoders
+from salt.card import use
 from salt.checkpoint import load_checkpoint
 from salt.video import read_clip
+from salt.views import View, frame_numbers
 from tests.stages import SMALL, error_of, run
 from tests.test_data import write_video
 from tests.test_model import pixel_values
-from tests.test_use import textured
+from tests.test_use import textured, tiny_encoder
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.set_verbosity_error()
@@ -66,7 +68,7 @@ def test_a_folder_of_each_kind(trained, kind):
         "| steps | 2 of 4 clips: 8 clips seen |",
         f"| held-out R2 at step 2 | {r2:.3f}",
         "| student | 0.250 [0.100, 0.400] |\n| pixels | 0.500 |",
-        f"| training videos | {len(saved['trained_on']['ids'])} |",
+        f"| training videos | {len(saved['trained_on']['ids'])}, split train, cache latents |",
     ):
         assert part in page, part
     if kind != "safetensors":
@@ -76,6 +78,43 @@ def test_a_folder_of_each_kind(trained, kind):
         with torch.no_grad():
             found = theirs(pixels).last_hidden_state[0]
         torch.testing.assert_close(found, encoder.encode(clip).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_page_of_an_average_at_another_shape(world, tmp_path):
+    caches = ["--cache", world / "latents", "--val_cache", world / "held_out"]
+    flags = ["--positions", "rope", "--max_steps", 2, "--ema", 0.5, "--run_name", "a"]
+    run(tmp_path, "train", *caches, *SMALL, *flags)
+    (path,) = tmp_path.glob("checkpoints/a_*/last.pth")
+    run(
+        tmp_path,
+        "eval_distill",
+        "--checkpoint",
+        path,
+        "--cache",
+        world / "held_out",
+        "--out",
+        "eval.json",
+    )
+    given = ["--probes", "eval.json", "--ema", "1", "--frames", 8]
+    run(tmp_path, "export", "--checkpoint", path, "averaged", *given)
+    last = load_checkpoint(path)["history"][-1]
+    assert last["val_r2"] != last["val_r2_ema"]
+    page = (tmp_path / "averaged" / "README.md").read_text()
+    assert f"of clips of 4 frames of 48 | {last['val_r2_ema']:.3f} |" in page
+    (result,) = json.loads((tmp_path / "eval.json").read_text())["results"]
+    low, high = result["r2_ci95"]
+    assert f"{result['r2']:.3f} [{low:.3f}, {high:.3f}]" in page
+
+
+@pytest.mark.parametrize("view", [View(4, 48, 48), View(4, 48, 48, sampling="stride", stride=3)])
+def test_the_page_takes_the_frames_that_a_view_takes(view):
+    encoder = tiny_encoder(view)
+    lines = [line.strip() for line in use("videomae", encoder, "x")]
+    (line,) = [line for line in lines if line.startswith("frames = [frames[i]")]
+    for count in (3, 20, 61):
+        names = {"frames": list(range(count))}
+        exec(line, names)
+        assert names["frames"] == frame_numbers(count, view).tolist()
 
 
 def lines_of(page):

@@ -110,6 +110,7 @@ def test_timm(tmp_path):
     (tmp_path / "timm").mkdir()
     save_file(state, tmp_path / "timm" / "model.safetensors")
     config = {"architecture": "vit", "pretrained_cfg": {"mean": MEAN, "std": STD}}
+    config["model_args"] = {"num_heads": 4}
     (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
     of_timm, of_vit = student(), student()
     initialise(of_timm, str(tmp_path / "timm"))
@@ -146,6 +147,7 @@ def test_in_training(world, tmp_path):
     [
         ({"depth": 2}, "has 3 blocks, the student 2"),
         ({"dim": 64}, "has shape .* the student's"),
+        ({"heads": 8}, "has 4 attention heads, the student 8"),
         ({"patch": 8}, "has shape .* see --size"),
     ],
 )
@@ -155,7 +157,24 @@ def test_another_shape(tmp_path, changes, message):
         initialise(student(**changes), str(tmp_path))
 
 
+def test_what_has_no_place_is_refused_and_other_positions_are_said(tmp_path):
+    image_model("vit", tmp_path / "vit")
+    file = tmp_path / "vit" / "model.safetensors"
+    state = load_file(file)
+    more = {"encoder.layer.0.attention.attention.q_norm.weight": torch.zeros(12)}
+    save_file(state | more, file)
+    with pytest.raises(InputError, match="q_norm.weight and 0 others that our blocks have no"):
+        initialise(student(), str(tmp_path / "vit"))
+    save_file(state, file)
+    (tmp_path / "vit" / "preprocessor_config.json").unlink()
+    with pytest.raises(InputError, match="does not say how pixels are normalised"):
+        initialise(student(), str(tmp_path / "vit"))
+    v_jepa(mlp_ratio=2.0).save_pretrained(tmp_path / "v")
+    said = initialise(student(eps=1e-6), str(tmp_path / "v"))
+    assert "whose positions are rope, the student's table" in said
+
+
 def test_other_image_models_are_refused(tmp_path):
-    image_model("clip_vision_model", tmp_path)
+    image_model("clip_vision_model", tmp_path, hidden_act="gelu")
     with pytest.raises(InputError, match="of the kind 'clip_vision_model' are not read"):
         initialise(student(), str(tmp_path))

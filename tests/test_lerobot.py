@@ -119,10 +119,12 @@ def test_a_row_is_an_episode_and_camera(tmp_path, version, codec):
     folder = make_set(tmp_path / "set", version, codec)
     rows = of_all(folder)
     assert len(rows) == 6 * 3
-    assert rows["episode_000019.observation.images.top"].label == "task 1"
+    assert rows["set.episode_000019.observation.images.top"].label == "task 1"
     for camera in CAMERAS:
         for k, length in enumerate(LENGTHS):
-            (clip,) = read_row(rows[f"episode_{FIRST + k:06d}.{camera}"], [View(length, 32, 32)])
+            (clip,) = read_row(
+                rows[f"set.episode_{FIRST + k:06d}.{camera}"], [View(length, 32, 32)]
+            )
             before = sum(LENGTHS[3 * (k // 3) : k]) if version == "v3.0" else 0
             first = 20 * CAMERAS.index(camera) + before
             assert numbers_in(clip) == list(range(first, first + length)), (camera, k)
@@ -131,12 +133,12 @@ def test_a_row_is_an_episode_and_camera(tmp_path, version, codec):
 def test_windows_of_an_episode(tmp_path):
     folder = make_set(tmp_path / "set")
     rows = of_all(folder, Cut(("top",), 0.45))  # episodes last .4 to .9 s
-    names = {name.partition(".")[2] for name in rows}
+    names = {name.split(".", 2)[2] for name in rows}
     assert {"observation.images.top", "observation.images.top.2of2"} <= names
     shown = {}
     for row in rows.values():
         (clip,) = read_row(row, [View(40, 32, 32)])  # all its frames, some of them again
-        shown.setdefault(int(row.id[8:14]) - FIRST, []).append(sorted(set(numbers_in(clip))))
+        shown.setdefault(int(row.id[12:18]) - FIRST, []).append(sorted(set(numbers_in(clip))))
     for k, length in enumerate(LENGTHS):
         before = sum(LENGTHS[3 * (k // 3) : k])
         together = sorted(sum(shown[k], []))
@@ -148,7 +150,7 @@ def test_cameras_and_windows_of_an_episode_are_of_one_split(tmp_path):
     lengths = [4] * 6
     folder = make_set(tmp_path / "set", lengths=lengths)
     train, held_out = (
-        {row.id[:14] for row in load_split(folder, split, cut=Cut((), 0.2))}
+        {row.id[4:18] for row in load_split(folder, split, cut=Cut((), 0.2))}
         for split in ("train", "validation")
     )
     assert held_out == {"episode_000016", "episode_000019"} and len(train) == 4
@@ -197,8 +199,8 @@ def test_states_and_actions(tmp_path, version):
     whole, _ = lerobot.states_of(folder, Cut(("top",)), print)
     for k, length in enumerate(LENGTHS):
         expected = np.array([[k, i, -i] for i in range(length)], np.float32)
-        assert np.array_equal(whole[f"episode_{FIRST + k:06d}.{CAMERAS[0]}"], expected)
-        parts = [states[name] for name in sorted(states) if int(name[8:14]) == FIRST + k]
+        assert np.array_equal(whole[f"set.episode_{FIRST + k:06d}.{CAMERAS[0]}"], expected)
+        parts = [states[name] for name in sorted(states) if int(name[12:18]) == FIRST + k]
         assert np.array_equal(np.concatenate(parts), expected)
 
 
@@ -282,9 +284,107 @@ def test_one_that_lerobot_wrote(tmp_path):
     assert len(rows) == 6
     states, names = lerobot.states_of(folder, lerobot.WHOLE, print)
     for k, length in enumerate(LENGTHS):
-        row = rows[f"episode_{k:06d}.observation.images.top"]
+        row = rows[f"set.episode_{k:06d}.observation.images.top"]
         assert row.label == f"task {k % 2}"
         (clip,) = read_row(row, [View(length, 32, 32)])
         first = sum(LENGTHS[:k])
         assert numbers_in(clip) == list(range(first, first + length))
         assert states[row.id].tolist() == [[k, i, -i, 1] for i in range(length)]
+
+
+def test_a_file_that_holds_more_than_its_episode(tmp_path):
+    """v2.1 has a file an episode: foreign frames are no part of it."""
+    folder = make_set(tmp_path / "set", "v2.1")
+    path = tmp_path / "set" / "videos" / "chunk-000" / CAMERAS[0] / f"episode_{FIRST:06d}.mp4"
+    write_video(path, [frame(i) for i in range(20)], "libx264", FPS)
+    said = []
+    assert len(lerobot.rows_of(folder, lerobot.WHOLE, said.append)) == 17
+    assert f"episode {FIRST} is left out: it has 7 frames, and 20.0 frames of time" in said[0]
+
+
+def test_depth_is_no_camera_and_a_camera_counts_once(tmp_path):
+    folder = make_set(tmp_path / "set")
+    path = tmp_path / "set" / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    info["features"][CAMERAS[2]]["info"] = {"video.is_depth_map": True}
+    path.write_text(json.dumps(info))
+    assert len(of_all(folder)) == 12
+    twice = lerobot.rows_of(folder, Cut(("top", CAMERAS[0])), print)
+    assert len(twice) == 6
+
+
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+def test_frames_of_states_in_any_order_and_file(tmp_path, version):
+    folder = make_set(tmp_path / "set", version)
+    before, _ = lerobot.states_of(folder, lerobot.WHOLE, print)
+    data = tmp_path / "set" / "data" / "chunk-000"
+    for path in list(data.iterdir()):
+        rows = parquet.read_table(path).to_pylist()[::-1]
+        for number, some in enumerate((rows[::2], rows[1::2])):
+            parquet.write_table(pa.Table.from_pylist(some), data / f"{number}-{path.name}")
+        path.unlink()
+    after, _ = lerobot.states_of(folder, lerobot.WHOLE, print)
+    assert all(np.array_equal(after[name], rows) for name, rows in before.items())
+
+
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+def test_tasks_that_only_the_frames_know(tmp_path, version):
+    folder = make_set(tmp_path / "set", version)
+    meta, data = tmp_path / "set" / "meta", tmp_path / "set" / "data" / "chunk-000"
+    for path in data.iterdir():
+        table = parquet.read_table(path)
+        number = [(episode - FIRST) % 2 for episode in table["episode_index"].to_pylist()]
+        parquet.write_table(table.append_column("task_index", [number]), path)
+    tasks = [{"task_index": 0, "task": "lift"}, {"task_index": 1, "task": "push"}]
+    if version == "v3.0":
+        (path,) = meta.glob("episodes/*/*.parquet")
+        parquet.write_table(parquet.read_table(path).drop_columns(["tasks"]), path)
+        parquet.write_table(pa.Table.from_pylist(tasks), meta / "tasks.parquet")
+    else:
+        lines = [json.loads(line) for line in (meta / "episodes.jsonl").read_text().splitlines()]
+        for line in lines:
+            del line["tasks"]
+        (meta / "episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (meta / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+    labels = {int(row.id[12:18]) - FIRST: row.label for row in of_all(folder).values()}
+    assert labels == {0: "lift", 1: "push", 2: "lift", 3: "push", 4: "lift", 5: "push"}
+
+
+def test_two_sets_share_no_id(tmp_path):
+    one, other = (of_all(make_set(tmp_path / name)) for name in ("one", "other"))
+    assert not one.keys() & other.keys()
+
+
+def test_lists_beside_a_set_bring_their_own_states(tmp_path):
+    make_set(tmp_path / "set")
+    path = f"videos/{CAMERAS[0]}/chunk-000/file-000.mp4"
+    rows = [(0, 0.7), (0.7, 1.2), (1.2, 2.1)]
+    for split, some in (("train", rows[:2]), ("validation", rows[2:])):
+        lines = [f"{path},{a},{b},{split}{i}" for i, (a, b) in enumerate(some)]
+        text = "path,start,end,id\n" + "\n".join(lines) + "\n"
+        (tmp_path / "set" / f"{split}.csv").write_text(text)
+    states = {"train0": [[i] for i in range(7)], "train1": [[i] for i in range(5)]}
+    states["validation0"] = [[i] for i in range(9)]
+    (tmp_path / "set" / "states.json").write_text(json.dumps(states))
+    small = ["--target", "pixels", "--frames", 4, "--resolution", 48, "--max_steps", 1, *SMALL]
+    run(tmp_path, "train", "--data", "set", *small, "--batch_size", 2)
+    (path,) = tmp_path.glob("checkpoints/*/last.pth")
+    probe = ["--labels", "0", "--draws", 1, "--heads", "grid", "--untrained_seeds", 0]
+    probe += ["--no_pixels", "--ahead", "0.1", "--dtype", "fp32", "--out", "states_of.json"]
+    run(tmp_path, "probe_states", "--checkpoint", path, "--data", "set", *probe)
+    found = json.loads((tmp_path / "states_of.json").read_text())
+    assert list(found["R2_of_each_value"]["student"].values())[0].keys() == {"0"}
+
+
+@pytest.mark.parametrize(
+    "cut, message",
+    [
+        (Cut((), 0.05), "is less than a frame"),
+        ({"window_seconds": 0.0}, "longer than nothing"),
+        ({"window_seconds": -1.0}, "longer than nothing"),
+    ],
+)
+def test_windows_that_are_none(tmp_path, cut, message):
+    folder = make_set(tmp_path / "set")
+    with pytest.raises(InputError, match=message):
+        load_split(folder, "train", cut=cut if isinstance(cut, Cut) else lerobot.asked(cut))

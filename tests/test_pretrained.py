@@ -2,8 +2,10 @@
 are asked for, grids of students that are not theirs, and names on the hub.
 """
 
+import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -14,9 +16,11 @@ import torch.nn.functional as F
 
 import model
 from model import EncoderConfig
-from salt import cache, cache_format, caching, encoders, hub, teachers, views
+from salt import cache, cache_format, caching, encoders, hub, ops, teachers, views
 from salt.errors import InputError
+from salt.splits import load_split
 from salt.teachers import Asked, load_teacher
+from salt.video import read_row
 from tests.stages import ROOT, SMALL, error_of, run
 from tests.test_model import TINY, clips_for, pixel_values, shake
 
@@ -194,10 +198,18 @@ def expected_of(net, kind, teacher, clips, layer=-1):
     """By hand: frame by frame, without the tokens that are no patches, two frames a tubelet."""
     frames = pixel_values(clips, OF_PIXELS["image_mean"], OF_PIXELS["image_std"]).flatten(0, 1)
     with torch.no_grad():
-        made = net(pixel_values=frames, output_hidden_states=True)
+        made = net(pixel_values=frames)
     tokens = made.last_hidden_state
-    if layer != -1:
-        tokens = F.layer_norm(made.hidden_states[layer], (48,))
+    if layer != -1:  # what that block gives, caught on its way
+        caught = []
+        lists = (x for x in net.modules() if isinstance(x, torch.nn.ModuleList))
+        layers = next(x for x in lists if len(x) == 3)
+        hook = layers[layer].register_forward_hook(lambda block, given, out: caught.append(out))
+        with torch.no_grad():
+            net(pixel_values=frames)
+        hook.remove()
+        out = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+        tokens = F.layer_norm(out, (48,))
     tokens = tokens[:, BESIDE.get(kind, 0) :]  # [B * T, n, D]
     return tokens.reshape(len(clips), -1, 2, tokens.shape[1], 48)  # [B, T / 2, 2, n, D]
 
@@ -225,16 +237,18 @@ def test_image_models_frame_by_frame(tmp_path, kind, patch):
     assert several.config.dim == 96 and several.identity["layers"] == [-2, -1]
 
 
-@pytest.mark.parametrize("kind", ["vit", "dinov2", "dinov3_vit"])
+@pytest.mark.parametrize(
+    "kind", ["vit", "dinov2", "dinov3_vit", "siglip_vision_model", "clip_vision_model"]
+)
 def test_an_image_model_at_another_resolution(tmp_path, kind):
     net = image_model(kind, tmp_path)
     teacher = load_teacher(tmp_path, asked=Asked(4, 64))
     clips = clips_for(teacher.config)
     assert teacher.config.grid == (2, 4, 4)
     frames = pixel_values(clips, *OF_PIXELS.values()).flatten(0, 1)
-    how = {"interpolate_pos_encoding": True} if kind == "vit" else {}
+    how = {} if kind.startswith("dino") else {"interpolate_pos_encoding": True}
     with torch.no_grad():
-        expected = net(pixel_values=frames, **how).last_hidden_state[:, BESIDE[kind] :]
+        expected = net(pixel_values=frames, **how).last_hidden_state[:, BESIDE.get(kind, 0) :]
     expected = expected.reshape(2, 2, 2, 16, 48).mean(2).flatten(1, 2)
     torch.testing.assert_close(teacher.encode(clips), expected, rtol=1e-4, atol=1e-4)
 
@@ -246,10 +260,16 @@ def test_a_video_model_of_tubelets(tmp_path):
     )  # fmt: skip
     net = shake(transformers.VivitModel(config))
     net.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="does not say how pixels are normalised"):
+        load_teacher(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(OF_PIXELS))
     teacher = load_teacher(tmp_path)
+    with pytest.raises(InputError, match="of videos of 4 frames; leave --frames"):
+        load_teacher(tmp_path, asked=Asked(frames=8))
     clips = clips_for(teacher.config)
     with torch.no_grad():
-        expected = net(pixel_values(clips, (0,) * 3, (1,) * 3)).last_hidden_state[:, 1:]
+        pixels = pixel_values(clips, *OF_PIXELS.values())
+        expected = net(pixels).last_hidden_state[:, 1:]
     torch.testing.assert_close(teacher.encode(clips), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -260,6 +280,9 @@ def test_a_video_model_of_tubelets(tmp_path):
         ({"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32},
           "do_center_crop": True, "resample": 3}, ("center", 40, "bicubic")),
         ({}, ("center", 32, "bilinear")),
+        ({"size": {"height": 32, "width": 32}, "crop_size": None, "do_center_crop": None,
+          "do_rescale": None, "resample": 3}, ("squash", 32, "bicubic")),
+        ({"size": 32, "resample": 3}, ("squash", 32, "bicubic")),
     ],
 )  # fmt: skip
 def test_frames_are_cut_as_its_processor_cuts_them(tmp_path, pixels, expected):
@@ -290,6 +313,30 @@ def test_what_transformers_would_pass_over_is_refused(tmp_path, monkeypatch):
         load_teacher(tmp_path)
 
 
+def test_what_is_no_transformer_of_patches_is_refused(tmp_path):
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    transformers.ResNetModel(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(OF_PIXELS))
+    with pytest.raises(InputError, match="holds a resnet, which is no transformer of patches"):
+        load_teacher(tmp_path)
+
+
+def test_a_cut_that_no_view_can_say_is_said(world, tmp_path):
+    image_model("vit", tmp_path / "t")
+    odd = {"size": {"longest_edge": 40}, "do_center_crop": True}
+    odd |= {"crop_size": {"height": 24, "width": 32}}
+    (tmp_path / "t" / "preprocessor_config.json").write_text(json.dumps({**OF_PIXELS, **odd}))
+    flags = ["--teacher", "t", "--data", world / "data", "--frames", 4, "--limit", 2]
+    said = run(tmp_path, "cache_latents", *flags, "--resolution", 32, "--out", "c")
+    assert "cuts frames in a way that no view can say" in said
+
+
+def test_a_tubelet_of_a_video_model_is_no_choice(tmp_path):
+    v_jepa().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is for models of images"):
+        load_teacher(tmp_path, asked=Asked(of_frames="last"))
+
+
 # ---- layers and norm of our own
 @pytest.mark.parametrize("kind", ["videomae", "vjepa2"])
 def test_layers_side_by_side(tmp_path, kind):
@@ -310,6 +357,11 @@ def test_layers_side_by_side(tmp_path, kind):
     torch.testing.assert_close(found, torch.cat(expected, -1), rtol=1e-4, atol=1e-4)
     plain = load_teacher(tmp_path)
     assert not teachers.agree_on(plain.identity, teacher.identity)
+    older = {k: v for k, v in plain.identity.items() if k not in Asked().to_dict()}
+    assert teachers.agree_on(older, plain.identity) and teachers.agree_on(plain.identity, older)
+    for asked in (Asked(layers=(-2,)), Asked(norm=True)):  # of the same width
+        other = load_teacher(tmp_path, asked=asked).identity
+        assert not teachers.agree_on(older, other) and not teachers.agree_on(other, older)
     with pytest.raises(InputError, match="the first -"):
         load_teacher(tmp_path, asked=Asked(layers=(-9,)))
 
@@ -379,6 +431,33 @@ def test_latents_are_put_on_the_students_grid(resampled):
     assert small.patches(0).shape == (18, 3 * 2 * 16 * 16)
 
 
+def test_jittered_views_and_repair_on_the_students_grid(resampled, world):
+    flags = ["--teacher", "teacher", "--data", world / "data", "--frames", 4, "--dtype", "fp32"]
+    flags += ["--student_resolution", 48, "--views", 2, "--limit", 4, "--out", "views"]
+    run(resampled, "cache_latents", *flags)
+    made = cache.open_cache(resampled / "views")
+    encoder = load_teacher(resampled / "teacher", asked=Asked(4, 64))
+    rows = {row.id: row for row in load_split(str(world / "data"), "train")}
+    shown = views.View.from_dict(made.teacher_identity["shown"])
+    for record in range(len(made)):
+        name, number = made.ids.fields(record)
+        own, of_teacher = (
+            read_row(rows[name], [dataclasses.replace(view, view=number)])[0]
+            for view in (made.view, shown)
+        )
+        patches = ops.patchify(torch.from_numpy(own.copy())[None], 16, 2)[0]
+        assert np.array_equal(made.patches(record), patches)
+        latents = encoder.encode(of_teacher)[None].detach()
+        expected = caching.by_area(latents, (2, 4, 4), (2, 3, 3))[0]
+        found = torch.from_numpy(made.latents(record)).float()
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    file = resampled / "views" / "latents-00000.npy"
+    before = file.read_bytes()
+    file.write_bytes(before[:-4] + b"spam")
+    run(resampled, "cache_latents", *flags, "--repair")
+    assert file.read_bytes() == before
+
+
 def test_a_student_may_have_another_patch(resampled):
     fine, own = (cache.open_cache(resampled / name) for name in ("fine", "own"))
     assert fine.view == own.view and fine.teacher_identity["shown"] == own.view.to_dict()
@@ -432,6 +511,19 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="hf download owner/name --local-dir name"):
         hub.download("owner/name")
+
+
+def test_what_a_policy_imports_beside_a_model_of_its_own(tmp_path):
+    (tmp_path / "model.py").write_text("mine = True\n")
+    lines = """
+from salt import StreamingEncoder, export_transformers, load_encoder
+import model
+assert model.mine and load_encoder.__module__ == "salt.encoders"
+"""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "env": environ}
+    done = subprocess.run([sys.executable, "-c", lines], **how)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_optional_is_imported_unless_asked_for():
