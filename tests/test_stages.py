@@ -454,14 +454,18 @@ def test_older_runs_have_what_was_there_before_the_choice(world, tmp_path):
 @pytest.mark.parametrize("kind", ["table3d", "rope"])
 def test_a_run_with_other_positions(kind, world, tmp_path):
     flags = ["--cache", world / "latents", "--val_cache", world / "held_out", *SMALL]
-    run(tmp_path, "train", *flags, "--max_steps", "2", "--positions", kind)
+    how = ["--recipe", "light"] if kind == "rope" else ["--positions", kind]
+    run(tmp_path, "train", *flags, "--max_steps", "2", *how)
     (folder,) = tmp_path.glob("checkpoints/*")
     encoder = encoders.load_encoder(folder / "last.pth")
     assert encoder.config.positions == kind
+    attends = load_checkpoint(folder / "last.pth")["predictor_config"]["attends"]
+    assert attends == ("context" if kind == "rope" else "all")
     run(tmp_path, "eval_distill", "--checkpoint", folder, "--cache", world / "held_out")
     again = ["--max_steps", "2", "--resume", folder / "last.pth"]
     said = error_of(tmp_path, "train", *flags, *again)
-    assert f"was trained with --positions {kind}, not table" in said
+    recipe = "--recipe light, not None" if kind == "rope" else f"--positions {kind}, not table"
+    assert f"was trained with {recipe}" in said
     if kind == "rope":
         encoders.export_transformers(encoder, tmp_path / "exported")
         assert encoders.load_encoder(tmp_path / "exported").config == encoder.config
