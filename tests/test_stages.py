@@ -566,7 +566,7 @@ def test_signals_save_and_leave(world, tmp_path, signals):
             "--cache",
             world / "latents",
             "--epochs",
-            "500",
+            "20000",
             *SMALL,
         ],
         tmp_path,
