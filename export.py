@@ -7,7 +7,7 @@ The folder holds a page, README.md, that says what the encoder is and how to run
 
     videomae, vjepa2   config.json, model.safetensors and a processor: AutoModel.from_pretrained and
                        AutoVideoProcessor.from_pretrained of `transformers` open it
-    safetensors        the same in this project's names, for encoders.load_encoder
+    safetensors        the same in this project's names, for load_encoder
     onnx               encoder.onnx, uint8 clips [B, T, H, W, 3] -> tokens [B, N, D]
 """
 
@@ -122,7 +122,7 @@ def write_onnx(folder):
 
 @torch.no_grad()
 def compare(folder):
-    """Lines on a video's features by transformers alone and by ours, in percent of their size."""
+    """Lines on a video's features by transformers alone and by ours."""
     try:
         from transformers import AutoModel, AutoVideoProcessor
 

@@ -19,9 +19,8 @@ USES = {
         tokens = model(**processor(frames, return_tensors="pt")).last_hidden_state  # SHAPE
 """,
     "safetensors": """
-    import model                        # of SALT-VLA: transformers has no model of this kind
-    from salt import encoders, video
-    encoder = encoders.load_encoder(FOLDER)
+    from salt import load_encoder, video   # of SALT-VLA: transformers has no model of this kind
+    encoder = load_encoder(FOLDER)
     tokens = encoder.encode(video.read_clip("video.mp4", encoder.view))  # SHAPE
 """,
     "onnx": """
@@ -95,7 +94,7 @@ def facts(encoder, saved, ema):
     last = saved["history"][-1] if saved["history"] else {}
     seen = saved["trained_on"]["ids"] if saved.get("trained_on") else ()
     step, batch = saved["step"], s["batch_size"]
-    yield f"| clips | {c.frames} frames of {c.size} x {c.size}, {view.sampling} over the video |"
+    yield f"| clips | {c.frames} frames of {c.size} x {c.size}, {view.sampling} sampling |"
     yield f"| tokens | {' x '.join(map(str, c.grid))} (time, rows, columns) of {c.dim} |"
     yield f"| positions | {c.positions} |"
     yield f"| mean, std | {numbers(c.mean)}; {numbers(c.std)} of pixels in [0, 1] |"

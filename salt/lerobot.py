@@ -303,12 +303,14 @@ def states_of(folder, cut, log):
         for index in np.unique(of):
             part = times[of == index], values[of == index].astype(np.float32)
             by_episode.setdefault(int(index), []).append(part)
+    for index, parts in by_episode.items():  # which may lie in several files, in any order
+        times, values = (np.concatenate(x) for x in zip(*parts))
+        order = np.argsort(times, kind="stable")
+        by_episode[index] = times[order], values[order]
     found = {}
     for row, episode, first, last in rows_of(folder, cut, log):
         if episode.index in by_episode:
-            times, values = (np.concatenate(x) for x in zip(*by_episode[episode.index]))
-            values = values[np.argsort(times, kind="stable")]
-            times = np.sort(times, kind="stable")
+            times, values = by_episode[episode.index]
             low, high = first - HALF_A_MILLISECOND, last - HALF_A_MILLISECOND
             found[row.id] = values[(times >= low) & (times < high)]
     return found, names

@@ -81,6 +81,7 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None, cut=lerobo
             raise InputError(f"the splits {split} of {folder} share ids")
         return rows
     folder = os.path.expanduser(folder)
+    of_robots = is_lerobot(folder, splits_dir)
     if os.path.isfile(folder):
         rows = rows_of_file(folder, split, splits_dir, log)
     elif not os.path.isdir(folder):
@@ -88,17 +89,17 @@ def load_split(folder, split, splits_dir=None, log=lambda line: None, cut=lerobo
             f"there is no data folder {folder}; --data names the folder that holds the videos and"
             " their lists"
         )
-    elif is_lerobot(folder, splits_dir):
+    elif of_robots:
         rows = rows_of_lerobot(folder, split, log, cut)
     else:
         rows = rows_of_folder(folder, split, splits_dir, log)
-    if cut != lerobot.WHOLE and not is_lerobot(folder, splits_dir):
+    if cut != lerobot.WHOLE and not of_robots:
         raise InputError(
             f"{folder} is read by its lists, or is no LeRobot data set: leave --cameras and"
             " --window_seconds out"
         )
     refuse_nothing(rows, folder, split)
-    if not is_lerobot(folder, splits_dir):
+    if not of_robots:
         refuse_shared_frames(folder, split, splits_dir, rows, log)
     ids = set()
     for row in rows:

@@ -14,7 +14,7 @@ from salt.encoders import FORMATS, build_encoder, encoder_of_folder, student_of
 from salt.errors import InputError
 from salt.pretrained import digest_of_weights, read_configuration
 from salt.torch_files import from_file, load_pickle
-from salt.user_teacher import Shape, user_teacher
+from salt.user_teacher import Shape, check_layers, user_teacher
 from salt.videomae import read_videomae
 
 # compute of a teacher that train.py runs on the fly: cache_latents.py's default
@@ -143,12 +143,7 @@ class LayeredTeacher:
 
     def __init__(self, encoder, asked):
         c, self.encoder, self.asked = encoder.config, encoder, asked
-        for layer in asked.layers:
-            if not -c.depth <= layer <= -1:
-                raise InputError(
-                    f"--teacher_layers {layer}: the teacher has {c.depth} blocks; the last one is"
-                    f" -1, the first -{c.depth}"
-                )
+        check_layers(asked.layers, c.depth)
         dim = c.dim * len(asked.layers)
         self.config = Shape(c.frames, c.size, c.patch, c.tubelet, dim, c.mean, c.std)
         self.kept = {}

@@ -15,7 +15,7 @@ from salt.pretrained import (
     view_of,
     weight_files,
 )
-from salt.user_teacher import UserTeacher
+from salt.user_teacher import UserTeacher, check_layers
 from salt.views import View
 
 # models of videos whose tokens are those of tubelets, by time, then rows: where their tubelet is
@@ -132,13 +132,7 @@ class ModelTeacher:
         self.mean, self.std = ours["mean"], ours["std"]
         self.view = self.cut(pixels, stated)
         self.other_size = self.resolution != own
-        self.depth = c.num_hidden_layers
-        for layer in asked.layers:
-            if not -self.depth <= layer <= -1:
-                raise InputError(
-                    f"--teacher_layers {layer}: the teacher has {self.depth} blocks; the last one"
-                    f" is -1, the first -{self.depth}"
-                )
+        check_layers(asked.layers, c.num_hidden_layers)
 
     def cut(self, pixels, size):
         """The View that its processor cuts frames by, at the resolution that is asked for; None

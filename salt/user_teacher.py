@@ -153,6 +153,16 @@ def user_teacher(path, name, device):
     return UserTeacher(made, where, file, hashlib.sha256(source).hexdigest(), torch.device(device))
 
 
+def check_layers(layers, depth):
+    """Raises InputError where one is not from -1, the last of `depth` blocks, to -depth."""
+    for layer in layers:
+        if not -depth <= layer <= -1:
+            raise InputError(
+                f"--teacher_layers {layer}: the teacher has {depth} blocks; the last one is -1, the"
+                f" first -{depth}"
+            )
+
+
 def run_theirs(call, file, what):
     """call(), of a user's file, whose errors become one line; SALT_TRACEBACK=1 shows all."""
     try:

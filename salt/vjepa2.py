@@ -66,8 +66,8 @@ def read_folder(config, pixels, folder):
         for kind in ("weight", "bias"):
             parts = [f"layer.{i}.attention.{part}.{kind}" for part in ("query", "key", "value")]
             if kind == "weight" or parts[0] in state:
-                whole = torch.cat([take(state, part, file) for part in parts])
-                ours[f"blocks.{i}.attn.qkv.{kind}"] = whole
+                joined = torch.cat([take(state, part, file) for part in parts])
+                ours[f"blocks.{i}.attn.qkv.{kind}"] = joined
             for mine, name in NAMES.items():
                 theirs = f"layer.{i}.{name}{kind}"
                 ours[f"blocks.{i}.{mine}{kind}"] = take(state, theirs, file)
@@ -130,7 +130,7 @@ def read_original(saved, path):
         for name, tensor in whole(state, path).items()
     }
     table = state.pop("pos_embed", None)  # V-JEPA 2's files hold one, and its encoder no use for it
-    if table is not None and table.shape[1:2].numel() and table.shape[1] in OF_V_JEPA_1:
+    if table is not None and table.ndim > 1 and table.shape[1] in OF_V_JEPA_1:
         raise InputError(
             f"{path} has a table of {table.shape[1]} positions, as V-JEPA's first version has;"
             " V-JEPA 2 is read, whose positions are rotary"
