@@ -240,8 +240,9 @@ class Work:
             "name": self.encoder.name,
             "dim": shape.dim,
             **self.encoder.identity,
-            "shown": self.shown.to_dict() if self.resampled else None,
         }
+        if self.resampled:
+            teacher["shown"] = self.shown.to_dict()
         return plan_of(
             self.view,
             list_digest(self.ids),

@@ -36,9 +36,8 @@ class Asked(NamedTuple):
     norm: bool = False
 
     def to_dict(self):
-        """What of it tells latents apart beside their clips."""
-        what = {"layers": list(self.layers), "of_frames": self.of_frames, "norm": self.norm}
-        return what | {"shown": None}  # another View than its students', in caches alone
+        """What of it tells latents apart beside their clips; see cache_format.ASKED."""
+        return {"layers": list(self.layers), "of_frames": self.of_frames, "norm": self.norm}
 
 
 AS_IT_IS = Asked()

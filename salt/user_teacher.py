@@ -86,7 +86,6 @@ class UserTeacher:
             "std": list(shape.pop("std")),
             "compute": str(getattr(made, "compute", "its own")),
             "config": shape | {"file_sha256": digest},
-            "shown": None,  # another View than its students', in caches alone
         }
         self.try_out(device)
 

@@ -359,6 +359,7 @@ def test_layers_side_by_side(tmp_path, kind):
     assert not teachers.agree_on(plain.identity, teacher.identity)
     older = {k: v for k, v in plain.identity.items() if k not in Asked().to_dict()}
     assert teachers.agree_on(older, plain.identity) and teachers.agree_on(plain.identity, older)
+    assert Asked().to_dict() | {"shown": None} == cache_format.ASKED
     for asked in (Asked(layers=(-2,)), Asked(norm=True)):  # of the same width
         other = load_teacher(tmp_path, asked=asked).identity
         assert not teachers.agree_on(older, other) and not teachers.agree_on(other, older)
