@@ -162,7 +162,7 @@ class Encoder(nn.Module):
         lengths: tokens of each mask where several share the pass (K in sum): tokens of one do not
         see those of another.
         """
-        x = self.patch_embed(patches) + self.position.added(index)
+        x = self.position.added_to(self.patch_embed(patches), index)
         lengths, turns = lengths or (x.shape[1],), self.position.turned_by(index)
         return self.norm(run_blocks(self.blocks, x, lengths, turns, self.recompute))
 
@@ -329,7 +329,7 @@ class Predictor(nn.Module):
             tokens.append(asked.expand(*drawn.target.shape, -1))  # [B, Kt, dim]
         sizes = [part.shape[1] for part in tokens]
         index = torch.cat([part for drawn in masks for part in (drawn.context, drawn.target)], 1)
-        x = torch.cat(tokens, dim=1) + self.position.added(index)
+        x = self.position.added_to(torch.cat(tokens, dim=1), index)
         pairs = list(zip(sizes[1::2], sizes[::2], strict=True))  # targets, context of each family
         if self.attends == "all":
             turns, lengths = self.position.turned_by(index), [sum(pair) for pair in pairs]
@@ -353,8 +353,10 @@ class Predictor(nn.Module):
 class Salt(nn.Module):
     """Student and predictor: predictions at the target positions of each family.
 
-    All families go through in one pass.
+    All families go through in one pass. `features`: what the student gave in the last one.
     """
+
+    features: torch.Tensor | None = None
 
     def __init__(self, student, predictor):
         super().__init__()
@@ -365,6 +367,7 @@ class Salt(nn.Module):
         index = torch.cat([drawn.context for drawn in masks], dim=1)  # [B, sum Kc]
         lengths = [drawn.context.shape[1] for drawn in masks]
         context = self.student(self.student.normalise(patches, index), index, lengths)
+        self.features = context.detach()
         return self.predictor(context, masks)
 
 

@@ -92,8 +92,8 @@ accumulate: int = 1  # N: a batch goes through in N parts, with 1/N of the activ
 recompute: bool = False  # keep only the blocks' inputs: less memory, up to a third more time
 # under torchrun: split weights, gradients and moments over ranks (FSDP2); implies --recompute
 fsdp: bool = False
-# torch.compile over the blocks; auto: on a GPU alone (on a CPU it gains 0 - 5 %)
-compile: Literal["auto", "on", "off"] = "auto"
+compile: Literal["auto", "on", "off"] = "auto"  # torch.compile over the blocks; auto: on a GPU
+cuda_graph: Literal["auto", "on", "off"] = "auto"  # a step's passes as one (salt/graph.py)
 # reading and decoding threads [all cores, shared by a machine's ranks]
 threads = max(1, (os.cpu_count() or 1) // config.local_ranks())
 # threads of the arithmetic on a CPU [torch's: all cores]; part of what the last bits depend on
@@ -133,7 +133,8 @@ import torch  # after the settings, so that --help and a mistyped flag answer at
 
 import model
 from benchmarks import budget
-from salt import errors, health, heldout, journal, ops, optimiser, ranks, schedule, score, task
+from salt import errors, health, heldout, journal, optimiser, ranks, schedule, score, task
+from salt.graph import launched_as_one
 from salt.initial import initialise
 from salt.loader import Loader, rows_to_read
 from salt.lookup import lookup_of_training
@@ -182,15 +183,9 @@ optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 salt.student.recompute = salt.predictor.recompute = recompute or fsdp
 model.compile_blocks(salt, compile, place, log)
 net = ranks.data_parallel(salt, place) if world > 1 and not fsdp else salt  # what a step calls
-if place.type == "cpu":
-    ops.keep_freed_memory()
 warmup_steps = schedule.warmup_steps(settings, total_steps)
-log(
-    f"{len(clips)} clips, view {view.hash()}, grid {work.encoder.grid}; {total_steps} steps of"
-    f" {batch_size}, {epoch_length} an epoch"
-)
 journal.say_what_is_in_force(log, settings, work, warmup_steps, epoch_length)
-flops, full_rate = budget.of_training(settings, work, place, log)  # of a clip; a second
+clip_share = budget.of_training(settings, work, place, log)  # of the matrix rate, a clip a second
 if run.saved:
     run.restore(optimizer, place)
     run.leave_if_finished(total_steps)
@@ -288,6 +283,18 @@ def loss_of(network, batch, weight=1.0):
     return model.salt_loss(network, batch, space, loss, weight, *penalties, settings.context_loss)
 
 
+def passes(batch):
+    """Forward and backward passes over its parts: of each the sums of its loss, and features."""
+    model.cast_matrices(salt, dtype)  # bf16 copies, whose gradients go to the float32 weights
+    found = []
+    for number, part in enumerate(batch.split(accumulate), 1):
+        ranks.sync_gradients(net, number == accumulate)  # DDP averages with the last part
+        weighted_loss, sums = loss_of(net, part, 1 / accumulate)
+        weighted_loss.backward()
+        found.append((sums, salt.features))
+    return found
+
+
 @torch.compiler.set_stance("force_eager")
 def diagnose(step):
     """Where the numbers of a step that are not finite come from: it is done again, clip by clip."""
@@ -302,7 +309,6 @@ due = schedule.Due(stop, total_steps, epoch_length, settings, evaluates=bool(wor
 # lists this start in the folder; run.saved is gone from here on
 run.begin(first_evaluation=min(due.eval_every if work.held_out else epoch_length, total_steps))
 metrics = journal.open_metrics(run, settings)
-clip_share = flops / full_rate / world
 meter = Meter(run, log, metrics, due, settings, optimizer, clip_share=clip_share, diagnose=diagnose)
 log.at_end = meter.at_end
 if work.held_out and not history:
@@ -311,6 +317,7 @@ if not run.in_place:
     run.save("last.pth", resumable_state(step))  # what resumes a run; its disk has room, as is seen
 errors.started = True  # a signal is waited for and saves; each rank says its own errors
 batches = training_batches(range(step, total_steps))
+run_passes = launched_as_one(passes, salt, settings, place, log)
 meter.start_clock()
 while step < total_steps and not due.stopping:
     for group in optimizer.param_groups:
@@ -318,15 +325,8 @@ while step < total_steps and not due.stopping:
         decay = schedule.cosine(weight_decay, weight_decay_end, step / total_steps)
         group["weight_decay"] = decay * group["decays"]  # matrices alone
     batch = work.with_latents(meter.waiting_for(batches))  # on the device; this rank's part
-    model.cast_matrices(salt, dtype)  # bf16 copies, whose gradients go to the float32 weights
     step += 1
-    with meter.measuring(salt.student, step):
-        for number, part in enumerate(batch.split(accumulate), 1):
-            ranks.sync_gradients(net, number == accumulate)  # DDP averages with the last part
-            weighted_loss, sums = loss_of(net, part, 1 / accumulate)
-            weighted_loss.backward()
-            meter.add(sums)
-    meter.reduce()  # over the ranks
+    meter.take(step, run_passes(batch))  # sums over parts and ranks
     norm = optimiser.update(optimizer, parameters, grad_clip, meter.loss)  # not finite: skipped
     if ema:
         optimiser.move_average(averaged, salt, ema)  # after a skipped step, too

@@ -7,7 +7,7 @@ predictor run once a mask family; targets are gathered and compared by mse_loss;
 AdamW go tensor by tensor; autocast to bfloat16, scaled_dot_product_attention, no compilation. Ours
 is the loop of train.py. Both start from the same weights and see the same clips and masks; their
 losses must agree. They take turns in one process, and so do our variants: torch.compile over the
-blocks (with and without CUDA graphs), recomputation, families one after another, and clips from a
+blocks (with and without a CUDA graph), recomputation, families one after another, and clips from a
 cache while the loader runs. Peak memory is that of a process of its own. MFU is the share of the
 matrix rate measured in this run (budget.py counts the operations).
 """
@@ -39,7 +39,7 @@ positions: Literal["table", "table3d", "rope"] = "table"  # of ours; the textboo
 predictor_depth = 12  # predictor blocks
 predictor_dim = 512  # predictor width, of 8 heads
 rounds = 6  # turns of each, the first of which is a warm-up
-# who takes turns; with compiled on a GPU CUDA graphs and --deterministic, too, alone
+# who takes turns; with compiled on a GPU a CUDA graph and --deterministic, too, alone
 variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "loader"]] = [
     "textbook",
     "ours",
@@ -76,6 +76,7 @@ import model
 from benchmarks import budget
 from salt import cache, ops, optimiser
 from salt.clips import Records
+from salt.graph import WARM_UP, Graph
 from salt.loader import CONTEXT, TARGET, Batch, Loader
 from salt.masks import mask_counts, sample_masks, shuffled
 from salt.score import Space
@@ -239,8 +240,9 @@ class Textbook:
 
 
 class Ours:
-    def __init__(self, salt):
+    def __init__(self, salt, graph=False):
         self.salt, self.parameters = salt, list(salt.parameters())
+        self.graph = Graph(self.passes, salt, print) if graph else None
         self.optimizer = torch.optim.AdamW(
             optimiser.parameter_groups(salt, 0.04), lr=1e-4, betas=(0.9, 0.95), fused=True
         )
@@ -258,7 +260,22 @@ class Ours:
         mark("backward")
         return errors[0]
 
+    def passes(self, batch):
+        """As train.py's."""
+        model.cast_matrices(self.salt, dtype)
+        weighted, errors = model.salt_loss(self.salt, batch, self.space)
+        weighted.backward()
+        return [(errors, self.salt.features)]
+
     def step(self, batch, apart=False, phases=None):
+        if self.graph:
+            wait()
+            start = time.perf_counter()
+            ((errors, _),) = self.graph(batch)
+            optimiser.update(self.optimizer, self.parameters, 0.02)
+            wait()
+            return time.perf_counter() - start, errors[0], None
+
         def mark(name):
             if phases is not None:
                 wait()
@@ -311,14 +328,13 @@ def set_up(size):
     ).to(device)
 
 
-def compiled(salt, mode=None):
+def compiled(salt):
     for block in (*salt.student.blocks, *salt.predictor.blocks):
-        block.compile(dynamic=False, mode=mode)
+        block.compile(dynamic=False)
     return salt
 
 
-# one variant alone: its peak memory, and its time with CUDA graphs, which want the process for
-# themselves
+# one variant alone: its peak memory, and its time in a CUDA graph, which keeps its memory
 if inside:
     size = inside.split(",")[0]
     variant = inside.split(",")[1]
@@ -334,13 +350,11 @@ if inside:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         step = Ours(
-            compiled(salt, "reduce-overhead" if variant == "graphs" else None)
-            if variant in ("compiled", "graphs", "deterministic")
-            else salt
+            compiled(salt) if variant in ("compiled", "graph", "deterministic") else salt,
+            graph=variant == "graph",
         )
     batch, times = some_batch(batch_size), []
     for _ in range(rounds):
-        torch.compiler.cudagraph_mark_step_begin()
         times.append(step.step(batch)[0])
     print(
         json_format.dumps(
@@ -350,7 +364,7 @@ if inside:
                     if on_gpu
                     else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
                 ),
-                "seconds": statistics.median(times[2:] or times),
+                "seconds": statistics.median(times[WARM_UP + 1 :] or times),
             }
         )
     )
@@ -376,7 +390,7 @@ def alone(size, variant, batch_size):
         "--positions",
         positions,
         "--rounds",
-        "8" if on_gpu else "4",
+        "10" if on_gpu else "6",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     return (
@@ -479,6 +493,7 @@ def bench_step(size, batch_size, rate, stream):
     flops = batch_size * budget.step_flops(encoder_config, {**PREDICTOR, "dim_out": D}, COUNTS)
     textbook = Textbook(salt, encoder_config) if "textbook" in variants else None
     ours = Ours(compiled(salt))
+    looped = Ours(salt, graph=True) if on_gpu and "loader" in variants else ours  # as train.py
     batch, eager = some_batch(batch_size), lambda: torch.compiler.set_stance("force_eager")
     losses = []
     for seed in range(3) if textbook else ():
@@ -500,7 +515,7 @@ def bench_step(size, batch_size, rate, stream):
             if variant == "loader":  # the wait for a batch counts, too
                 wait()
                 start = time.perf_counter()
-                ours.step(next(stream))
+                looped.step(next(stream))
                 return time.perf_counter() - start
             return ours.step(batch, apart=variant == "apart")[0]
 
@@ -514,8 +529,9 @@ def bench_step(size, batch_size, rate, stream):
     )
     # in a row: while others take their turns it would fill the batches that it keeps ahead
     if "loader" in variants:
-        kept = [measure("loader") for _ in range(AHEAD + 1 + rounds)]
-        times["loader"] = statistics.quantiles(kept[AHEAD + 1 :], n=4, method="inclusive")
+        before = max(AHEAD, WARM_UP) + 1
+        kept = [measure("loader") for _ in range(before + rounds)]
+        times["loader"] = statistics.quantiles(kept[before:], n=4, method="inclusive")
     result = {
         "size": size,
         "batch_size": batch_size,
@@ -664,7 +680,7 @@ for batch_size in batch_sizes:
         if memory:
             for variant in [
                 v for v in ("textbook", "ours", "compiled", "recompute") if v in variants
-            ] + (["graphs", "deterministic"] if on_gpu and "compiled" in variants else []):
+            ] + (["graph", "deterministic"] if on_gpu and "compiled" in variants else []):
                 peak = alone(size, variant, batch_size)
                 results["memory"].append(
                     {"size": size, "batch_size": batch_size, "variant": variant, **peak}

@@ -163,7 +163,7 @@ def fewer_threads(device, dtype, rate):
 
 
 def of_training(s, work, place, log):
-    """(operations of a step a clip, those a second that MFU is a share of), with what they say.
+    """The share of all ranks' matrix rate that a clip a second is, with a line on it.
 
     s, work  train.py's settings and its task.Task
     """
@@ -181,4 +181,4 @@ def of_training(s, work, place, log):
         f"a step has {flops * s.batch_size / 1e9:.0f} GFLOP ({flops / 1e9:.1f} a clip); MFU is the"
         f" share of {rate * world / 1e12:.2f} TFLOP/s of {s.dtype} matrix products"
     )
-    return flops, rate
+    return flops / rate / world

@@ -147,6 +147,8 @@ int gather_cuda(const Rows& rows, CUstream_st* stream);
 int scatter_cuda(const Rows& rows, CUstream_st* stream);
 int patches_cuda(const Patches& patches, CUstream_st* stream);
 int loss_cuda(const Loss& loss, CUstream_st* stream);
+int scale_cuda(const void* x, int64_t count, Type type, const void* factor, void* out,
+               CUstream_st* stream);  // a factor of float, for f64 of double
 int mean_cuda(const void* per_token, int64_t count, Type type, void* mean,
               CUstream_st* stream);  // of f32 or f64, in a fixed order
 

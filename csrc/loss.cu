@@ -1,9 +1,9 @@
 // masked_mse on the GPU: one warp a prediction row, one pass over prediction and target row, the
-// gradient written in the same pass. Bytes: B * K * D * (2 * sizeof(prediction) + sizeof(target)),
-// and 4 * B * K of per-token errors that the mean reads; layer_norm reads the target row three
-// times, twice from cache, and standardise mean and rstd [N, D], which stay in L2. The limit is
-// memory bandwidth. Sums run in an order fixed by the shape alone, so that every run gives the same
-// bits.
+// gradient written in the same pass; a backward pass multiplies it by what comes in. Bytes: B * K *
+// D * (2 * sizeof(prediction) + sizeof(target)), and 4 * B * K of per-token errors that the mean
+// reads; layer_norm reads the target row three times, twice from cache, and standardise mean and
+// rstd [N, D], which stay in L2. The limit is memory bandwidth. Sums run in an order fixed by the
+// shape alone, so that every run gives the same bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -147,6 +147,47 @@ void launch_target(const Loss& a, CUstream_st* stream) {
   }
 }
 
+constexpr int PACKS = 4;  // of 16 bytes that a thread of scale_kernel has in flight
+
+// out = x * *factor, rounded once. The factor is read where it lies, so that the host need not
+// wait.
+template <typename P, typename A>
+__global__ void __launch_bounds__(WARP* WARPS)
+    scale_kernel(const P* x, int64_t count, bool aligned, const A* factor, P* out) {
+  constexpr int VEC = 16 / sizeof(P);
+  constexpr int64_t THREADS = WARP * WARPS;
+  const A scale = *factor;
+  const int64_t packs = aligned ? count / VEC : 0,
+                first = blockIdx.x * THREADS * PACKS + threadIdx.x;
+  Pack<P, VEC> held[PACKS];
+#pragma unroll
+  for (int u = 0; u < PACKS; ++u) {
+    const int64_t i = first + u * THREADS;
+    if (i < packs) held[u] = reinterpret_cast<const Pack<P, VEC>*>(x)[i];
+  }
+#pragma unroll
+  for (int u = 0; u < PACKS; ++u) {
+    const int64_t i = first + u * THREADS;
+    if (i >= packs) continue;
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) store(held[u].value[v], scale * load<A>(held[u].value[v]));
+    reinterpret_cast<Pack<P, VEC>*>(out)[i] = held[u];
+  }
+  const int64_t stride = gridDim.x * THREADS;
+  for (int64_t i = VEC * packs + blockIdx.x * THREADS + threadIdx.x; i < count; i += stride)
+    store(out[i], scale * load<A>(x[i]));
+}
+
+template <typename P, typename A>
+void launch_scale(const void* x, int64_t count, const void* factor, void* out,
+                  CUstream_st* stream) {
+  constexpr int64_t a_block = static_cast<int64_t>(WARP) * WARPS * PACKS * (16 / sizeof(P));
+  const auto blocks = static_cast<unsigned>((count + a_block - 1) / a_block);
+  scale_kernel<P, A><<<blocks, WARP * WARPS, 0, stream>>>(
+      static_cast<const P*>(x), count, aligned(x, 16) && aligned(out, 16),
+      static_cast<const A*>(factor), static_cast<P*>(out));
+}
+
 constexpr int MEAN_THREADS = 1024;
 
 template <typename A>
@@ -186,6 +227,25 @@ int loss_cuda(const Loss& a, CUstream_st* stream) {
     case Type::u8:
     case Type::f16:
       return cudaErrorInvalidValue;  // refused by the caller
+  }
+  return cudaGetLastError();
+}
+
+int scale_cuda(const void* x, int64_t count, Type type, const void* factor, void* out,
+               CUstream_st* stream) {
+  switch (type) {
+    case Type::bf16:
+      launch_scale<__nv_bfloat16, float>(x, count, factor, out, stream);
+      break;
+    case Type::f32:
+      launch_scale<float, float>(x, count, factor, out, stream);
+      break;
+    case Type::f64:
+      launch_scale<double, double>(x, count, factor, out, stream);
+      break;
+    case Type::u8:
+    case Type::f16:
+      return cudaErrorInvalidValue;  // no gradient is of these
   }
   return cudaGetLastError();
 }

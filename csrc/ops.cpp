@@ -343,6 +343,26 @@ std::tuple<Tensor, Tensor, Tensor> masked_mse(const Tensor& prediction, const Te
   return {loss, per_token, gradient};
 }
 
+#ifdef SALT_CUDA
+// x * factor, of one number that stays on the GPU: a gradient that masked_mse has left.
+Tensor scaled(const Tensor& x, const Tensor& factor) {
+  const salt::Type type =
+      type_of(x, "x", {at::kBFloat16, at::kFloat, at::kDouble}, "bfloat16, float32 or float64");
+  TORCH_CHECK(factor.numel() == 1, "factor has shape ", factor.sizes(), "; it must be one number");
+  check_device(factor, x, "factor");
+  const Tensor source = x.contiguous(),
+               by = factor.to(type == salt::Type::f64 ? at::kDouble : at::kFloat);
+  Tensor out = at::empty_like(source);
+  compute(
+      x, x.numel(), 0, [](int64_t, int64_t) {},
+      [&](auto stream) {
+        return salt::scale_cuda(source.const_data_ptr(), x.numel(), type, by.const_data_ptr(),
+                                out.mutable_data_ptr(), stream);
+      });
+  return out;
+}
+#endif
+
 // ---- the data path: on the host alone, called outside the GIL
 
 void check_host(const Tensor& x, at::ScalarType type, const char* name) {
@@ -543,6 +563,7 @@ TORCH_LIBRARY(salt_ops, m) {
   m.def(
       "sample_masks(Tensor sample_ids, int epoch, int seed, int[] grid, int[] counts, int[] "
       "blocks, int redraws, Tensor sizes, int[] low, int[] high, int stream) -> (Tensor, Tensor)");
+  m.def("scaled(Tensor x, Tensor factor) -> Tensor");  // CUDA alone
   m.def("masked_gather(Tensor x, Tensor index) -> Tensor");
   m.def("masked_scatter(Tensor x, Tensor index, int n) -> Tensor");
   m.def(
@@ -570,6 +591,7 @@ TORCH_LIBRARY_IMPL(salt_ops, CPU, m) {
 }
 #ifdef SALT_CUDA
 SALT_REGISTER(CUDA)
+TORCH_LIBRARY_IMPL(salt_ops, CUDA, m) { m.impl("scaled", &scaled); }
 #endif
 
 #ifndef SALT_ARCHITECTURES

@@ -217,8 +217,9 @@ if EXTENSION["devices"]:
         # a compiler's trace has no values; it fuses this with what comes next
         if type(scale) is not torch.Tensor:
             gradient = (gradient * scale.reshape(1, 1, 1)).to(gradient.dtype)
-        # a GPU's value costs a wait, so it is read there, in one pass
-        elif scale.device.type != "cpu" or scale.item() != 1:
+        elif scale.device.type != "cpu":  # its value costs a wait, so it is read there, in one pass
+            gradient = torch.ops.salt_ops.scaled(gradient, scale)
+        elif scale.item() != 1:
             # not 0-dim, which torch would round to bfloat16
             gradient = torch.mul(gradient, scale.reshape(1, 1, 1), out=torch.empty_like(gradient))
         return (gradient,) + (None,) * 8

@@ -44,6 +44,24 @@ def collapse(sums):
     )
 
 
+def pieces(together):
+    """[(weights, means, squares)] -> lists of parts of each, in turn: on a CPU of one that stays in
+    its cache, 5 times as fast; on a GPU of as many matrices as 128 MB of each.
+    """
+    kept, held = [], 0
+    for each in together:
+        each = [local(x).flatten() for x in each]
+        if each[0].device.type == "cpu":
+            yield from ([[x] for x in part] for part in zip(*(x.split(1 << 18) for x in each)))
+            continue
+        kept, held = [*kept, each], held + len(each[0])
+        if held >= 1 << 25:
+            yield [*zip(*kept)]
+            kept, held = [], 0
+    if kept:
+        yield [*zip(*kept)]
+
+
 @torch.no_grad()
 def update_ratio(optimizer):
     """||change|| / ||weights|| of the last AdamW step over the matrices that decay: float64 [2],
@@ -57,29 +75,19 @@ def update_ratio(optimizer):
     squares = 0
     for group in optimizer.param_groups:
         (b1, b2), c = group["betas"], group["lr"] * group["weight_decay"]
-        for parameter in group["params"] if group["decays"] else ():
-            if not (state := optimizer.state.get(parameter)):
-                continue
-            t = local(state["step"])
-            whole = [local(x).flatten() for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-            # on a CPU in its cache: 5 times as fast
-            pieces = zip(*(x.split(1 << 18) for x in whole)) if t.device.type == "cpu" else [whole]
-            for after, mean, square in pieces:
-                u = square.sqrt().mul_((1 - b2**t).rsqrt()).add_(group["eps"])
-                torch.div(mean, u, out=u).mul_(group["lr"] / (1 - b1**t))
-                aa = torch.dot(after, after).double()
-                au = torch.dot(after, u).double()
-                uu = torch.dot(u, u).double()
-                squares = (
-                    squares
-                    + torch.stack(
-                        [
-                            (c * c * aa + 2 * c * au + uu) * (1 - optimizer.found_inf),
-                            aa + 2 * au + uu,
-                        ]
-                    )
-                    / (1 - c) ** 2
-                )
+        states = {x: optimizer.state.get(x) for x in group["params"] if group["decays"]}
+        stepped = [(x, s["exp_avg"], s["exp_avg_sq"]) for x, s in states.items() if s]
+        t = next((local(s["step"]) for s in states.values() if s), None)  # of all alike
+        for afters, means, seconds in pieces(stepped):
+            u = torch._foreach_sqrt(seconds)
+            torch._foreach_mul_(u, (1 - b2**t).rsqrt())
+            torch._foreach_add_(u, group["eps"])
+            u = torch._foreach_div(means, u)
+            torch._foreach_mul_(u, group["lr"] / (1 - b1**t))
+            change = torch.stack(torch._foreach_norm(torch._foreach_add(u, afters, alpha=c)))
+            before = torch.stack(torch._foreach_norm(torch._foreach_add(u, afters)))
+            both = torch.stack([change * (1 - optimizer.found_inf), before]).double()
+            squares = squares + both.square().sum(1) / (1 - c) ** 2
     return squares
 
 

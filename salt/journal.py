@@ -101,11 +101,15 @@ def introduce(log, s, place):
 
 
 def say_what_is_in_force(log, s, work, warmup_steps, epoch_length):
-    """The line `in force`: what settings that were left open came to, and hashes of the content of
-    paths, so that runs can be told apart that were made from other content under one path. Then
-    what makes runs stall, and this one does.
+    """How much there is to do. The line `in force`: what settings that were left open came to, and
+    hashes of the content of paths, so that runs can be told apart that were made from other content
+    under one path. Then what makes runs stall, and this one does.
     """
-    view = work.clips.view
+    view, total_steps = work.clips.view, s.max_steps or s.epochs * epoch_length
+    log(
+        f"{len(work.clips)} clips, view {view.hash()}, grid {work.encoder.grid}; {total_steps}"
+        f" steps of {s.batch_size}, {epoch_length} an epoch"
+    )
     in_force = {
         "frames": view.frames,
         "resolution": view.size,
@@ -114,7 +118,7 @@ def say_what_is_in_force(log, s, work, warmup_steps, epoch_length):
         "eval_every": s.eval_every or epoch_length,
     }
     log(f"in force {json.dumps(in_force | work.hashes(pixels=s.target == 'pixels'))}")
-    for cause in advice.causes(s, s.max_steps or s.epochs * epoch_length):
+    for cause in advice.causes(s, total_steps):
         log(f"warning: {cause} (docs/PLATEAU.md)")
 
 

@@ -2,7 +2,6 @@
 rates, the log line; and the steps that are skipped.
 """
 
-import contextlib
 import functools
 import itertools
 import json
@@ -94,30 +93,17 @@ class Meter:
         self.waited += time.perf_counter() - start
         return batch
 
-    @contextlib.contextmanager
-    def measuring(self, student, step):
-        """Forward and backward passes of a step; where its line is due, with what the student
-        gives looked at.
+    def take(self, step, found):
+        """A step's passes: of each part of this rank's batch [loss, squared, spread, ...], as
+        model.salt_loss gives them, and what the student gave, which is looked at where the step's
+        line is due.
         """
         self.step = step
-        self.sums = 0
-        hook = None
-        if self.due.to_log(step):
-            hook = student.register_forward_hook(
-                lambda module, inputs, output: self.moments.append(health.moments(output))
-            )
-        yield
-        if hook:
-            hook.remove()
-
-    def add(self, sums):
-        """[loss, squared, spread, ...] of a part of the batch, as model.salt_loss gives them."""
-        self.sums = self.sums + sums.float() / self.scale
-
-    def reduce(self):
-        """The whole batch's, of this rank's part."""
+        self.sums = sum(sums.float() for sums, _ in found) / self.scale
         if world > 1:
             dist.all_reduce(self.sums)
+        if self.due.to_log(step):
+            self.moments = [health.moments(features) for _, features in found]
 
     @property
     def loss(self):

@@ -62,13 +62,14 @@ class Positions(nn.Module):
             made.table = rearrange(table, "1 d t h w -> (t h w) d").to(self.table)
         return made
 
-    def added(self, index=None):
-        """What is added to tokens at index int64 [B, K] (all N in order by default): [B, K, dim],
-        [N, dim] or 0.
+    def added_to(self, x, index=None):
+        """Tokens x [B, K, dim] at index int64 [B, K] (all N in order by default), with the table
+        added where there is one: in the dtype of the weights, float32 in training. x as bfloat16
+        products leave it would make all that blocks add to it bfloat16.
         """
         if self.table is None:
-            return 0
-        return self.table if index is None else self.table[index]
+            return x.to(self.turns.dtype)
+        return x + (self.table if index is None else self.table[index])
 
     def turned_by(self, index=None):
         """What `turned` takes for them: float32 [2, B or 1, K, 1, 1, d], or None."""

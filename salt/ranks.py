@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from salt import ops
 from salt.errors import InputError
 
 
@@ -133,9 +134,12 @@ def fresh_store(timeout):
 
 
 def compute_on(place, threads, deterministic):
-    """Set torch up for training: threads of a CPU (None: torch's choice), and on a GPU whether each
-    run gives the same bits. A teacher's products are set by teachers.teacher_latents.
+    """Set torch up for training: threads of a CPU (None: torch's choice) and the memory it frees,
+    and on a GPU whether each run gives the same bits. A teacher's products are set by
+    teachers.teacher_latents.
     """
+    if place.type == "cpu":
+        ops.keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")

@@ -127,6 +127,7 @@ class Run:
             "accumulate": s.accumulate,
             "fsdp": s.fsdp,
             "compile": s.compile,
+            "cuda_graph": s.cuda_graph,
             "deterministic": s.deterministic,
             "kernels": {name: ops.EXTENSION[name] for name in ("devices", "simd", "amx")},
         }

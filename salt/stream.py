@@ -109,7 +109,7 @@ class StreamingEncoder:
         self.seen += 1
         here = torch.arange(place * n, (place + 1) * n, device=patches.device)[None]
         index = torch.arange((place + 1) * n, device=patches.device)[None]  # of the window
-        x = encoder.patch_embed(encoder.normalise(patches))
+        x = encoder.position.added_to(encoder.patch_embed(encoder.normalise(patches)))
         for number, block in enumerate(encoder.blocks):
             qkv = block.attn.queries_keys_values(block.norm1(x))
             q, kept = qkv[:, :, :1], qkv[:, :, 1:]

@@ -216,6 +216,17 @@ void check_loss(Type pt, Type yt, Kind kind, Normalise normalise, bool indexed) 
     if (D > 0)
       expect(std::abs(get(mean_of, 0, sums) - sum / static_cast<double>(B * K)) <= 1e-5 * (1 + sum),
              "the mean");
+    if (a.gradient && D > 0) {
+      const int64_t count = B * K * D;
+      Array factor(1, size_of(sums)), scaled(count, size_of(pt));
+      put(factor, 0, sums, -2.5);
+      scale_cuda(gradient.as<char>(), count, pt, factor.as<char>(), scaled.as<char>(), nullptr);
+      for (int64_t i = 0; i < count; ++i) {
+        const double wanted = -2.5 * get(gradient, i, pt);
+        expect(std::abs(get(scaled, i, pt) - wanted) <= std::abs(wanted) / 256,
+               "a scaled gradient");
+      }
+    }
   }
 #endif
   for (int64_t r = 0; D > 0 && r < B * K; ++r) {

@@ -42,6 +42,7 @@ BUDGETS = {
     "salt.folders": 180,
     "salt.frames": 120,
     "salt.given_paths": 90,
+    "salt.graph": 90,
     "salt.health": 165,
     "salt.hub": 35,
     "salt.heldout": 170,
@@ -112,7 +113,8 @@ ROWS = [
     "salt.encoders",
     "salt.user_teacher salt.transformers_teacher",
     "salt.teachers",
-    "salt.initial salt.task salt.caching salt.meter salt.features salt.probing salt.verdict",
+    "salt.initial salt.task salt.caching salt.meter salt.graph salt.features salt.probing"
+    " salt.verdict",
     "salt.probed salt.surprise salt.stream",
     "train cache_latents eval_distill export"
     " probe_time_arrow probe_states probe_labels probe_surprise tools.doctor tools.plot_runs",

@@ -638,8 +638,8 @@ def test_targets_that_look_at_the_context_alone(positions):
         seen = predictor.embed(context[:, first : first + count])
         first += count
         asked = predictor.mask_tokens[number].expand(*drawn.target.shape, -1)
-        seen = seen + predictor.position.added(drawn.context)
-        asked = asked + predictor.position.added(drawn.target)
+        seen = predictor.position.added_to(seen, drawn.context)
+        asked = predictor.position.added_to(asked, drawn.target)
         (block,) = predictor.blocks
         attn, given = block.attn, block.norm1(seen)
         q, k, v = (

@@ -8,6 +8,7 @@ import torch
 import model
 from salt.errors import InputError
 from salt.positions import KINDS, Positions, position_table, rotations, turned
+from salt.stream import StreamingEncoder
 
 GRID = (4, 3, 3)
 
@@ -41,7 +42,7 @@ def test_rotations_are_those_of_vjepa2(heads, width, gathered):
 @pytest.mark.parametrize("dim", [16, 48, 90, 192])
 def test_the_table_of_three_axes(dim):
     """A token's own is those of its t, y and x side by side, a quarter and three eighths each."""
-    table = Positions("table3d", GRID, dim, 1).added()
+    table = Positions("table3d", GRID, dim, 1).table
     assert table.shape == (36, dim)
     time = 2 * (dim // 8)
     across = 2 * ((dim - time) // 4)
@@ -55,12 +56,13 @@ def test_the_table_of_three_axes(dim):
 
 def test_positions_of_gathered_tokens():
     index = torch.tensor([[3, 35], [0, 7]])
+    x = torch.randn(2, 2, 48)
     for kind in ("table", "table3d"):
         positions = Positions(kind, GRID, 48, 2)
-        assert torch.equal(positions.added(index), positions.added()[index])
+        assert torch.equal(positions.added_to(x, index), x + positions.table[index])
         assert positions.turned_by(index) is None
     rope = Positions("rope", GRID, 48, 2)
-    assert rope.added(index) == 0
+    assert torch.equal(rope.added_to(x, index), x)
     assert torch.equal(rope.turned_by(index)[:, 1, 1], rope.turned_by()[:, 0, 7])
 
 
@@ -74,6 +76,30 @@ def test_turning_is_done_in_float32_and_leaves_values_and_the_rest_alone():
     assert torch.equal(found[:, :, 2], qkv.bfloat16()[:, :, 2])
     assert torch.equal(found[..., 60:], qkv.bfloat16()[..., 60:])  # 3 x 20 of 64 turn
     assert torch.equal(found[:, 0], qkv.bfloat16()[:, 0])  # at 0, 0, 0
+
+
+@pytest.mark.parametrize("attends", ["all", "context"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_blocks_add_to_stays_in_float32(kind, attends):
+    """Though all products are bfloat16's: of student, predictor and a stream's encoder."""
+    config = model.EncoderConfig(
+        dim=48, depth=2, heads=2, mlp_dim=96, frames=8, size=48, positions=kind
+    )
+    predictor = {"dim_in": 48, "dim_out": 6, "tokens": 36, "families": ["short"], "dim": 48}
+    predictor |= {"depth": 2, "heads": 2, "positions": kind, "grid": GRID, "attends": attends}
+    salt = model.build_salt(config, predictor)
+    model.cast_matrices(salt, "bf16")
+    added_to, products = [], []
+    for block in (*salt.student.blocks, *salt.predictor.blocks):
+        for norm in (block.norm1, block.norm2):
+            norm.register_forward_hook(lambda _, given, made: added_to.append(given[0].dtype))
+        block.fc2.register_forward_hook(lambda _, given, made: products.append(made.dtype))
+    ids = torch.arange(2)
+    patches = torch.randint(0, 256, (2, 36, 1536), dtype=torch.uint8)
+    salt(patches, [model.sample_masks(ids, 0, 0, "short", GRID)])
+    if kind == "rope":
+        StreamingEncoder(salt.student.eval()).step(patches[:, :9])
+    assert set(added_to) == {torch.float32} and set(products) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", KINDS)
