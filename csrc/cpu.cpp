@@ -55,7 +55,10 @@ const Simd SIMD = detect();
 
 #ifdef SALT_X86
 struct Avx512 : Serial {
-  static_assert(blocks == 16, "one Philox block a lane");
+  // two a lane, so that neither chain waits for its products
+  static constexpr int32_t blocks = 32, beyond = 16;
+  static constexpr int32_t MARKED = 64;  // words of a bitmap that is made by way of bytes, 4 KB
+  static SALT_HD int32_t place(int32_t q) { return q; }
 
   SALT_AVX512 static inline __m512i all(uint32_t x) {
     return _mm512_set1_epi32(static_cast<int>(x));
@@ -67,53 +70,71 @@ struct Avx512 : Serial {
     high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
     low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
   }
-  // Philox::block for sixteen blocks, one a lane
+  // Philox::block for `blocks` of them. Lane 4 k + m has block 4 m + k, so that transposing by
+  // fours puts the numbers in order.
   SALT_AVX512 void fill(const Philox& philox, uint32_t first_block, uint32_t* out) const {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+    const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0),
                   m0 = all(0xD2511F53u), m1 = all(0xCD9E8D57u);
-    __m512i c0 = _mm512_or_si512(all(philox.counter[0]), _mm512_add_epi32(all(first_block), lanes));
-    __m512i c1 = all(philox.counter[1]), c2 = all(philox.counter[2]), c3 = all(philox.counter[3]),
-            high0, low0, high1, low1;
-    uint32_t k0 = philox.key[0], k1 = philox.key[1];
-    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-      multiply(c0, m0, high0, low0), multiply(c2, m1, high1, low1);
-      c0 = _mm512_xor_si512(_mm512_xor_si512(high1, c1), all(k0)),
-      c2 = _mm512_xor_si512(_mm512_xor_si512(high0, c3), all(k1));
-      c1 = low1, c3 = low0;
+    __m512i c0[2], c1[2], c2[2], c3[2];
+    for (int i = 0; i < 2; ++i) {
+      const __m512i block =
+          _mm512_add_epi32(all(first_block + 16 * static_cast<uint32_t>(i)), lanes);
+      c0[i] = _mm512_or_si512(all(philox.counter[0]), block);
+      c1[i] = all(philox.counter[1]), c2[i] = all(philox.counter[2]);
+      c3[i] = all(philox.counter[3]);
     }
-    _mm512_storeu_si512(out, c0), _mm512_storeu_si512(out + 16, c1),
-        _mm512_storeu_si512(out + 32, c2), _mm512_storeu_si512(out + 48, c3);
-  }
-  SALT_AVX512 int32_t list(const uint64_t* bits, int32_t words, int64_t* out) const {
-    const __m512i base = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-    int64_t* next = out;
-    for (int32_t i = 0; i < words; ++i)
-      for (int32_t part = 0; part < 64; part += 8) {
-        const __mmask8 mask = static_cast<__mmask8>(bits[i] >> part);
-        const int found = __builtin_popcount(
-            mask);  // compressed in a register: to memory it takes 100 cycles on some processors
-        _mm512_mask_storeu_epi64(
-            next, static_cast<__mmask8>((1u << found) - 1),
-            _mm512_maskz_compress_epi64(mask,
-                                        _mm512_add_epi64(base, _mm512_set1_epi64(64 * i + part))));
-        next += found;
+    uint32_t k0 = philox.key[0], k1 = philox.key[1];
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        __m512i high0, low0, high1, low1;
+        multiply(c0[i], m0, high0, low0), multiply(c2[i], m1, high1, low1);
+        c0[i] = _mm512_xor_si512(_mm512_xor_si512(high1, c1[i]), all(k0));
+        c2[i] = _mm512_xor_si512(_mm512_xor_si512(high0, c3[i]), all(k1));
+        c1[i] = low1, c3[i] = low0;
       }
-    return static_cast<int32_t>(next - out);
+    for (int i = 0; i < 2; ++i, out += 64) {
+      const __m512i a = _mm512_unpacklo_epi32(c0[i], c1[i]),
+                    b = _mm512_unpackhi_epi32(c0[i], c1[i]),
+                    c = _mm512_unpacklo_epi32(c2[i], c3[i]),
+                    d = _mm512_unpackhi_epi32(c2[i], c3[i]);
+      _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, c));
+      _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(a, c));
+      _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi64(b, d));
+      _mm512_storeu_si512(out + 48, _mm512_unpackhi_epi64(b, d));
+    }
   }
+  // By a byte a token: in a bitmap's words one would wait for the one before.
+  SALT_AVX512 void mark(const int32_t* pool, int32_t count, uint64_t* bits, int32_t words) const {
+    if (words > MARKED) return Serial::mark(pool, count, bits, words);
+    uint8_t bytes[64 * MARKED];
+    for (int32_t i = 0; i < words; ++i) _mm512_storeu_si512(bytes + 64 * i, _mm512_setzero_si512());
+    for (int32_t i = 0; i < count; ++i) bytes[pool[i]] = 0xFF;
+    for (int32_t i = 0; i < words; ++i)
+      bits[i] = _mm512_movepi8_mask(_mm512_loadu_si512(bytes + 64 * i));
+  }
+  // Compressed in a register: to memory it takes 100 cycles on some processors. What a store writes
+  // beyond its set bits, up to `beyond` numbers, the next one overwrites.
   SALT_AVX512 int32_t list(const uint64_t* bits, int32_t words, int32_t* out) const {
-    const __m512i base = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i here = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     int32_t* next = out;
-    for (int32_t i = 0; i < words; ++i)
-      for (int32_t part = 0; part < 64; part += 16) {
-        const __mmask16 mask = static_cast<__mmask16>(bits[i] >> part);
-        const int found = __builtin_popcount(mask);
-        _mm512_mask_storeu_epi32(
-            next, static_cast<__mmask16>((1u << found) - 1),
-            _mm512_maskz_compress_epi32(mask,
-                                        _mm512_add_epi32(base, _mm512_set1_epi32(64 * i + part))));
-        next += found;
+    for (int32_t i = 0; i < words; ++i) {
+      const uint64_t word = bits[i];
+      int32_t* const to[4] = {next, next + count(word & 0xFFFF), next + count(word & 0xFFFFFFFF),
+                              next + count(word & 0xFFFFFFFFFFFF)};
+      next += count(word);
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; ++part) {
+        const __mmask16 mask = static_cast<__mmask16>(word >> (16 * part));
+        _mm512_storeu_si512(to[part], _mm512_maskz_compress_epi32(mask, here));
+        here = _mm512_add_epi32(here, all(16));
       }
+    }
     return static_cast<int32_t>(next - out);
+  }
+  SALT_AVX512 void write(const uint64_t* bits, int32_t words, int32_t* pool, int64_t* out) const {
+    const int32_t found = list(bits, words, pool);
+    for (int32_t i = 0; i < found; ++i) out[i] = pool[i];
   }
 };
 
@@ -140,8 +161,9 @@ void run(const Body& body) {
 #endif
 
 template <class Team>
-inline SALT_INLINE void draw_clips(const Draw& draw, int64_t begin, int64_t end,
-                                   uint64_t* scratch) {
+inline SALT_INLINE void draw_clips(const Draw& draw, int64_t begin, int64_t end) {
+  std::vector<uint64_t> room(static_cast<size_t>(mask_scratch<Team>(draw.spec) + 7) / 8);
+  uint64_t* scratch = room.data();
   for (int64_t i = begin; i < end; ++i)
     draw_masks(Team{}, draw.spec, draw.seed, draw.epoch, static_cast<uint64_t>(draw.sample_ids[i]),
                scratch, draw.context + i * draw.spec.context, draw.target + i * draw.spec.kept);
@@ -150,8 +172,7 @@ inline SALT_INLINE void draw_clips(const Draw& draw, int64_t begin, int64_t end,
 }  // namespace
 
 void draw_cpu(const Draw& draw, int64_t begin, int64_t end) {
-  std::vector<uint64_t> scratch(static_cast<size_t>(mask_scratch<Serial>(draw.spec) + 7) / 8);
-  run([&](auto team) SALT_INLINE { draw_clips<decltype(team)>(draw, begin, end, scratch.data()); });
+  run([&](auto team) SALT_INLINE { draw_clips<decltype(team)>(draw, begin, end); });
 }
 
 // ------------------------------------------------------------------------------------------------

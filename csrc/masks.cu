@@ -8,8 +8,10 @@ namespace salt {
 namespace {
 
 struct Warp {
-  static constexpr int32_t size = WARP, blocks = WARP;
+  static constexpr int32_t size = WARP, blocks = WARP, beyond = 0;
   int32_t lane;
+
+  __device__ __forceinline__ static int32_t place(int32_t q) { return (q & 3) * WARP + (q >> 2); }
 
   __device__ __forceinline__ void sync() const { __syncwarp(); }
   __device__ __forceinline__ void check(bool holds) const {
@@ -38,6 +40,27 @@ struct Warp {
       found += __popc(half);
     }
     return found;
+  }
+  __device__ __forceinline__ void write(const uint64_t* bits, int32_t words, int32_t*,
+                                        int64_t* out) const {
+    list(bits, words, out);
+  }
+  template <class Random>
+  __device__ __forceinline__ void draw(const Random& random, int32_t* pool, int32_t pool_size,
+                                       int32_t done, int32_t take) const {
+    for (int32_t q = 0; lane == 0 && q < take; ++q) {
+      const int32_t i = done + q, j = i + random.peek(random.used + q, pool_size - i),
+                    token = pool[j];
+      pool[j] = pool[i];
+      pool[i] = token;
+    }
+  }
+  __device__ __forceinline__ void mark(const int32_t* pool, int32_t count, uint64_t* bits,
+                                       int32_t words) const {
+    for (int32_t i = lane; i < words; i += WARP) bits[i] = 0;
+    sync();
+    for (int32_t i = lane; i < count; i += WARP)
+      set(bits + (pool[i] >> 6), uint64_t{1} << (pool[i] & 63));
   }
 };
 

@@ -38,16 +38,18 @@ SALT_HD int32_t mask_words(const MaskSpec& spec) {
 }  // uint64 words of one bitmap
 
 // Scratch of one team, in bytes: three bitmaps (and a word that reading past a plane may touch),
-// numbers, and a pool of tokens.
+// numbers, and a pool of tokens with room for what `list` may write beyond them.
 template <class Team>
 SALT_HD int64_t mask_scratch(const MaskSpec& spec) {
   return 8 * (3 * static_cast<int64_t>(mask_words(spec)) + 1) + 16 * Team::blocks +
-         4 * ((static_cast<int64_t>(tokens(spec)) + 1) / 2 * 2);
+         4 * ((static_cast<int64_t>(tokens(spec)) + Team::beyond + 1) / 2 * 2);
 }
 
 // One thread that does it all.
 struct Serial {
-  static constexpr int32_t lane = 0, size = 1, blocks = 16;  // blocks: Philox blocks made at a time
+  static constexpr int32_t lane = 0, size = 1, beyond = 0;
+  static constexpr int32_t blocks = 16;  // of Philox made at a time; where number q of them lies:
+  static SALT_HD int32_t place(int32_t q) { return (q & 3) * blocks + (q >> 2); }
   SALT_HD void sync() const {}
   SALT_HD void check(bool) const {}  // the caller has
   SALT_HD int32_t sum(int32_t x) const { return x; }
@@ -55,6 +57,25 @@ struct Serial {
   SALT_HD void fill(const Philox& philox, uint32_t first_block, uint32_t* out) const {
     for (int32_t i = 0; i < blocks; ++i)
       philox.block(first_block + static_cast<uint32_t>(i), out + i, blocks);
+  }
+  // Bring to pool[done, done + take) what the next numbers draw from pool[done, size). They are
+  // turned to places before the first swap, since loads wait for stores at places not yet known.
+  template <class Random>
+  SALT_HD void draw(const Random& random, int32_t* pool, int32_t size, int32_t done,
+                    int32_t take) const {
+    int32_t at[Random::SIZE];
+    for (int32_t q = 0; q < take; ++q)
+      at[q] = done + q + random.peek(random.used + q, size - done - q);
+    for (int32_t q = 0; q < take; ++q) {
+      const int32_t token = pool[at[q]];
+      pool[at[q]] = pool[done + q];
+      pool[done + q] = token;
+    }
+  }
+  // The bitmap of pool[0, count).
+  SALT_HD void mark(const int32_t* pool, int32_t count, uint64_t* bits, int32_t words) const {
+    for (int32_t i = 0; i < words; ++i) bits[i] = 0;
+    for (int32_t i = 0; i < count; ++i) bits[pool[i] >> 6] |= uint64_t{1} << (pool[i] & 63);
   }
 #if !defined(__CUDA_ARCH__)
   static SALT_HD int32_t count(uint64_t x) { return __builtin_popcountll(x); }
@@ -68,11 +89,14 @@ struct Serial {
         out[found++] = static_cast<Integer>(64 * i + __builtin_ctzll(rest));
     return found;
   }
+  // The same for what leaves, with a pool to use.
+  SALT_HD void write(const uint64_t* bits, int32_t words, int32_t*, int64_t* out) const {
+    list(bits, words, out);
+  }
 #endif
 };
 
-// The numbers of one Philox stream in order, made `Team::blocks` blocks at a time: number q of a
-// batch lies at (q % 4) * blocks + q / 4.
+// The numbers of one Philox stream in order, made `Team::blocks` blocks at a time.
 template <class Team>
 struct Numbers {
   static constexpr int32_t SIZE = 4 * Team::blocks;
@@ -96,9 +120,8 @@ struct Numbers {
   // Number q of the batch, as a whole number in [0, n): the high half of number * n. A value's
   // probability is off 1/n by less than 2^-32.
   SALT_HD int32_t peek(int32_t q, int32_t n) const {
-    return static_cast<int32_t>((static_cast<uint64_t>(buffer[(q & 3) * Team::blocks + (q >> 2)]) *
-                                 static_cast<uint32_t>(n)) >>
-                                32);
+    return static_cast<int32_t>(
+        (static_cast<uint64_t>(buffer[Team::place(q)]) * static_cast<uint32_t>(n)) >> 32);
   }
 
   SALT_HD int32_t below(const Team& team, int32_t n) {
@@ -132,22 +155,14 @@ SALT_HD void move_tokens(const Team& team, Numbers<Team>& random, uint64_t* from
                          uint64_t* moved, int32_t* pool, int32_t words, int32_t count) {
   if (count <= 0) return;
   const int32_t size = team.list(from, words, pool);
-  for (int32_t i = team.lane; i < words; i += Team::size) moved[i] = 0;
   team.sync();
-  for (int32_t done = 0;
-       done < count;) {  // partial Fisher-Yates shuffle: the tokens drawn come to stand first
+  for (int32_t done = 0; done < count;) {  // partial Fisher-Yates: the tokens drawn stand first
     const int32_t here = random.available(team), take = here < count - done ? here : count - done;
-    if (team.lane == 0)
-      for (int32_t i = done; i < done + take; ++i) {
-        const int32_t j = i + random.peek(random.used + i - done, size - i), token = pool[j];
-        pool[j] = pool[i];
-        pool[i] = token;
-      }
+    team.draw(random, pool, size, done, take);
     random.used += take, done += take;
   }
   team.sync();
-  for (int32_t i = team.lane; i < count; i += Team::size)
-    team.set(moved + (pool[i] >> 6), uint64_t{1} << (pool[i] & 63));
+  team.mark(pool, count, moved, words);
   team.sync();
   for (int32_t i = team.lane; i < words; i += Team::size) {
     from[i] &= ~moved[i];
@@ -230,8 +245,9 @@ SALT_HD void draw_masks(const Team& team, const MaskSpec& spec, uint64_t seed, u
   }
   move_tokens(team, random, rest, nullptr, moved, pool, words, n - covered - spec.context);
   move_tokens(team, random, in_union, nullptr, moved, pool, words, covered - spec.kept);
-  team.list(rest, words, context);
-  team.list(in_union, words, target);
+  team.write(rest, words, pool, context);
+  team.sync();
+  team.write(in_union, words, pool, target);
 }
 
 }  // namespace salt
