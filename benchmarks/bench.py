@@ -22,6 +22,7 @@ benchmarks/bench_PART.py; this file is what they share.
 import datetime
 import os
 import platform
+import re
 import runpy
 import statistics
 import subprocess
@@ -93,18 +94,29 @@ def random_cache(where, records, dtype="float16", shard_rows=512):
         shards.SHARD_ROWS = before
 
 
+# what makes figures of processors of one name differ, the most first: flag, and what it says
+FEATURES = {
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 bfloat16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
+
+
 def processor(device="cpu"):
+    """What figures are of: 'NVIDIA H200', 'AMD EPYC, family 26, AVX-512 bfloat16'."""
     if device == "cuda":
         import torch
 
         return torch.cuda.get_device_name()
     try:
-        return next(
-            line.split(":")[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        said = dict(re.findall(r"^([^\t:]+?)\s*: (.*)$", first, re.MULTILINE))
+        name = re.sub(r"\((R|TM)\)|\b(Processor|CPU)\b|@.*", "", said["model name"])
+        flags = said["flags"].split()
+        best = [words for flag, words in FEATURES.items() if flag in flags][:1]
+        return ", ".join([" ".join(name.split()), f"family {said['cpu family']}", *best])
+    except (OSError, KeyError):  # another system, another architecture
         return platform.processor() or platform.machine()
 
 
@@ -144,10 +156,11 @@ def machine(device="cpu"):
     return found
 
 
-def write(part, device, folder, found, settings, results):
-    """FOLDER/PART-DEVICE-DATE.json"""
+def write(part, folder, found, settings, results):
+    """FOLDER/PART-PROCESSOR-DATE.json: each processor keeps its own."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / f"{part}-{device}-{found['date']}.json"
+    name = "-".join(re.findall("[a-z0-9]+", found["device"].lower().replace("family", "")))
+    path = Path(folder) / f"{part}-{name}-{found['date']}.json"
     path.write_text(
         dumps(
             {

@@ -503,4 +503,4 @@ with tempfile.TemporaryDirectory(dir=folder, prefix="data-") as temporary:
             flush=True,
         )
 if json:
-    bench.write("data", "cpu", out, found, _settings, results)
+    bench.write("data", out, found, _settings, results)

@@ -27,7 +27,7 @@ dtypes = ["fp32", "bf16"]  # of predictions and features; latents are float16, a
 # widths at which torch.compile takes part, 0 for none; compiling takes longer than measuring
 compiled = [768, 1024, 1280]
 mask_batch = 24  # clips of one call in the measurement of masks
-json: bool = False  # write OUT/PART-DEVICE-DATE.json
+json: bool = False  # write OUT/PART-PROCESSOR-DATE.json
 out = "benchmarks"  # folder for it
 seed = 0  # of masks
 
@@ -364,13 +364,13 @@ def bench_masks():
 
 machine = bench.machine(device)
 print(
-    "to reach: masks <= 1.5 us; masked_mse forward + backward on CPU >= 4x eager and >= 70 % of copy,"
-    " on a GPU >= 3x, >= 1.2x torch.compile and >= 85 %. A forward alone writes nothing, so that"
-    " its share of copy may pass 100 %. eager: torch.gather, as public code has it.",
+    "to reach: masks <= 1.5 us; masked_mse forward + backward on CPU >= 4x eager and >= 70 % of"
+    " copy, on a GPU >= 3x, >= 1.2x torch.compile and >= 85 %. A forward alone writes nothing, so"
+    " that its share of copy may pass 100 %. eager: torch.gather, as public code has it.",
     flush=True,
 )
 results = []
 for measure in (bench_masks, bench_gather, bench_patches, bench_loss):
     results += measure()
 if json:
-    bench.write("ops", device, out, machine, _settings, results)
+    bench.write("ops", out, machine, _settings, results)

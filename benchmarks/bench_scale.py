@@ -238,4 +238,4 @@ for count in records:
         )
         results.append({"records": count, **middle, "runs": runs})
 if json:
-    bench.write("scale", "cpu", out, found, _settings, results)
+    bench.write("scale", out, found, _settings, results)

@@ -57,7 +57,7 @@ memory: bool = True  # peak memory, a process each
 curves = 0
 clips = 48  # of the cache that the loader reads
 folder = "out/bench"  # for that cache, removed again
-json: bool = False  # write OUT/step-DEVICE-DATE.json
+json: bool = False  # write OUT/step-PROCESSOR-DATE.json
 out = "benchmarks"  # folder for it
 # (internal: the process whose memory is measured, SIZE,VARIANT,BATCH_SIZE)
 inside: str | None = None
@@ -721,4 +721,4 @@ for batch_size in batch_sizes:
                 if stream:
                     stream.close()
 if json:
-    bench.write("step", device, out, found, settings, results)
+    bench.write("step", out, found, settings, results)

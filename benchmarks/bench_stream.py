@@ -21,7 +21,7 @@ batch = 1  # cameras
 dtype: Literal["bf16", "fp32"] = "bf16"
 device = "cpu"  # cpu or cuda
 rounds = 8  # turns, of which the first is a warm-up
-json: bool = False  # write OUT/stream-DEVICE-DATE.json
+json: bool = False  # write OUT/stream-PROCESSOR-DATE.json
 out = "benchmarks"  # folder for it
 
 settings = config.apply(globals(), least={"rounds": 3, "hop": 2, "batch": 1})
@@ -78,4 +78,4 @@ for size in sizes:
     print(f"       ratio {ratio:.2f}; of operations {anew / kept:.2f} ({gflop:.1f} GFLOP a camera)")
     results[size] = {"ms": taken, "ratio": ratio, "operations": {"past kept": kept, "anew": anew}}
 if json:
-    bench.write("stream", device, out, found, settings, results)
+    bench.write("stream", out, found, settings, results)
