@@ -93,7 +93,7 @@ recompute: bool = False  # keep only the blocks' inputs: less memory, up to a th
 # under torchrun: split weights, gradients and moments over ranks (FSDP2); implies --recompute
 fsdp: bool = False
 compile: Literal["auto", "on", "off"] = "auto"  # torch.compile over the blocks; auto: on a GPU
-cuda_graph: Literal["auto", "on", "off"] = "auto"  # a step's passes as one (salt/graph.py)
+cuda_graph: Literal["auto", "on", "off"] = "auto"  # launch a step's passes as one: on one GPU
 # reading and decoding threads [all cores, shared by a machine's ranks]
 threads = max(1, (os.cpu_count() or 1) // config.local_ranks())
 # threads of the arithmetic on a CPU [torch's: all cores]; part of what the last bits depend on

@@ -111,10 +111,8 @@ def patch_normalise(patches, mean, std, index=None, dtype=torch.float32):
 def patch_normalise_reference(patches, scale, shift, index=None, dtype=torch.float32):
     x = (patches if index is None else masked_gather_reference(patches, index)).float()
 
-    def a_channel(values):
-        return torch.tensor(values, dtype=torch.float32, device=x.device).repeat_interleave(
-            x.shape[2] // len(values)
-        )
+    def a_channel(values):  # by kernels, not by a copy, for which the host would wait for a GPU
+        return torch.cat([x.new_full((x.shape[2] // len(values),), value) for value in values])
 
     return (x * a_channel(scale) + a_channel(shift)).to(dtype)
 

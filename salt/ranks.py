@@ -140,6 +140,8 @@ def compute_on(place, threads, deterministic):
     """
     if place.type == "cpu":
         ops.keep_freed_memory()
+    elif place.index is not None:
+        torch.cuda.set_device(place)  # what names no GPU means this one
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")

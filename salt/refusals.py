@@ -5,7 +5,7 @@ import os
 from salt.errors import InputError
 from salt.files import prepare_folder
 from salt.journal import trackers
-from salt.ranks import rank, world
+from salt.ranks import pick_device, rank, world
 
 
 def refuse(s):
@@ -28,6 +28,8 @@ def refuse(s):
         raise InputError(
             "--resume is empty; give auto, a last.pth, or leave it out to start afresh"
         )
+    if s.cuda_graph == "on" and (world > 1 or pick_device(s.device).type != "cuda"):
+        raise InputError("--cuda_graph on is for one GPU, in one process; leave it out")
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if world > 1 and restarts and s.resume != "auto":
         raise InputError(

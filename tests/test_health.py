@@ -280,6 +280,13 @@ def test_a_rate_that_would_rise_is_refused(world, tmp_path):
     )
 
 
+def test_a_graph_on_a_cpu_is_refused_before_anything_is_made(world, tmp_path):
+    assert "--cuda_graph on is for one GPU, in one process" in error_of(
+        tmp_path, "train", "--cache", world / "latents", *SMALL, "--cuda_graph", "on"
+    )
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "run_logs").exists()
+
+
 def test_unknown_kernels_are_refused(world, tmp_path):
     for name, value in (("SALT_OPS", "ref"), ("SALT_SIMD", "none")):
         assert f"{name} is '{value}' in the environment; it takes" in error_of(

@@ -42,7 +42,7 @@ BUDGETS = {
     "salt.folders": 180,
     "salt.frames": 120,
     "salt.given_paths": 90,
-    "salt.graph": 90,
+    "salt.graph": 100,
     "salt.health": 165,
     "salt.hub": 35,
     "salt.heldout": 170,

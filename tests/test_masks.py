@@ -69,6 +69,9 @@ def test_philox_known_answers(counter, key, expected):
         ((4, 6, 6), None, 1000),
         ((1, 3, 5), (2, 3), 500),
         ((8, 16, 16), None, 200),
+        # as many tokens as fit the way by bytes, and more
+        ((16, 16, 16), None, 60),
+        ((16, 16, 17), None, 60),
         ((3, 7, 10), (150, 20), 500),
         ((2, 4, 4), (1, 1), 300),
         ((4, 6, 6), (100, 44), 300),

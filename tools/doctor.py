@@ -256,7 +256,7 @@ def check_training():
     flags = (
         "--target pixels --masks ratio --data videos --frames 4 --resolution 48 --size tiny"
         " --depth 1 --predictor_depth 1 --predictor_dim 32 --predictor_heads 2 --batch_size 2"
-        f" --max_steps 2 --log_every 1 --threads 2 --device {device}"
+        f" --max_steps 5 --log_every 1 --threads 2 --device {device}"
     )
     script = f"{HERE}/train.py"
     # what the environment says to the user's own runs is not meant for this one
