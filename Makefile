@@ -46,10 +46,11 @@ faults: setup $(TEST_REQUIREMENTS)
 SANITIZE := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off \
   -fsanitize=address,undefined -fno-sanitize-recover=all
 ROUNDS ?= 100
-SANITIZED := $(patsubst csrc/%.cpp,build/sanitized/%.o,csrc/cpu.cpp csrc/files.cpp csrc/amx.cpp)
+SANITIZED := $(patsubst csrc/%.cpp,build/sanitized/%.o,csrc/cpu.cpp csrc/files.cpp csrc/bfloat16.cpp)
 EMULATED := build/emulation/masks.cpp build/emulation/rows.cpp build/emulation/loss.cpp
 
 sanitize: build/sanitize
+	build/sanitize $(ROUNDS)
 	SALT_SIMD=avx512 build/sanitize $(ROUNDS)
 	SALT_SIMD=avx2 build/sanitize $(ROUNDS)
 	SALT_SIMD=baseline build/sanitize $(ROUNDS)

@@ -127,13 +127,16 @@ void patchify_cpu(const Tubelets& work, int64_t begin, int64_t end);  // items: 
 void moments_cpu(const Moments& work, int64_t begin, int64_t end);    // items: columns
 void permute_cpu(const Permute& work, int64_t begin, int64_t end);    // items: entries of index
 
-// On a processor with AMX, which has_amx asks the system for; elsewhere these do nothing.
+// On a processor with AVX512_BF16 (attention), or AMX, which has_amx asks the system for; elsewhere
+// these do nothing.
 constexpr int64_t TRANSPOSE_COLUMNS = 32;  // of x, an item
+bool has_bf16();
 bool has_amx();
-void attention_amx(const Attention& work, int64_t begin, int64_t end);  // items: (clip, head, span)
-void attention_backward_amx(const Attention& work, int64_t begin, int64_t end);  // likewise
-void transpose_amx(const Transpose& work, int64_t begin,
-                   int64_t end);  // items: TRANSPOSE_COLUMNS columns
+void attention_bf16(const Attention& work, int64_t begin,
+                    int64_t end);  // items: (clip, head, span)
+void attention_backward_bf16(const Attention& work, int64_t begin, int64_t end);  // likewise
+void transpose_bf16(const Transpose& work, int64_t begin,
+                    int64_t end);  // items: TRANSPOSE_COLUMNS columns
 
 // What this processor lets the kernels use: "avx512", "avx2" or "baseline"; SALT_SIMD in the
 // environment asks for less.

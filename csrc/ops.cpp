@@ -479,7 +479,7 @@ void check_bf16(const Tensor& x, const char* name) {
 
 // The numbers that describe attention over qkv [B, tokens, 3, heads, d].
 salt::Attention attention_work(const Tensor& qkv, at::IntArrayRef lengths) {
-  TORCH_CHECK(salt::has_amx(), "this processor has no AMX");
+  TORCH_CHECK(salt::has_bf16(), "this processor has neither AMX nor AVX512_BF16");
   check_bf16(qkv, "qkv");
   TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3 && qkv.size(4) >= 1 && qkv.size(4) <= 128,
               "qkv has shape ", qkv.sizes(),
@@ -505,7 +505,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& qkv, at::IntArrayRef lengths)
   work.qkv = rows.const_data_ptr(), work.out = out.mutable_data_ptr(),
   work.lse = lse.mutable_data_ptr<float>();
   at::parallel_for(0, work.B * work.heads * work.spans, 1,
-                   [&](int64_t begin, int64_t end) { salt::attention_amx(work, begin, end); });
+                   [&](int64_t begin, int64_t end) { salt::attention_bf16(work, begin, end); });
   return {out, lse};
 }
 
@@ -529,13 +529,13 @@ Tensor attention_backward(const Tensor& gradient, const Tensor& qkv, const Tenso
   work.lse = const_cast<float*>(sums.const_data_ptr<float>());
   work.gradient = upstream.const_data_ptr(), work.gradient_qkv = found.mutable_data_ptr();
   at::parallel_for(0, work.B * work.heads * work.spans, 1, [&](int64_t begin, int64_t end) {
-    salt::attention_backward_amx(work, begin, end);
+    salt::attention_backward_bf16(work, begin, end);
   });
   return found;
 }
 
 std::tuple<Tensor, Tensor> transpose_and_sum(const Tensor& x) {
-  TORCH_CHECK(salt::has_amx(), "this processor has no AMX");
+  TORCH_CHECK(salt::has_bf16(), "this processor has neither AMX nor AVX512_BF16");
   check_bf16(x, "x");
   TORCH_CHECK(x.dim() == 2, "x has shape ", x.sizes(), "; it must be [R, C]");
   const Tensor rows = x.contiguous();
@@ -548,7 +548,7 @@ std::tuple<Tensor, Tensor> transpose_and_sum(const Tensor& x) {
       0, work.R ? items : 0,
       std::max<int64_t>(1,
                         BYTES_A_TASK / std::max<int64_t>(1, work.R * 2 * salt::TRANSPOSE_COLUMNS)),
-      [&](int64_t begin, int64_t end) { salt::transpose_amx(work, begin, end); });
+      [&](int64_t begin, int64_t end) { salt::transpose_bf16(work, begin, end); });
   return {out, sums};
 }
 
@@ -627,6 +627,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["architectures"] = SALT_ARCHITECTURES;
     info["sources"] = SALT_SOURCES;
     info["simd"] = salt::simd_level();
+    info["bf16"] = salt::has_bf16();
     info["amx"] = salt::has_amx();
     return info;
   });

@@ -33,7 +33,7 @@ try:
     ):
         raise ImportError("salt_ops was built from other sources than csrc/")
     # {"devices": ["cpu", "cuda"], "architectures": "8.0;...;12.0+PTX", "simd": "avx512" | "avx2" |
-    # "baseline", "amx": bool, "sources": SHA-256}
+    # "baseline", "bf16", "amx": bool, "sources": SHA-256}
     EXTENSION = salt_ops.build_info()
     MISSING = None
 except ImportError as error:
@@ -42,6 +42,7 @@ except ImportError as error:
         "devices": [],
         "architectures": "",
         "simd": "none",
+        "bf16": False,
         "amx": False,
         "sources": None,
     }
@@ -117,9 +118,10 @@ def describe(device="cpu"):
             "; not for this GPU, where the plain PyTorch reference runs: `python setup.py"
             " build_ext` here builds for it"
         )
+    matrices = ", AMX" if EXTENSION["amx"] else ", bfloat16" if EXTENSION["bf16"] else ""
     return (
         f"salt_ops: built for {built}; SIMD"
-        f" {EXTENSION['simd']}{', AMX' if EXTENSION['amx'] else ''}{advice}"
+        f" {EXTENSION['simd']}{matrices}{advice}"
     )
 
 

@@ -290,14 +290,20 @@ def on_tiles(x):
     return EXTENSION["amx"] and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
+def has_attention(qkv):
+    """Whether a kernel takes them: bfloat16 on a CPU that multiplies it, heads of up to 128."""
+    is_bf16 = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu"
+    return EXTENSION["bf16"] and is_bf16 and qkv.shape[4] <= 128
+
+
 def attention(qkv, lengths):
     """Softmax attention inside each of a clip's spans: what several masks of one clip need that
     share a pass.
 
     qkv      [B, N, 3, H, d], queries, keys and values of a token side by side
     lengths  tokens of each span, N in sum
-    Returns [B, N, H, d]. bfloat16 on a CPU with AMX runs on the extension, d <= 128; all else on
-    PyTorch's scaled_dot_product_attention, a call a span: on a GPU in bfloat16 that is
+    Returns [B, N, H, d]. bfloat16 on a CPU with AMX or AVX512_BF16 runs on the extension, d <= 128;
+    all else on PyTorch's scaled_dot_product_attention, a call a span: on a GPU in bfloat16 that is
     FlashAttention's kernel, or cuDNN's. Neither depends on the thread count.
     """
     if (
@@ -311,7 +317,7 @@ def attention(qkv, lengths):
             "attention takes qkv [B, N, 3, H, d] and the lengths of its spans, N in sum; not"
             f" {list(qkv.shape)} and {list(lengths)}"
         )
-    if on_tiles(qkv) and qkv.shape[4] <= 128:
+    if has_attention(qkv):
         return torch.ops.salt_ops.attention(qkv, lengths)[0]
     return attention_reference(qkv, lengths)
 

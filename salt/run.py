@@ -129,7 +129,7 @@ class Run:
             "compile": s.compile,
             "cuda_graph": s.cuda_graph,
             "deterministic": s.deterministic,
-            "kernels": {name: ops.EXTENSION[name] for name in ("devices", "simd", "amx")},
+            "kernels": {name: ops.EXTENSION[name] for name in ("devices", "simd", "bf16", "amx")},
         }
 
     def circumstances(self, meter, place):

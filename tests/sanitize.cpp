@@ -367,7 +367,7 @@ void check_permute() {
 
 // Attention and its gradient against sums in double, over arrays that end where they should.
 void check_attention() {
-  if (!has_amx()) return;
+  if (!has_bf16()) return;
   const int64_t B = whole(0, 2), heads = whole(1, 3), d = whole(1, 128), spans = whole(1, 3),
                 D = heads * d;
   std::vector<int64_t> lengths;
@@ -392,8 +392,8 @@ void check_attention() {
                        lse.as<float>(),
                        gradient.as<char>(),
                        back.as<char>()};
-  in_parts(attention_amx, work, B * heads * spans);
-  in_parts(attention_backward_amx, work, B * heads * spans);
+  in_parts(attention_bf16, work, B * heads * spans);
+  in_parts(attention_backward_bf16, work, B * heads * spans);
   double off = 0, size = 0;
   const auto compare = [&](Array& array, int64_t i, double wanted) {
     off += std::pow(get(array, i, Type::bf16) - wanted, 2), size += wanted * wanted;
@@ -452,12 +452,12 @@ void check_attention() {
 }
 
 void check_transpose() {
-  if (!has_amx()) return;
+  if (!has_bf16()) return;
   const int64_t R = whole(0, 150), C = whole(1, 150),
                 items = (C + TRANSPOSE_COLUMNS - 1) / TRANSPOSE_COLUMNS;
   Array x(R * C, 2), out(R * C, 2), sums(C, 4);
   for (int64_t i = 0; i < R * C; ++i) put(x, i, Type::bf16, static_cast<double>(whole(-8, 8)) / 4);
-  in_parts(transpose_amx, Transpose{x.as<char>(), R, C, out.as<char>(), sums.as<float>()}, items);
+  in_parts(transpose_bf16, Transpose{x.as<char>(), R, C, out.as<char>(), sums.as<float>()}, items);
   for (int64_t c = 0; c < C; ++c) {
     double sum = 0;
     for (int64_t r = 0; r < R; ++r)

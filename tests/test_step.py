@@ -30,8 +30,8 @@ from salt.positions import KINDS
 from salt.score import Space, clip_errors
 
 ROOT = Path(ops.__file__).resolve().parent.parent
-needs_tiles = pytest.mark.skipif(
-    not ops.EXTENSION["amx"], reason="needs the extension and a processor with AMX"
+needs_bf16 = pytest.mark.skipif(
+    not ops.EXTENSION["bf16"], reason="needs the extension, and AMX or AVX512_BF16"
 )
 GRID, FAMILIES = (4, 6, 6), ("short", "long")
 
@@ -132,7 +132,7 @@ def test_attention_and_its_gradient(b, lengths, heads, d, dtype):
     assert distance(back, expected_back) < 1.2 * distance(plain_back, expected_back) + 1e-6
 
 
-@needs_tiles
+@needs_bf16
 @given(
     st.lists(st.integers(1, 150), min_size=1, max_size=4),
     st.integers(1, 3),
@@ -148,11 +148,12 @@ def test_attention_of_any_shape(lengths, heads, d, seed):
     exact = qkv.detach().double().requires_grad_()
     expected = attention_in_float64(exact, lengths)
     (expected_back,) = torch.autograd.grad(expected, exact, gradient.double())
-    assert distance(found, expected) < 5e-3 and distance(back, expected_back) < 8e-3
+    # of so few numbers that their roundings do not average out
+    assert distance(found, expected) < 5e-3 and distance(back, expected_back) < 1.6e-2
 
 
-@needs_tiles
-def test_attention_runs_on_the_tiles_in_bfloat16_and_on_flash_attention_otherwise():
+@needs_bf16
+def test_attention_runs_on_its_kernel_in_bfloat16_and_on_flash_attention_otherwise():
     def kernels(qkv):
         with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as seen:
             torch.autograd.grad(ops.attention(qkv, (20, 12)).float().sum(), qkv)
@@ -171,7 +172,7 @@ def test_attention_runs_on_the_tiles_in_bfloat16_and_on_flash_attention_otherwis
     torch.testing.assert_close(ops.attention(wide, (8,)), ops.attention_reference(wide, (8,)))
 
 
-@needs_tiles
+@needs_bf16
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1e3, 1e5, 1e8])
 def test_attention_where_one_key_takes_all(scale):
     torch.manual_seed(1)
@@ -182,7 +183,7 @@ def test_attention_where_one_key_takes_all(scale):
     assert distance(found, expected) < 5e-3 and back.isfinite().all()
 
 
-@needs_tiles
+@needs_bf16
 def test_a_nan_reaches_the_tokens_that_see_it_and_no_other():
     qkv = torch.randn(1, 40, 3, 1, 64).bfloat16()
     qkv[0, 3, 1] = math.nan  # a key of the first span
@@ -197,10 +198,11 @@ def test_a_nan_reaches_the_tokens_that_see_it_and_no_other():
     )
 
 
-@needs_tiles
+@needs_bf16
 def test_the_thread_count_does_not_show():
     code = """if True:
-        import hashlib, sys, torch, ops
+        import hashlib, sys, torch
+        from salt import ops
         torch.manual_seed(0); torch.set_num_threads(int(sys.argv[1]))
         qkv = torch.randn(2, 90, 3, 3, 64).bfloat16(); g = torch.randn(2, 90, 3, 64).bfloat16()
         out, lse = torch.ops.salt_ops.attention(qkv, (50, 40))
@@ -233,7 +235,7 @@ def test_attention_refuses_lengths_that_do_not_fit():
             ops.attention(torch.zeros(shape), lengths)
 
 
-@needs_tiles
+@needs_bf16
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -270,7 +272,7 @@ def test_the_kernels_check_what_they_get(call, message):
         call(torch.ops.salt_ops)
 
 
-@needs_tiles
+@needs_bf16
 def test_opcheck():
     qkv = torch.randn(2, 9, 3, 2, 8).bfloat16()
     out, lse = torch.ops.salt_ops.attention(qkv, (5, 4))
@@ -286,7 +288,7 @@ def test_opcheck():
 # ------------------------------------------------------------------------------------------- linear
 
 
-@needs_tiles
+@needs_bf16
 @pytest.mark.parametrize(
     "rows, columns", [(1, 1), (5, 3), (32, 32), (33, 65), (100, 31), (928, 96), (0, 4), (4, 0)]
 )
@@ -682,7 +684,7 @@ def test_bench_compares_and_counts(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    (step,) = json.loads(next(tmp_path.glob("step-cpu-*.json")).read_text())["results"]["steps"]
+    (step,) = json.loads(next(tmp_path.glob("step-*.json")).read_text())["results"]["steps"]
     assert (
         set(step["seconds"]) == {"textbook", "ours", "loader"}
         and len(step["losses"]) == 3

@@ -1,6 +1,7 @@
-// Attention and a transposition in bfloat16 for processors with AMX, whose tiles multiply 16 x 32
-// by 32 x 16 numbers at once. PyTorch's own attention gets a tenth of that rate in its backward
-// pass, and half of it in a product with a transposed matrix.
+// Attention in bfloat16 for processors with AMX, whose tiles multiply 16 x 32 by 32 x 16 numbers at
+// once, or with AVX512_BF16, whose vectors multiply and add 32 pairs; and a transposition for AMX.
+// PyTorch's own attention gets a tenth of the tiles' rate in its backward pass, a fifth of the
+// vectors', and half of the tiles' in a product with a transposed matrix.
 //
 // Attention of one span of n tokens and one head of d channels (padded to multiples of 32 with
 // zeros), by blocks of 32 x 32 scores that never leave the cache: forward 4 n^2 d operations and
@@ -33,23 +34,34 @@ namespace salt {
 
 #ifndef SALT_HAS_AMX
 
+bool has_bf16() { return false; }
 bool has_amx() { return false; }
-void attention_amx(const Attention&, int64_t, int64_t) {}
-void attention_backward_amx(const Attention&, int64_t, int64_t) {}
-void transpose_amx(const Transpose&, int64_t, int64_t) {}
+void attention_bf16(const Attention&, int64_t, int64_t) {}
+void attention_backward_bf16(const Attention&, int64_t, int64_t) {}
+void transpose_bf16(const Transpose&, int64_t, int64_t) {}
 
 #else
 
-bool has_amx() {
+bool has_bf16() {
   static const bool found = [] {
     const char* asked = std::getenv("SALT_SIMD");
     if (asked && (!std::strcmp(asked, "baseline") || !std::strcmp(asked, "avx2"))) return false;
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const bool tiles = (d >> 24 & 1) && (d >> 22 & 1),
-               bytes_and_words = (b >> 30 & 1) && (b >> 16 & 1) && (b >> 31 & 1) && (b >> 17 & 1);
-    if (!tiles || !bytes_and_words || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1))
-      return false;  // the last: AVX512_BF16
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+      return false;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);  // AVX512_BF16
+  }();
+  return found;
+}
+
+bool has_amx() {
+  static const bool found = [] {
+    const char* asked = std::getenv("SALT_SIMD");
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!has_bf16() || (asked && !std::strcmp(asked, "avx512")) ||
+        !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 22 & 1))
+      return false;
     constexpr int REQUEST = 0x1023,
                   TILE_DATA =
                       18;  // ARCH_REQ_XCOMP_PERM: Linux gives a process the tiles when it asks
@@ -72,6 +84,43 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// What multiplies blocks. C float [32, 32] = (add ? C : 0) + A [32, 32 steps] B [32 steps, 32]. A
+// by rows, lda apart; B in the layout of `interleave`, its two columns of tiles `panel` apart.
+
+// Eight rows of C at a time: sixteen sums, as many as hide the latency of an addition.
+struct Vectors {
+  template <bool add>
+  static SALT_AMX_INLINE void multiply(float* C, int64_t ldc, const bf16* A, int64_t lda,
+                                       const bf16* B, int64_t panel, int64_t steps) {
+    constexpr int ROWS = 8;
+    for (int64_t r = 0; r < STEP; r += ROWS, C += ROWS * ldc, A += ROWS * lda) {
+      __m512 left[ROWS], right[ROWS];
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        left[i] = add ? _mm512_loadu_ps(C + i * ldc) : _mm512_setzero_ps();
+        right[i] = add ? _mm512_loadu_ps(C + i * ldc + TILE) : _mm512_setzero_ps();
+      }
+      for (int64_t pair = 0; pair < TILE * steps; ++pair) {
+        const __m512bh b0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(B + pair * STEP)),
+                       b1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(B + panel + pair * STEP));
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) {
+          int32_t two;
+          std::memcpy(&two, A + i * lda + 2 * pair, 4);
+          const __m512bh a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
+          left[i] = _mm512_dpbf16_ps(left[i], a, b0);
+          right[i] = _mm512_dpbf16_ps(right[i], a, b1);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        _mm512_storeu_ps(C + i * ldc, left[i]);
+        _mm512_storeu_ps(C + i * ldc + TILE, right[i]);
+      }
+    }
+  }
+};
+
 // The tiles of this thread, all 16 x 64 bytes, while it lives.
 struct Tiles {
   SALT_AMX Tiles() {
@@ -80,41 +129,39 @@ struct Tiles {
     _tile_loadconfig(&config);
   }
   SALT_AMX ~Tiles() { _tile_release(); }
-};
 
-// C float [32, 32] = (add ? C : 0) + A [32, 32 steps] B [32 steps, 32]. A by rows, lda apart; B in
-// the layout of `interleave`, its two columns of tiles `panel` apart.
-template <bool add>
-SALT_AMX_INLINE void multiply(float* C, int64_t ldc, const bf16* A, int64_t lda, const bf16* B,
-                              int64_t panel, int64_t steps) {
-  asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
-  const int64_t c = ldc * 4, a = lda * 2;
-  if (add) {
-    _tile_loadd(0, C, c);
-    _tile_loadd(1, C + TILE, c);
-    _tile_loadd(2, C + TILE * ldc, c);
-    _tile_loadd(3, C + TILE * ldc + TILE, c);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+  template <bool add>
+  static SALT_AMX_INLINE void multiply(float* C, int64_t ldc, const bf16* A, int64_t lda,
+                                       const bf16* B, int64_t panel, int64_t steps) {
+    asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
+    const int64_t c = ldc * 4, a = lda * 2;
+    if (add) {
+      _tile_loadd(0, C, c);
+      _tile_loadd(1, C + TILE, c);
+      _tile_loadd(2, C + TILE * ldc, c);
+      _tile_loadd(3, C + TILE * ldc + TILE, c);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t s = 0; s < steps; ++s, A += STEP, B += TILE * STEP) {
+      _tile_loadd(4, A, a);
+      _tile_loadd(6, B, 64);
+      _tile_loadd(7, B + panel, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, A + TILE * lda, a);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, C, c);
+    _tile_stored(1, C + TILE, c);
+    _tile_stored(2, C + TILE * ldc, c);
+    _tile_stored(3, C + TILE * ldc + TILE, c);
   }
-  for (int64_t s = 0; s < steps; ++s, A += STEP, B += TILE * STEP) {
-    _tile_loadd(4, A, a);
-    _tile_loadd(6, B, 64);
-    _tile_loadd(7, B + panel, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, A + TILE * lda, a);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, C, c);
-  _tile_stored(1, C + TILE, c);
-  _tile_stored(2, C + TILE * ldc, c);
-  _tile_stored(3, C + TILE * ldc + TILE, c);
-}
+};
 
 // 32 x 32 numbers of two bytes transposed in registers: 8 x 8 in each lane of 128 bits, then the
 // lanes.
@@ -273,11 +320,10 @@ Span span_of(const Attention& a, int64_t item) {
 
 int64_t longest(const Attention& a) { return *std::max_element(a.lengths, a.lengths + a.spans); }
 
-}  // namespace
-
-SALT_AMX void attention_amx(const Attention& a, int64_t begin, int64_t end) {
+template <class Blocks>
+SALT_AMX void attention(const Attention& a, int64_t begin, int64_t end) {
   if (begin == end) return;
-  const Tiles tiles;
+  [[maybe_unused]] const Blocks blocks;
   const int64_t d = a.d, DP = padded(d), most = padded(longest(a)), row = 3 * a.heads * d,
                 out_row = a.heads * d, lds = most + TILE, ldp = most + STEP;
   const float c = static_cast<float>(
@@ -306,8 +352,8 @@ SALT_AMX void attention_amx(const Attention& a, int64_t begin, int64_t end) {
     interleave(temporary, DP, NP, DP, V);
     for (int64_t i = 0; i < NP; i += STEP) {  // 32 queries
       for (int64_t j = 0; j < NP; j += STEP)
-        multiply<false>(S + j, lds, Q + i * DP, DP, K + j / TILE * (DP / 2) * STEP, DP / 2 * STEP,
-                        DP / STEP);
+        Blocks::template multiply<false>(S + j, lds, Q + i * DP, DP, K + j / TILE * (DP / 2) * STEP,
+                                         DP / 2 * STEP, DP / STEP);
       for (int64_t r = 0; r < std::min(STEP, n - i); ++r) {
         float* s = S + r * lds;
         const __mmask16 tail =
@@ -338,7 +384,8 @@ SALT_AMX void attention_amx(const Attention& a, int64_t begin, int64_t end) {
         lse[i + r] = most_of_row * c + std::log2(total);
       }
       for (int64_t k = 0; k < DP; k += STEP) {
-        multiply<false>(O, STEP, P, ldp, V + k / TILE * (NP / 2) * STEP, NP / 2 * STEP, NP / STEP);
+        Blocks::template multiply<false>(O, STEP, P, ldp, V + k / TILE * (NP / 2) * STEP,
+                                         NP / 2 * STEP, NP / STEP);
         for (int64_t r = 0; r < std::min(STEP, n - i); ++r) {
           const __m512 scale = _mm512_set1_ps(share[r]),
                        low = _mm512_mul_ps(_mm512_loadu_ps(O + r * STEP), scale),
@@ -353,10 +400,11 @@ SALT_AMX void attention_amx(const Attention& a, int64_t begin, int64_t end) {
 // With P = softmax(Q K' / sqrt(d)), dP = dO V' and dS = P * (dP - rowsum(dO * O)):  dV = P' dO,  dQ
 // = dS K / sqrt(d),  dK = dS' Q / sqrt(d). By blocks of QUERIES x KEYS, in which P and dS are kept;
 // dV and dK are summed transposed, so that P and dS are second operands.
-SALT_AMX void attention_backward_amx(const Attention& a, int64_t begin, int64_t end) {
+template <class Blocks>
+SALT_AMX void attention_backward(const Attention& a, int64_t begin, int64_t end) {
   if (begin == end) return;
   constexpr int64_t QUERIES = 128, KEYS = 256;  // QUERIES >= DP: P's place serves dK and dV, too
-  const Tiles tiles;
+  [[maybe_unused]] const Blocks blocks;
   const int64_t d = a.d, DP = padded(d), most = padded(longest(a)), row = 3 * a.heads * d,
                 out_row = a.heads * d, ldt = most + STEP, lds = KEYS + STEP;
   const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(d))),
@@ -417,10 +465,12 @@ SALT_AMX void attention_backward_amx(const Attention& a, int64_t begin, int64_t 
         const int64_t queries = std::min(QUERIES, NP - i0), panel = queries / 2 * STEP;
         for (int64_t i = 0; i < queries; i += STEP)
           for (int64_t j = 0; j < keys; j += STEP) {
-            multiply<false>(S, STEP, Q + (i0 + i) * DP, DP, KT + (j0 + j) / TILE * (DP / 2) * STEP,
-                            DP / 2 * STEP, DP / STEP);
-            multiply<false>(dP, STEP, G + (i0 + i) * DP, DP, VT + (j0 + j) / TILE * (DP / 2) * STEP,
-                            DP / 2 * STEP, DP / STEP);
+            Blocks::template multiply<false>(S, STEP, Q + (i0 + i) * DP, DP,
+                                             KT + (j0 + j) / TILE * (DP / 2) * STEP, DP / 2 * STEP,
+                                             DP / STEP);
+            Blocks::template multiply<false>(dP, STEP, G + (i0 + i) * DP, DP,
+                                             VT + (j0 + j) / TILE * (DP / 2) * STEP, DP / 2 * STEP,
+                                             DP / STEP);
             for (int64_t r = 0; r < STEP; r += 2) {
               __m512i p[2], ds[2];
               for (int64_t e = 0; e < 2; ++e) {
@@ -446,22 +496,22 @@ SALT_AMX void attention_backward_amx(const Attention& a, int64_t begin, int64_t 
             const auto sum = [&](float* to, const bf16* left,
                                  const bf16* right) __attribute__((always_inline)) SALT_AMX {
               if (i0 == 0)
-                multiply<false>(to + k * KEYS + j, KEYS, left + k * ldt + i0, ldt,
-                                right + j / TILE * panel, panel, queries / STEP);
+                Blocks::template multiply<false>(to + k * KEYS + j, KEYS, left + k * ldt + i0, ldt,
+                                                 right + j / TILE * panel, panel, queries / STEP);
               else
-                multiply<true>(to + k * KEYS + j, KEYS, left + k * ldt + i0, ldt,
-                               right + j / TILE * panel, panel, queries / STEP);
+                Blocks::template multiply<true>(to + k * KEYS + j, KEYS, left + k * ldt + i0, ldt,
+                                                right + j / TILE * panel, panel, queries / STEP);
             };
             sum(dV, GT, P), sum(dK, QT, dSB);
           }
           for (int64_t i = 0; i < queries; i += STEP) {
             const bf16* right = K + (k / TILE * (NP / 2) + j0 / 2) * STEP;
             if (j0 == 0)
-              multiply<false>(dQ + (i0 + i) * DP + k, DP, dS + i * lds, lds, right, NP / 2 * STEP,
-                              keys / STEP);
+              Blocks::template multiply<false>(dQ + (i0 + i) * DP + k, DP, dS + i * lds, lds, right,
+                                               NP / 2 * STEP, keys / STEP);
             else
-              multiply<true>(dQ + (i0 + i) * DP + k, DP, dS + i * lds, lds, right, NP / 2 * STEP,
-                             keys / STEP);
+              Blocks::template multiply<true>(dQ + (i0 + i) * DP + k, DP, dS + i * lds, lds, right,
+                                              NP / 2 * STEP, keys / STEP);
           }
         }
       }
@@ -490,7 +540,17 @@ SALT_AMX void attention_backward_amx(const Attention& a, int64_t begin, int64_t 
   }
 }
 
-void transpose_amx(const Transpose& work, int64_t begin, int64_t end) {
+}  // namespace
+
+void attention_bf16(const Attention& a, int64_t begin, int64_t end) {
+  (has_amx() ? attention<Tiles> : attention<Vectors>)(a, begin, end);
+}
+
+void attention_backward_bf16(const Attention& a, int64_t begin, int64_t end) {
+  (has_amx() ? attention_backward<Tiles> : attention_backward<Vectors>)(a, begin, end);
+}
+
+void transpose_bf16(const Transpose& work, int64_t begin, int64_t end) {
   const int64_t from = begin * STEP, to = std::min(work.C, end * STEP);
   transpose(static_cast<const bf16*>(work.x) + from, work.C, work.R, to - from,
             static_cast<bf16*>(work.out) + from * work.R, work.R, to - from, work.R,
