@@ -119,10 +119,7 @@ def describe(device="cpu"):
             " build_ext` here builds for it"
         )
     matrices = ", AMX" if EXTENSION["amx"] else ", bfloat16" if EXTENSION["bf16"] else ""
-    return (
-        f"salt_ops: built for {built}; SIMD"
-        f" {EXTENSION['simd']}{matrices}{advice}"
-    )
+    return f"salt_ops: built for {built}; SIMD {EXTENSION['simd']}{matrices}{advice}"
 
 
 if EXTENSION["devices"]:
