@@ -55,8 +55,8 @@ def report_in_one_line(kind, error, traceback):
     # torch.OutOfMemoryError, without importing torch for --help
     elif kind.__name__ == "OutOfMemoryError":
         print(
-            f"{script}: error: the GPU is out of memory; in training give --cuda_graph off, then"
-            " --accumulate 2 (or more) and --recompute, elsewhere a lower --batch_size",
+            f"{script}: error: the GPU is out of memory; in training give --accumulate 2 (or more)"
+            " and then --recompute, or --cuda_graph off; elsewhere a lower --batch_size",
             file=sys.stderr,
         )
     elif (
