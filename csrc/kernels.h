@@ -127,8 +127,9 @@ void patchify_cpu(const Tubelets& work, int64_t begin, int64_t end);  // items: 
 void moments_cpu(const Moments& work, int64_t begin, int64_t end);    // items: columns
 void permute_cpu(const Permute& work, int64_t begin, int64_t end);    // items: entries of index
 
-// On a processor with AVX512_BF16 (attention), or AMX, which has_amx asks the system for; elsewhere
-// these do nothing.
+// To be called where has_bf16() alone: the processor has AVX512_BF16, and AMX where has_amx(),
+// which asks the system for it. Where the compiler cannot build them they are empty, and both are
+// false.
 constexpr int64_t TRANSPOSE_COLUMNS = 32;  // of x, an item
 bool has_bf16();
 bool has_amx();

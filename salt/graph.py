@@ -9,8 +9,8 @@ from salt.errors import InputError
 from salt.ranks import world
 
 WARM_UP = 3  # steps before: blocks are compiled, kernels are loaded, AdamW has its moments
-# what short memory is called, beside OutOfMemoryError
-SHORT_OF_MEMORY = "out of memory", "alloc_failed", "memory allocation"
+# what short memory is called
+SHORT_OF_MEMORY = "outofmemory", "out of memory", "alloc_failed", "memory allocation"
 
 
 class Graph:
@@ -60,8 +60,9 @@ class Graph:
             self.batch = self.found = None
             self.forget_the_last_step()
             reason = " ".join(str(error).split())[:200]
-            short = any(words in reason.lower() for words in SHORT_OF_MEMORY)
-            if not (short or isinstance(error, torch.OutOfMemoryError)):
+            # the recording's own end may fail after it, and hide it
+            said = "".join(f"{type(x).__name__} {x}" for x in (error, error.__context__)).lower()
+            if not any(words in said for words in SHORT_OF_MEMORY):
                 raise InputError(
                     f"the step cannot be recorded as a CUDA graph ({reason}): --cuda_graph off"
                     " does without"
