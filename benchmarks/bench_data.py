@@ -46,7 +46,7 @@ most_threads = max(1, (os.cpu_count() or 1))  # of the table of clips a second
 rounds = 6  # measurements of each competitor, of which the first is a warm-up
 decode_rounds = 5  # likewise, of decoding
 cold_rounds = 11  # likewise, of the disk, whose speed varies most
-json: bool = False  # write OUT/data-cpu-DATE.json
+json: bool = False  # write OUT/data-PROCESSOR-DATE.json
 out = "benchmarks"  # folder for it
 
 _settings = config.apply(
