@@ -581,6 +581,17 @@ def test_what_a_log_line_looks_at_never_waits_for_the_gpu():
     assert squares.tolist() == pytest.approx(health.update_ratio(copied).tolist(), rel=1e-4)
 
 
+def alone(code, **environment):
+    """A program in a process of its own, given the project's folder."""
+    return subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).resolve().parent.parent)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 DETERMINISTIC = """import os, sys
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 sys.path.insert(0, sys.argv[1])
@@ -599,12 +610,7 @@ print("the same bits")
 
 def test_deterministic_steps_give_the_same_bits():
     pytest.importorskip("einops")
-    done = subprocess.run(
-        [sys.executable, "-c", DETERMINISTIC, str(Path(__file__).resolve().parent.parent)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = alone(DETERMINISTIC)
     assert done.returncode == 0 and "the same bits" in done.stdout, done.stderr[-2000:]
 
 
@@ -693,12 +699,7 @@ except Exception as error:
 
 def test_a_step_that_waits_is_not_recorded():
     pytest.importorskip("einops")
-    done = subprocess.run(
-        [sys.executable, "-c", UNRECORDED, str(Path(__file__).resolve().parent.parent)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = alone(UNRECORDED)
     assert "InputError the step cannot be recorded" in done.stdout, done.stderr[-2000:]
 
 
@@ -719,13 +720,7 @@ print("recorded")
 
 def test_the_plain_reference_is_recorded_too():
     pytest.importorskip("einops")
-    done = subprocess.run(
-        [sys.executable, "-c", REFERENCE, str(Path(__file__).resolve().parent.parent)],
-        env={**os.environ, "SALT_OPS": "reference"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = alone(REFERENCE, SALT_OPS="reference")
     assert "recorded" in done.stdout, done.stderr[-2000:]
 
 
