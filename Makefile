@@ -46,7 +46,7 @@ faults: setup $(TEST_REQUIREMENTS)
 SANITIZE := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off \
   -fsanitize=address,undefined -fno-sanitize-recover=all
 ROUNDS ?= 100
-SANITIZED := $(patsubst csrc/%.cpp,build/sanitized/%.o,csrc/cpu.cpp csrc/files.cpp csrc/bfloat16.cpp)
+SANITIZED := $(patsubst csrc/%.cpp,build/sanitized/%.o,csrc/cpu.cpp csrc/files.cpp csrc/frames.cpp csrc/bfloat16.cpp)
 EMULATED := build/emulation/masks.cpp build/emulation/rows.cpp build/emulation/loss.cpp
 
 sanitize: build/sanitize

@@ -477,8 +477,10 @@ SALT_AVX512 void dequantise_avx512(const int8_t* q, const float* scale, float to
 }
 #endif
 
+// PATCH: pixels, as the compiler knows them, or 0
+template <int64_t PATCH>
 inline SALT_INLINE void patchify_tokens(const Tubelets& a, int64_t begin, int64_t end) {
-  const int64_t h = a.H / a.patch, w = a.W / a.patch, p = a.patch, span = a.tubelet * p * p;
+  const int64_t p = PATCH ? PATCH : a.patch, h = a.H / p, w = a.W / p, span = a.tubelet * p * p;
   for (int64_t n = begin; n < end; ++n) {
     const int64_t t = n / (h * w), y = n / w % h, x = n % w;
     uint8_t* __restrict__ out = a.out + n * 3 * span;
@@ -548,7 +550,9 @@ void dequantise_row(const int8_t* q, const float* scale, float token, int64_t D,
 }
 
 void patchify_cpu(const Tubelets& work, int64_t begin, int64_t end) {
-  run([&](auto) SALT_INLINE { patchify_tokens(work, begin, end); });
+  run([&](auto) SALT_INLINE {
+    work.patch == 16 ? patchify_tokens<16>(work, begin, end) : patchify_tokens<0>(work, begin, end);
+  });
 }
 void moments_cpu(const Moments& work, int64_t begin, int64_t end) {
   run([&](auto) SALT_INLINE { moments_columns(work, begin, end); });

@@ -6,12 +6,15 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include <array>
+#include <cstring>
 #include <memory>
 #include <system_error>
 #include <tuple>
 #include <vector>
 
 #include "files.h"
+#include "frames.h"
 #include "kernels.h"
 #include "salt_sources.h"  // written by setup.py: SALT_SOURCES, the digest of csrc/
 
@@ -415,6 +418,61 @@ Tensor permute(const Tensor& index, int64_t n, const std::vector<int64_t>& keys)
   return out;
 }
 
+// (inputs, from int32 [size], weights int16 [size, taps])
+using AxisTables = std::tuple<int64_t, Tensor, Tensor>;
+
+salt::Axis axis_of(const AxisTables& tables, int64_t size) {
+  const auto& [in, from, weight] = tables;
+  check_host(from, at::kInt, "from"), check_host(weight, at::kShort, "weights");
+  TORCH_CHECK(from.dim() == 1 && weight.dim() == 2 && from.size(0) == size &&
+                  weight.size(0) == size && weight.size(1) > 0,
+              "from and weights have shapes ", from.sizes(), " and ", weight.sizes(),
+              "; they must be [", size, "] and [", size, ", taps]");
+  salt::Axis axis{in, weight.size(1), {}, {}};
+  axis.from.assign(from.const_data_ptr<int32_t>(), from.const_data_ptr<int32_t>() + size);
+  axis.weight.assign(weight.const_data_ptr<int16_t>(),
+                     weight.const_data_ptr<int16_t>() + weight.numel());
+  for (const int32_t first : axis.from)
+    TORCH_CHECK(first >= 0 && first + axis.taps <= in, "from is ", first, "; with ", axis.taps,
+                " taps it must lie in ", in, " inputs");
+  return axis;
+}
+
+std::shared_ptr<salt::Scaling> scaling(int64_t size, const std::array<AxisTables, 2>& across,
+                                       const std::array<AxisTables, 2>& down,
+                                       const std::array<int32_t, 6>& colour) {
+  TORCH_CHECK(size > 0, "size is ", size, "; it must be above 0");
+  TORCH_CHECK(std::strcmp(salt::simd_level(), "baseline"), "frames are scaled by AVX2 alone");
+  return std::make_shared<salt::Scaling>(
+      size, std::array{axis_of(across[0], size), axis_of(across[1], size)},
+      std::array{axis_of(down[0], size), axis_of(down[1], size)}, colour);
+}
+
+// Of each plane: (its bytes, where the first row starts, bytes from a row to the next).
+using Plane = std::tuple<pybind11::buffer, int64_t, int64_t>;
+
+void convert(const salt::Scaling& work, const std::array<Plane, 3>& planes,
+             const pybind11::buffer& out) {
+  const auto bytes_of = [](const pybind11::buffer_info& info) { return info.size * info.itemsize; };
+  std::array<const uint8_t*, 3> from;
+  std::array<int64_t, 3> strides;
+  for (size_t p = 0; p < 3; ++p) {
+    const auto& [buffer, start, stride] = planes[p];
+    const pybind11::buffer_info info = buffer.request();
+    const auto [rows, columns] = work.shape(p > 0);
+    TORCH_CHECK(
+        start >= 0 && stride >= columns && start + (rows - 1) * stride + columns <= bytes_of(info),
+        "plane ", p, " has ", bytes_of(info), " bytes, rows of ", stride, " from ", start, " on; ",
+        rows, " rows of ", columns, " are needed");
+    from[p] = static_cast<const uint8_t*>(info.ptr) + start, strides[p] = stride;
+  }
+  const pybind11::buffer_info info = out.request(true);
+  TORCH_CHECK(bytes_of(info) == work.bytes() && PyBuffer_IsContiguous(info.view(), 'C'),
+              "out must be ", work.bytes(), " bytes in one piece");
+  const pybind11::gil_scoped_release released;
+  work.convert(from, strides, static_cast<uint8_t*>(info.ptr));
+}
+
 using Files = std::vector<std::shared_ptr<salt::File>>;
 
 void advise(const Files& files, const std::vector<int64_t>& starts, int64_t bytes) {
@@ -611,6 +669,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           throw pybind11::error_already_set();
         }
       }));
+  pybind11::class_<salt::Scaling, std::shared_ptr<salt::Scaling>>(m, "Scaling")
+      .def(pybind11::init(&scaling))
+      .def("convert", &convert);
   m.def("patchify", &patchify, released);
   m.def("add_moments", &add_moments, released);
   m.def("permute", &permute, released);

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from salt import scaling
 from salt.containers import MAX_PIXELS
 from salt.errors import VideoError
 
@@ -27,7 +28,8 @@ def orientation(frame):
 class Scaler:
     """Frames of one video as upright RGB.
 
-    One swscale context, and one crop filter a shape, serve all of them.
+    One swscale context, and one crop filter a shape, serve all of them; or csrc/frames.cpp does,
+    where salt/scaling.py has seen it make the same of them.
     """
 
     def __init__(self, path, pixel_aspect=None):
@@ -36,6 +38,7 @@ class Scaler:
         self.path = path
         self.reformatter = VideoReformatter()
         self.graphs = {}
+        self.scalings = {}
         self.pixel_aspect = float(pixel_aspect or 1)  # width over height of a pixel as it is stored
         # Without full chroma swscale takes, for widths that are multiples of 8 alone, a short cut
         # that is two levels too dark; to planes (gbrp)
@@ -43,9 +46,9 @@ class Scaler:
         # values.
         self.exact = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
-    def convert(self, frame, view, place):
-        """Planes uint8 [3, size, size] of red, green and blue, cropped at `place` (two fractions of
-        the room there is), or in the middle.
+    def convert(self, frame, view, place, out):
+        """Write a frame to the planes `out`, uint8 [3, size, size], in one piece, of red, green and
+        blue, cropped at `place` (two fractions of the room there is), or in the middle.
         """
         transposed, mirrored, upside_down = orientation(frame)
         if max(frame.height * frame.width, view.size**2) > MAX_PIXELS:
@@ -53,6 +56,7 @@ class Scaler:
                 f"{self.path} has frames of {frame.width}x{frame.height}, more than {MAX_PIXELS}"
                 " pixels"
             )
+        height, width, at = frame.height, frame.width, [0, 0]
         if view.crop == "center":
             # The square that becomes size x size where the short side becomes short_side, in
             # pixels as they are shown: as high as those of the stored frame, and square.
@@ -61,41 +65,54 @@ class Scaler:
             rooms = [frame.height - height, frame.width - width]
             # The axes of the stored frame that are shown from top to bottom and from left to right.
             down, right = (1, 0) if transposed else (0, 1)
-            at = [0, 0]
             flips = (upside_down, mirrored)
             for axis, fraction, flipped in zip((down, right), place or (0, 0), flips, strict=True):
                 room = rooms[axis]
                 at[axis] = min(room, int(fraction * (room + 1))) if place else room // 2
                 if flipped:
                     at[axis] = room - at[axis]
-            frame = self.crop(frame, height, width, *at)
+            # to where chroma samples begin
+            at[0] -= at[0] % (16 // frame.format.chroma_height(16))
+            at[1] -= at[1] % (16 // frame.format.chroma_width(16))
         how = type(self.exact)[view.interpolation.upper()] | self.exact
-        made = self.reformatter.reformat(
-            frame,
-            view.size,
-            view.size,
-            "gbrp",
-            interpolation=how,
-            dst_color_range="JPEG",
-            threads=1,
-        )
-        planes = []
-        for i in (2, 0, 1):
-            plane: Any = made.planes[i]
-            rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            planes.append(rows[: view.size, : view.size])
-        if transposed:
-            planes = [plane.T for plane in planes]
-        return [plane[:: -1 if upside_down else 1, :: -1 if mirrored else 1] for plane in planes]
+        part = height, width, *at
+        upright = out
+        if transposed or mirrored or upside_down:
+            out = np.empty_like(out)
+        work = self.scaling(frame, part, view.size, how)
+        if work:
+            work.convert(scaling.planes_of(frame, *at), out)
+        else:
+            frame = self.crop(frame, *part)
+            green, blue, red = scaling.by_swscale(
+                frame, view.size, how, reformatter=self.reformatter
+            )
+            out[0], out[1], out[2] = red, green, blue
+        if out is not upright:
+            planes = out.transpose(0, 2, 1) if transposed else out
+            upright[:] = planes[:, :: -1 if upside_down else 1, :: -1 if mirrored else 1]
 
-    def crop(self, frame, height, width, y, x):
-        """A part of a frame from (y, x) on, moved to where its chroma samples begin; no copy."""
-        if (frame.height, frame.width) == (height, width):
+    def scaling(self, frame, part, size, how):
+        """What does swscale's work on a part of the frame, or None."""
+        key = scaling.key_of(frame, part, size, how)
+        if key not in self.scalings:
+
+            def copy(height, width):
+                made = self.crop(frame, height, width, 0, 0, again=True)
+                made.make_writable()
+                return made
+
+            self.scalings[key] = scaling.find(key, copy)
+        return self.scalings[key]
+
+    def crop(self, frame, height, width, y, x, again=False):
+        """A part of a frame from (y, x) on, no copy; the frame itself where that is all of it, but
+        for `again`, which makes another one of it.
+        """
+        if (frame.height, frame.width) == (height, width) and not again:
             return frame
         from av.filter import Graph
 
-        x -= x % (16 // frame.format.chroma_width(16))
-        y -= y % (16 // frame.format.chroma_height(16))
         key = frame.width, frame.height, frame.format.name, height, width, y, x
         if key not in self.graphs:
             graph = Graph()

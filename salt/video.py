@@ -124,8 +124,7 @@ def clip_of_frames(frames, view=View(), video_id=""):
     clip = np.empty((view.frames, 3, view.size, view.size), np.uint8)
     for i, number in enumerate(numbers):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[number]), format="rgb24")
-        for channel, plane in enumerate(scaler.convert(frame, view, place)):
-            clip[i, channel] = plane
+        scaler.convert(frame, view, place, clip[i])
     return clip.transpose(0, 2, 3, 1)
 
 
@@ -150,11 +149,11 @@ class Cut:
         places = self.places.get(number)
         if not places:
             return
-        planes = scaler.convert(frame, self.view, self.place)
-        for place in places:
-            for channel, plane in enumerate(planes):
-                self.frames[place, channel] = plane
-            self.times.append(frame.pts)
+        first = self.frames[places[0]]
+        scaler.convert(frame, self.view, self.place, first)
+        for place in places[1:]:
+            self.frames[place] = first
+        self.times += [frame.pts] * len(places)
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../csrc/files.h"
+#include "../csrc/frames.h"
 #include "../csrc/kernels.h"
 
 using namespace salt;
@@ -335,6 +336,69 @@ void check_patchify() {
         }
 }
 
+Axis axis_of(int64_t in, int64_t size) {
+  Axis axis{in, whole(1, std::min<int64_t>(in, 9)), {}, {}};
+  const int64_t wander = whole(0, 20);  // of the first input, about where it would be
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t first = i * in / size + whole(-wander, wander);
+    axis.from.push_back(static_cast<int32_t>(std::clamp<int64_t>(first, 0, in - axis.taps)));
+    for (int64_t j = 0; j < axis.taps; ++j)
+      axis.weight.push_back(static_cast<int16_t>(whole(-9000, 17000)));
+  }
+  return axis;
+}
+
+void check_scaling() {
+  if (!std::strcmp(simd_level(), "baseline")) return;
+  const int64_t size = whole(8, 70);
+  std::array<Axis, 2> across, down;
+  std::array<int32_t, 6> colour;
+  for (int32_t& number : colour) number = static_cast<int32_t>(whole(-9000, 18000));
+  for (size_t p = 0; p < 2; ++p)
+    across[p] = axis_of(whole(112, 250), size), down[p] = axis_of(whole(10, 90), size);
+  const Scaling work(size, across, down, colour);
+  std::vector<Array> planes;
+  std::array<const uint8_t*, 3> from;
+  std::array<int64_t, 3> strides;
+  std::array<std::vector<int32_t>, 3> sums;  // of 17 bits, [size, size]
+  for (size_t p = 0; p < 3; ++p) {
+    const Axis &x = across[p > 0], &y = down[p > 0];
+    strides[p] = x.in + whole(0, 30);
+    planes.emplace_back((y.in - 1) * strides[p] + x.in, 1);
+    uint8_t* plane = planes.back().as<uint8_t>();
+    for (int64_t i = 0; i < (y.in - 1) * strides[p] + x.in; ++i)
+      plane[i] = static_cast<uint8_t>(whole(0, 255));
+    from[p] = plane;
+    for (int64_t i = 0; i < size * size; ++i) {
+      const size_t row = static_cast<size_t>(i / size), column = static_cast<size_t>(i % size);
+      int64_t sum = (1 << 9) - (p ? 128 << 19 : 0);
+      for (int64_t dy = 0; dy < y.taps; ++dy) {
+        int64_t of_row = 0;
+        for (int64_t dx = 0; dx < x.taps; ++dx)
+          of_row += plane[(y.from[row] + dy) * strides[p] + x.from[column] + dx] *
+                    x.weight[column * static_cast<size_t>(x.taps) + static_cast<size_t>(dx)];
+        sum += std::clamp<int64_t>(of_row >> 7, -32768, 32767) *
+               y.weight[row * static_cast<size_t>(y.taps) + static_cast<size_t>(dy)];
+      }
+      sums[p].push_back(static_cast<int32_t>(static_cast<uint32_t>(sum)) >> 10);
+    }
+  }
+  Array out(3 * size * size, 1);
+  work.convert(from, strides, out.as<uint8_t>());
+  for (size_t i = 0; i < static_cast<size_t>(size * size); ++i) {
+    const int64_t y = sums[0][i], u = sums[1][i], v = sums[2][i],
+                  grey = (y - colour[0]) * colour[1] + (1 << 21);
+    const int64_t wide[3] = {grey + v * colour[4], grey + v * colour[5] + u * colour[2],
+                             grey + u * colour[3]};
+    for (size_t c = 0; c < 3; ++c) {
+      const int32_t wrapped = static_cast<int32_t>(static_cast<uint32_t>(wide[c]));
+      expect(out.as<uint8_t>()[c * static_cast<size_t>(size * size) + i] ==
+                 std::clamp(wrapped, 0, (1 << 30) - 1) >> 22,
+             "scaling");
+    }
+  }
+}
+
 void check_moments() {
   const int64_t n = whole(0, 5), D = whole(1, 1200);
   Array rows(n * D, 2), sum(D, 8), squares(D, 8);
@@ -522,7 +586,8 @@ int main(int argc, char** argv) {
     for (int i = 0; i < 20; ++i) check_rows(), check_patches(), check_masks();
 #ifndef SALT_EMULATE
     for (int i = 0; i < 5; ++i)
-      check_patchify(), check_moments(), check_permute(), check_files(), check_transpose();
+      check_patchify(), check_moments(), check_permute(), check_files(), check_transpose(),
+          check_scaling();
     check_attention();
 #endif
     for (const Type p : {Type::bf16, Type::f32, Type::f64})

@@ -40,7 +40,7 @@ BUDGETS = {
     "salt.features": 160,
     "salt.files": 70,
     "salt.folders": 180,
-    "salt.frames": 120,
+    "salt.frames": 150,
     "salt.given_paths": 90,
     "salt.graph": 100,
     "salt.health": 165,
@@ -70,6 +70,7 @@ BUDGETS = {
     "salt.run": 250,
     "salt.run_folder": 290,
     "salt.runs": 340,
+    "salt.scaling": 190,
     "salt.schedule": 110,
     "salt.score": 320,
     "salt.shapes": 100,
@@ -103,7 +104,7 @@ ROWS = [
     "salt.pretrained salt.plain_folder salt.card salt.hub salt.folders salt.odd_videos"
     " salt.cache_format salt.stored salt.shapes salt.linear",
     "salt.lists salt.lerobot salt.containers",
-    "salt.splits salt.frames salt.video salt.cache",
+    "salt.splits salt.scaling salt.frames salt.video salt.cache",
     "salt.runs salt.ranks salt.score salt.heldout salt.clips salt.shards",
     "salt.alive salt.loader salt.lookup salt.cache_writer salt.checkpoint salt.videomae"
     " salt.vjepa2 salt.health",
