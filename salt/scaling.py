@@ -2,7 +2,7 @@
 
 How swscale weighs columns and rows depends on the sizes, the filter and on where the file says that
 its chroma samples lie, which PyAV does not tell. So the weights are read off what swscale makes of
-bright columns and rows, and count once a frame of noise becomes what swscale makes of it. They
+bright columns and rows, and count once frames of noise become what swscale makes of them. They
 serve a video if it has the same place of chroma samples, as a small frame of noise shows. Where
 that fails swscale does the work.
 """
@@ -19,6 +19,9 @@ FORMATS = [f"yuv{j}{chroma}p" for j in ("", "j") for chroma in ("420", "422", "4
 PATIENCE = 8  # videos of a shape before its weights are measured: that takes as long as 100 frames
 DARK, BRIGHT = 64, 192  # of the columns and rows
 SMALL = 32  # pixels, the side of the frame that tells where chroma samples lie
+# Smaller by more than this, or to fewer pixels, a frame of noise could become the same by chance.
+SMALLER, FEWEST = 16, 16
+NOISES = 4  # frames of noise that a Scaling is compared by
 
 
 class Key(NamedTuple):
@@ -61,7 +64,9 @@ def find(key, copy):
         return None
     here = known[key]
     here.videos += 1
-    if here.videos < PATIENCE or min(key.height, key.width) < SMALL:
+    largest, smallest = max(key.height, key.width), min(key.height, key.width)
+    fits = smallest >= SMALL and key.size >= FEWEST and largest <= SMALLER * key.size
+    if not fits or here.videos < PATIENCE:
         return None
     chroma = b"".join(made.tobytes() for made in of_noise(copy(SMALL, SMALL), SMALL, key.how))
     if chroma not in here.scalings:
@@ -98,9 +103,9 @@ def planes_of(frame, y=0, x=0):
     ]
 
 
-def of_noise(frame, size, how, work=None):
+def of_noise(frame, size, how, work=None, seed=0):
     """What swscale, or a Scaling, makes of a frame of noise: red, green and blue, [size, size]."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for plane in frame.planes:
         plane.update(random.bytes(plane.buffer_size))
     if work is None:
@@ -165,8 +170,11 @@ def measure(frame, key):
         work = salt_ops.Scaling(key.size, across, down, [int(number) for number in numbers])
     except ValueError:  # a plane of a few pixels
         return None
-    here, there = (of_noise(frame, key.size, key.how, each) for each in (work, None))
-    return work if np.array_equal(here, there) else None
+    for seed in range(NOISES):
+        made, by_it = (of_noise(frame, key.size, key.how, each, seed) for each in (work, None))
+        if not np.array_equal(made, by_it):
+            return None
+    return work
 
 
 def axis_of(table):

@@ -70,7 +70,7 @@ BUDGETS = {
     "salt.run": 250,
     "salt.run_folder": 290,
     "salt.runs": 340,
-    "salt.scaling": 190,
+    "salt.scaling": 200,
     "salt.schedule": 110,
     "salt.score": 320,
     "salt.shapes": 100,

@@ -113,6 +113,13 @@ def test_what_is_not_the_same_does_not_count(monkeypatch):
             assert not converted(frame, view)[1]
 
 
+@pytest.mark.parametrize("shape, size", [((216, 130), 1), ((300, 80), 16)])
+def test_too_few_pixels_to_tell(shape, size):
+    """A single pixel may be the same by chance; so may what is made very much smaller."""
+    view = View(size=size, short_side=size, crop="squash")
+    assert not converted(frame_of_noise(shape), view)[1]
+
+
 @pytest.mark.parametrize(
     "size, pixels",
     [((80, 72), "yuv420p10le"), ((80, 72), "nv12"), ((80, 72), "gbrp"), ((24, 20), "yuv420p")],
