@@ -38,7 +38,7 @@ class Scaler:
         self.path = path
         self.reformatter = VideoReformatter()
         self.graphs = {}
-        self.scalings = {}
+        self.scalings, self.asked = {}, set()  # since the last key frame; ever
         self.pixel_aspect = float(pixel_aspect or 1)  # width over height of a pixel as it is stored
         # Without full chroma swscale takes, for widths that are multiples of 8 alone, a short cut
         # that is two levels too dark; to planes (gbrp)
@@ -80,7 +80,7 @@ class Scaler:
         if transposed or mirrored or upside_down:
             out = np.empty_like(out)
         work = self.scaling(frame, part, view.size, how)
-        if work:
+        if work and all(plane.line_size > 0 for plane in frame.planes):  # not from the bottom up
             work.convert(scaling.planes_of(frame, *at), out)
         else:
             frame = self.crop(frame, *part)
@@ -102,7 +102,8 @@ class Scaler:
                 made.make_writable()
                 return made
 
-            self.scalings[key] = scaling.find(key, copy)
+            self.scalings[key] = scaling.find(key, copy, key not in self.asked)
+            self.asked.add(key)
         return self.scalings[key]
 
     def crop(self, frame, height, width, y, x, again=False):

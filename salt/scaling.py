@@ -3,11 +3,12 @@
 How swscale weighs columns and rows depends on the sizes, the filter and on where the file says that
 its chroma samples lie, which PyAV does not tell. So the weights are read off what swscale makes of
 bright columns and rows, and count once frames of noise become what swscale makes of them. They
-serve a video if it has the same place of chroma samples, as a small frame of noise shows. Where
-that fails swscale does the work.
+serve frames from a key frame on, where alone that changes, if a small frame of noise shows the
+same place of chroma samples. Where that fails swscale does the work.
 """
 
 import collections
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 from salt.extension import EXTENSION, salt_ops
 
 FORMATS = [f"yuv{j}{chroma}p" for j in ("", "j") for chroma in ("420", "422", "444")]
-PATIENCE = 8  # videos of a shape before its weights are measured: that takes as long as 100 frames
+# Videos of a shape before its weights are measured: that takes as long as 100 frames, and as some
+# 400 where they become ten times smaller.
+PATIENCE = 8
 DARK, BRIGHT = 64, 192  # of the columns and rows
 SMALL = 32  # pixels, the side of the frame that tells where chroma samples lie
 # Smaller by more than this, or to fewer pixels, a frame of noise could become the same by chance.
@@ -42,6 +45,7 @@ class Known:
 
     def __init__(self):
         self.videos = 0
+        self.lock = threading.Lock()  # of one thread that measures
         self.scalings = {}  # by what swscale makes of a small frame; None: it has none
 
 
@@ -55,23 +59,27 @@ def key_of(frame, part, size, how):
     return Key(*looks, part[0], part[1], size, how)
 
 
-def find(key, copy):
+def find(key, copy, first):
     """The Scaling that makes of a video's frames what swscale does, or None.
 
-    copy  (height, width) -> a frame as large as that, the video's in all but its content
+    copy   (height, width) -> a frame as large as that, the video's in all but its content
+    first  whether the video is asked about for the first time
     """
     if EXTENSION["simd"] not in ("avx2", "avx512") or key.format not in FORMATS:
         return None
     here = known[key]
-    here.videos += 1
+    here.videos += first
     largest, smallest = max(key.height, key.width), min(key.height, key.width)
     fits = smallest >= SMALL and key.size >= FEWEST and largest <= SMALLER * key.size
     if not fits or here.videos < PATIENCE:
         return None
     chroma = b"".join(made.tobytes() for made in of_noise(copy(SMALL, SMALL), SMALL, key.how))
-    if chroma not in here.scalings:
-        here.scalings[chroma] = measure(copy(key.height, key.width), key)
-    return here.scalings[chroma]
+    if chroma not in here.scalings and here.lock.acquire(blocking=False):
+        try:
+            here.scalings[chroma] = measure(copy(key.height, key.width), key)
+        finally:
+            here.lock.release()
+    return here.scalings.get(chroma)
 
 
 def by_swscale(frame, size, how, pixels="gbrp", color_range="JPEG", reformatter=None):

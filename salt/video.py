@@ -207,6 +207,8 @@ def cut(packets, stream, views, clips, name, n, stretch):
     scaler = Scaler(stretch.path, stream.sample_aspect_ratio)
     for frames, over in frames_in(packets, stretch, counts):
         for frame in frames:
+            if frame.key_frame:
+                scaler.scalings.clear()  # from here on chroma samples may lie elsewhere
             for each in cuts.values():
                 each.take(frame, number, scaler)
             number += 1

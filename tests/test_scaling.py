@@ -1,8 +1,10 @@
 """csrc/frames.cpp against swscale: the same bits, or swscale itself."""
 
 import itertools
+from fractions import Fraction
 
 import av
+import av.filter
 import numpy as np
 import pytest
 
@@ -96,6 +98,41 @@ def test_where_chroma_samples_lie(tmp_path, monkeypatch, view):
     assert not np.array_equal(clips[0], clips[1]) and not np.array_equal(clips[0], clips[2])
     (known,) = scaling.known.values()
     assert len(known.scalings) == 3 and all(known.scalings.values()) and known.videos == 6
+
+
+def test_chroma_samples_move_in_the_middle_of_a_video(tmp_path, monkeypatch):
+    """Two streams one after the other, of which PyAV tells no difference."""
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (10, 24, 32, 3), dtype=np.uint8).repeat(5, 1).repeat(5, 2)
+    joined = tmp_path / "joined.h264"
+    for place in (0, 2):
+        options = {"x264-params": f"chromaloc={place}:bframes=0", "qp": "1"}
+        path = write_video(tmp_path / f"{place}.h264", list(frames), "libx264", options=options)
+        with open(joined, "ab") as file, open(path, "rb") as part:
+            file.write(part.read())
+    for view in (View(size=48, short_side=64), View(frames=4, size=96, short_side=96)):
+        expected = by_swscale(monkeypatch, lambda view=view: video.read_clip(joined, view))
+        assert np.array_equal(video.read_clip(joined, view), expected)
+    assert [len(known.scalings) for known in scaling.known.values()] == [2, 2]
+    assert [known.videos for known in scaling.known.values()] == [1, 1]
+
+
+def test_rows_from_the_bottom_up(monkeypatch):
+    """Rows that go backwards, as those of the copy by which weights are measured do not."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=96, height=80, format="yuv420p", time_base=Fraction(1, 25))
+    flip, sink = graph.add("vflip"), graph.add("buffersink")
+    source.link_to(flip)
+    flip.link_to(sink)
+    graph.configure()
+    frame = frame_of_noise((96, 80))
+    graph.push(frame)
+    flipped = graph.pull()
+    assert flipped.planes[0].line_size < 0
+    view = View(size=64, short_side=64, crop="squash")
+    expected, _ = by_swscale(monkeypatch, lambda: converted(flipped, view))
+    made, _ = converted(flipped, view)
+    assert np.array_equal(made, expected) and made.std() > 5
 
 
 def test_what_is_not_the_same_does_not_count(monkeypatch):
