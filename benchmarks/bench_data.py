@@ -2,8 +2,9 @@
 DIR_ON_THE_DISK_TO_MEASURE] [--json]
 
 Decoding, on one thread: a clip under the default view, from the file to patches in a batch, against
-decoding alone (every frame of the file with bare PyAV), and against decord and torchcodec where
-they are installed, each with its own resize to the same size. Then batches on 1, 2, ... threads.
+decoding alone (every frame of the file with bare PyAV), against the same with swscale in place of
+csrc/frames.cpp, and against decord and torchcodec where they are installed, each with its own
+resize to the same size. Then batches on 1, 2, ... threads.
 
 Cached: what a training step asks for, the context rows of the patches and the target rows of the
 latents of both mask families, out of a cache of random bytes of the default shape. Warm: the second
@@ -71,7 +72,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from salt import cache, ops, views
+from salt import cache, ops, scaling, views
 from salt.clips import Records, Videos
 from salt.folders import VIDEO_SUFFIXES, find_videos
 from salt.lists import Row
@@ -130,6 +131,13 @@ def ours(path):
     ops.patchify_into(read_clip(path, VIEW), place, PATCH, TUBELET)
 
 
+def through_swscale(path):
+    """As `ours`, where csrc/frames.cpp does not do swscale's work."""
+    patience, scaling.PATIENCE = scaling.PATIENCE, sys.maxsize
+    ours(path)
+    scaling.PATIENCE = patience
+
+
 def middle(frames):
     """uint8 [T, H, W, 3] -> patches of the middle 224x224."""
     y, x = (frames.shape[1] - 224) // 2, (frames.shape[2] - 224) // 2
@@ -162,7 +170,7 @@ def with_torchcodec(path):
     return middle(resized.round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
-rivals = {"bare decode": bare, "ours": ours}
+rivals = {"bare decode": bare, "ours": ours, "by swscale": through_swscale}
 try:
     import decord
 
