@@ -118,6 +118,13 @@ struct Transpose {
   float* sums;
 };
 
+// out [n] = gelu(x [n]), or where there is a gradient [n] that times gelu'(x); bfloat16.
+struct Gelu {
+  const void* x;
+  const void* gradient;
+  void* out;
+};
+
 void draw_cpu(const Draw& draw, int64_t begin, int64_t end);           // items: clips
 void gather_cpu(const Rows& rows, int64_t begin, int64_t end);         // items: rows of out
 void scatter_cpu(const Rows& rows, int64_t begin, int64_t end);        // items: rows of out
@@ -137,7 +144,8 @@ void attention_bf16(const Attention& work, int64_t begin,
                     int64_t end);  // items: (clip, head, span)
 void attention_backward_bf16(const Attention& work, int64_t begin, int64_t end);  // likewise
 void transpose_bf16(const Transpose& work, int64_t begin,
-                    int64_t end);  // items: TRANSPOSE_COLUMNS columns
+                    int64_t end);                              // items: TRANSPOSE_COLUMNS columns
+void gelu_bf16(const Gelu& work, int64_t begin, int64_t end);  // items: entries
 
 // What this processor lets the kernels use: "avx512", "avx2" or "baseline"; SALT_SIMD in the
 // environment asks for less.

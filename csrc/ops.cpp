@@ -610,6 +610,28 @@ std::tuple<Tensor, Tensor> transpose_and_sum(const Tensor& x) {
   return {out, sums};
 }
 
+// gelu(x), or where there is a gradient, that of x.
+Tensor gelu_of(const Tensor& x, const Tensor* gradient) {
+  TORCH_CHECK(salt::has_bf16(), "this processor has neither AMX nor AVX512_BF16");
+  check_bf16(x, "x");
+  const Tensor from = x.contiguous(), upstream = gradient ? gradient->contiguous() : Tensor();
+  Tensor out = at::empty(from.sizes(), from.options());
+  const salt::Gelu work{from.const_data_ptr(), gradient ? upstream.const_data_ptr() : nullptr,
+                        out.mutable_data_ptr()};
+  at::parallel_for(0, from.numel(), BYTES_A_TASK / 2,
+                   [&](int64_t begin, int64_t end) { salt::gelu_bf16(work, begin, end); });
+  return out;
+}
+
+Tensor gelu(const Tensor& x) { return gelu_of(x, nullptr); }
+
+Tensor gelu_backward(const Tensor& gradient, const Tensor& x) {
+  check_bf16(gradient, "gradient");
+  TORCH_CHECK(gradient.sizes() == x.sizes(), "gradient has shape ", gradient.sizes(),
+              "; it must be ", x.sizes());
+  return gelu_of(x, &gradient);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(salt_ops, m) {
@@ -618,6 +640,8 @@ TORCH_LIBRARY(salt_ops, m) {
       "attention_backward(Tensor gradient, Tensor qkv, Tensor out, Tensor lse, int[] lengths) -> "
       "Tensor");
   m.def("transpose_and_sum(Tensor x) -> (Tensor, Tensor)");
+  m.def("gelu(Tensor x) -> Tensor");
+  m.def("gelu_backward(Tensor gradient, Tensor x) -> Tensor");
   m.def(
       "sample_masks(Tensor sample_ids, int epoch, int seed, int[] grid, int[] counts, int[] "
       "blocks, int redraws, Tensor sizes, int[] low, int[] high, int stream) -> (Tensor, Tensor)");
@@ -646,6 +670,8 @@ TORCH_LIBRARY_IMPL(salt_ops, CPU, m) {
   m.impl("attention", &attention);
   m.impl("attention_backward", &attention_backward);
   m.impl("transpose_and_sum", &transpose_and_sum);
+  m.impl("gelu", &gelu);
+  m.impl("gelu_backward", &gelu_backward);
 }
 #ifdef SALT_CUDA
 SALT_REGISTER(CUDA)

@@ -167,6 +167,21 @@ if EXTENSION["devices"]:
     def _(x):
         return x.new_empty(x.shape[1], x.shape[0]), x.new_empty(x.shape[1], dtype=torch.float32)
 
+    for name in ("gelu", "gelu_backward"):
+        torch.library.register_fake(
+            f"salt_ops::{name}",
+            lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+        )
+
+    def save_first(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    @torch.autograd.function.once_differentiable
+    def gelu_backward(ctx, gradient):
+        return torch.ops.salt_ops.gelu_backward(gradient, *ctx.saved_tensors)
+
+    torch.library.register_autograd("salt_ops::gelu", gelu_backward, setup_context=save_first)
+
     def save_attention(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)

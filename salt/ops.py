@@ -285,15 +285,19 @@ def keep_freed_memory(one_place=False):
             mallopt(-8, 1)
 
 
+def is_bf16_here(x):
+    """Whether x is bfloat16 on a CPU that multiplies it: what csrc/bfloat16.cpp is for."""
+    return EXTENSION["bf16"] and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
 def on_tiles(x):
     """Whether the kernels for a processor's matrix tiles (AMX, bfloat16) take x."""
-    return EXTENSION["amx"] and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return EXTENSION["amx"] and is_bf16_here(x)
 
 
 def has_attention(qkv):
-    """Whether a kernel takes them: bfloat16 on a CPU that multiplies it, heads of up to 128."""
-    is_bf16 = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu"
-    return EXTENSION["bf16"] and is_bf16 and qkv.shape[4] <= 128
+    """Whether a kernel takes them: heads of up to 128."""
+    return is_bf16_here(qkv) and qkv.shape[4] <= 128
 
 
 def attention(qkv, lengths):
@@ -342,6 +346,15 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
 
 
+def gelu(x):
+    """x Phi(x) with the normal distribution Phi, in x's dtype: GELU, not its tanh approximation.
+
+    bfloat16 on a CPU that multiplies it runs on the extension, closer to the exact value than
+    PyTorch's, whose 1 + erf(x) has no digits left below -5.
+    """
+    return torch.ops.salt_ops.gelu(x) if is_bf16_here(x) else F.gelu(x)
+
+
 def gelu_linear(x, weight, bias=None):
     """linear(gelu(x), weight, bias).
 
@@ -350,16 +363,16 @@ def gelu_linear(x, weight, bias=None):
     """
     if on_tiles(x) and x.dtype == weight.dtype:
         return TiledLinear.apply(x, weight, bias, True)
-    return linear(F.gelu(x), weight, bias)
+    return linear(gelu(x), weight, bias)
 
 
 class TiledLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, gelu=False):
+    def forward(ctx, x, weight, bias, of_gelu=False):
         ctx.save_for_backward(x, weight)
-        ctx.bias_dtype, ctx.gelu = None if bias is None else bias.dtype, gelu
+        ctx.bias_dtype, ctx.of_gelu = None if bias is None else bias.dtype, of_gelu
         return F.linear(
-            F.gelu(x) if gelu else x, weight, None if bias is None else bias.to(x.dtype)
+            gelu(x) if of_gelu else x, weight, None if bias is None else bias.to(x.dtype)
         )
 
     @staticmethod
@@ -368,9 +381,9 @@ class TiledLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, weight.shape[0])
         to_x = (rows @ weight).view_as(x) if ctx.needs_input_grad[0] else None
-        if ctx.gelu:
-            to_x = None if to_x is None else torch.ops.aten.gelu_backward(to_x, x)
-            x = F.gelu(x)
+        if ctx.of_gelu:
+            to_x = None if to_x is None else torch.ops.salt_ops.gelu_backward(to_x, x)
+            x = gelu(x)
         to_weight = sums = None
         if any(ctx.needs_input_grad[1:]):
             across, sums = torch.ops.salt_ops.transpose_and_sum(rows)

@@ -531,6 +531,25 @@ void check_transpose() {
   }
 }
 
+void check_gelu() {
+  if (!has_bf16()) return;
+  const int64_t n = whole(0, 200);
+  Array x(n, 2), gradient(n, 2), out(n, 2), back(n, 2);
+  for (int64_t i = 0; i < n; ++i)
+    put(x, i, Type::bf16, static_cast<double>(whole(-64, 64)) / 16),
+        put(gradient, i, Type::bf16, static_cast<double>(whole(-8, 8)) / 4);
+  in_parts(gelu_bf16, Gelu{x.as<char>(), nullptr, out.as<char>()}, n);
+  in_parts(gelu_bf16, Gelu{x.as<char>(), gradient.as<char>(), back.as<char>()}, n);
+  for (int64_t i = 0; i < n; ++i) {
+    const double v = get(x, i, Type::bf16), g = get(gradient, i, Type::bf16),
+                 below = std::erfc(-v / std::sqrt(2.0)) / 2,
+                 slope = below + v * std::exp(-v * v / 2) / std::sqrt(2 * 3.14159265358979323846);
+    expect(std::abs(get(out, i, Type::bf16) - v * below) <= 4e-3 * std::abs(v * below), "gelu");
+    expect(std::abs(get(back, i, Type::bf16) - g * slope) <= 4e-3 * std::abs(g * slope) + 1e-5,
+           "gelu's gradient");
+  }
+}
+
 // A file of records, rows of any width, read by several threads: through the map, and, where it has
 // grown since it was opened, without it.
 void check_files() {
@@ -587,7 +606,7 @@ int main(int argc, char** argv) {
 #ifndef SALT_EMULATE
     for (int i = 0; i < 5; ++i)
       check_patchify(), check_moments(), check_permute(), check_files(), check_transpose(),
-          check_scaling();
+          check_gelu(), check_scaling();
     check_attention();
 #endif
     for (const Type p : {Type::bf16, Type::f32, Type::f64})

@@ -208,7 +208,10 @@ def test_the_thread_count_does_not_show():
         out, lse = torch.ops.salt_ops.attention(qkv, (50, 40))
         back = torch.ops.salt_ops.attention_backward(g, qkv, out, lse, (50, 40))
         across, sums = torch.ops.salt_ops.transpose_and_sum(g.reshape(180, 192))
-        made = [x.contiguous().view(torch.uint8).numpy() for x in (out, lse, back, across, sums)]
+        wide = torch.randn(100_003).bfloat16()
+        bent = torch.ops.salt_ops.gelu(wide)
+        made = (out, lse, back, across, sums, bent, torch.ops.salt_ops.gelu_backward(bent, wide))
+        made = [x.contiguous().view(torch.uint8).numpy() for x in made]
         print(hashlib.sha256(b"".join(x.tobytes() for x in made)).hexdigest())"""
     runs = {
         subprocess.run(
@@ -265,6 +268,12 @@ def test_attention_refuses_lengths_that_do_not_fit():
         ),
         (lambda op: op.transpose_and_sum(torch.zeros(3, 4)), "must be bfloat16"),
         (lambda op: op.transpose_and_sum(torch.zeros(3).bfloat16()), r"must be \[R, C\]"),
+        (lambda op: op.gelu(torch.zeros(3)), "must be bfloat16"),
+        (lambda op: op.gelu_backward(torch.zeros(3), torch.zeros(3).bfloat16()), "gradient is"),
+        (
+            lambda op: op.gelu_backward(torch.zeros(4).bfloat16(), torch.zeros(3).bfloat16()),
+            "gradient has shape",
+        ),
     ],
 )
 def test_the_kernels_check_what_they_get(call, message):
@@ -280,9 +289,75 @@ def test_opcheck():
         (torch.ops.salt_ops.attention, (qkv.requires_grad_(), (5, 4))),
         (torch.ops.salt_ops.attention_backward, (out, qkv.detach(), out, lse, (5, 4))),
         (torch.ops.salt_ops.transpose_and_sum, (torch.randn(5, 7).bfloat16(),)),
+        (torch.ops.salt_ops.gelu, (torch.randn(5, 7).bfloat16().requires_grad_(),)),
+        (torch.ops.salt_ops.gelu_backward, (torch.randn(5, 7).bfloat16(),) * 2),
     ]
     for op, arguments in checks:
         assert set(torch.library.opcheck(op.default, arguments).values()) == {"SUCCESS"}
+
+
+# --------------------------------------------------------------------------------------------- GELU
+
+
+def every_bfloat16():
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    return x[x.isfinite()]
+
+
+def off(found, expected):
+    """The largest and the mean distance, relative to what is expected; where that is a normal
+    number of bfloat16.
+    """
+    normal = expected.abs() > 2.0**-126
+    relative = ((found.double() - expected) / expected)[normal].abs()
+    return relative.max().item(), relative.mean().item()
+
+
+@needs_bf16
+def test_gelu_of_every_number():
+    x = every_bfloat16()
+    exact = x.double()[x.abs() < 13]  # beyond, phi(x) is below bfloat16's normal numbers
+    phi = torch.special.erfc(-exact / math.sqrt(2)) / 2
+    slope = phi + exact * torch.exp(-(exact**2) / 2) / math.sqrt(2 * math.pi)
+    few = x[x.abs() < 13]
+    most, mean = off(ops.gelu(few), exact * phi)
+    assert most < 2**-8 and mean < 2**-10  # half of the last bit is 2^-9
+    assert mean < off(F.gelu(few), exact * phi)[1]
+    leaf = few.clone().requires_grad_()
+    upstream = torch.full_like(few, -0.5)
+    (found,) = torch.autograd.grad(ops.gelu(leaf), leaf, upstream)
+    near_zero = (exact + 0.7518).abs() < 0.05  # where the slope is 0
+    assert off(found[~near_zero], -slope[~near_zero] / 2)[0] < 2**-6
+    assert (found.double() + slope / 2)[near_zero].abs().max() < 2**-12
+    assert torch.equal(ops.gelu(x[x >= 13]), x[x >= 13])
+    assert (ops.gelu(x[x <= -13]).abs() < 2.0**-120).all()
+
+
+@needs_bf16
+@pytest.mark.parametrize("shape", [(0,), (1,), (31,), (33,), (3, 70, 40)])
+def test_gelu_of_any_shape(shape):
+    torch.manual_seed(0)
+    x, upstream = torch.randn(2, *shape).bfloat16()
+    if len(shape) > 1:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)  # strides of its own
+    x.requires_grad_()
+    found = ops.gelu(x)
+    (gradient,) = torch.autograd.grad(found, x, upstream)
+    exact = x.detach().double().requires_grad_()
+    expected = F.gelu(exact)
+    (wanted,) = torch.autograd.grad(expected, exact, upstream.double())
+    assert found.shape == gradient.shape == x.shape
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2**-7, atol=1e-4)
+
+
+@needs_bf16
+def test_gelu_of_what_is_no_number():
+    x = torch.tensor([math.nan, math.inf, -0.0]).bfloat16().requires_grad_()
+    found = ops.gelu(x)
+    (gradient,) = torch.autograd.grad(found, x, torch.ones_like(found))
+    assert found.tolist()[0] != found.tolist()[0] and found.tolist()[1:] == [math.inf, 0]
+    assert gradient[0].isnan() and gradient[2] == 0.5
 
 
 # ------------------------------------------------------------------------------------------- linear
