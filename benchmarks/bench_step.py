@@ -12,6 +12,7 @@ cache while the loader runs. Peak memory is that of a process of its own. MFU is
 matrix rate measured in this run (budget.py counts the operations).
 """
 
+import collections
 import json as json_format
 import math
 import os
@@ -35,9 +36,11 @@ batch_sizes = [2]  # clips a step
 device: Literal["cpu", "cuda"] = "cpu"  # cpu or cuda
 dtype: Literal["bf16", "fp32"] = "bf16"  # compute of both; attention is always measured in bf16
 depth: int | None = None  # student blocks, where not those of its size
+resolution = 224  # pixels of a clip's side; at another one there is no variant loader
 positions: Literal["table", "table3d", "rope"] = "table"  # of ours; the textbook's are a table
 predictor_depth = 12  # predictor blocks
-predictor_dim = 512  # predictor width, of 8 heads
+predictor_dim = 512  # predictor width
+predictor_heads = 8  # heads of its attention
 rounds = 6  # turns of each, the first of which is a warm-up
 # who takes turns; with compiled on a GPU a CUDA graph and --deterministic, too, alone
 variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "loader"]] = [
@@ -50,7 +53,8 @@ variants: list[Literal["textbook", "ours", "compiled", "recompute", "apart", "lo
 ]
 # also the ways to give two families one pass of attention, forward and backward
 attention: bool = True
-profile: bool = True  # time of each phase of our step
+# time of each phase of our step, and of the operators that take longest
+profile: bool = True
 memory: bool = True  # peak memory, a process each
 # steps (200, say) of a small model by the textbook in float32 and under autocast and by ours, drawn
 # to docs/step-losses.png; nothing else is measured
@@ -63,14 +67,19 @@ out = "benchmarks"  # folder for it
 inside: str | None = None
 
 settings = config.apply(
-    globals(), least={"rounds": 3, "clips": 1, "depth": 1, "predictor_depth": 1, "predictor_dim": 8}
+    globals(),
+    least={"rounds": 3, "clips": 1, "depth": 1, "resolution": 32}
+    | {"predictor_depth": 1, "predictor_dim": 8, "predictor_heads": 1},
 )
+if resolution != 224 and "loader" in variants and not inside:
+    raise InputError(f"--resolution {resolution}: leave loader out of --variants")
 
 if not (inside and ",textbook," in inside):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py
 import torch  # after the settings, so that --help is quick
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 from benchmarks import budget
@@ -80,13 +89,14 @@ from salt.graph import WARM_UP, Graph
 from salt.loader import CONTEXT, TARGET, Batch, Loader
 from salt.masks import mask_counts, sample_masks, shuffled
 from salt.score import Space
+from salt.views import View, grid_of
 
 FAMILIES = ("short", "long")
-GRID = (8, 14, 14)
-N = 1568
+GRID = grid_of(View(16, resolution, resolution), 16, 2)
+N = math.prod(GRID)
 D = 768
 COUNTS = [mask_counts(family, GRID) for family in FAMILIES]
-PREDICTOR = {"dim": predictor_dim, "depth": predictor_depth, "heads": 8}
+PREDICTOR = {"dim": predictor_dim, "depth": predictor_depth, "heads": predictor_heads}
 if positions != "table" and "textbook" in variants and not inside:
     raise InputError(f"--positions {positions} is ours alone: leave textbook out of --variants")
 on_gpu = device == "cuda"
@@ -307,12 +317,14 @@ def some_batch(batch_size, seed=0):
         0, 256, (batch_size, N, 1536), dtype=torch.uint8, generator=generator
     ).to(device)
     latents = torch.randn(batch_size, N, D, generator=generator).half().to(device)
-    return Batch(ids, patches, latents, [sample_masks(ids, 0, 0, family) for family in FAMILIES])
+    return Batch(
+        ids, patches, latents, [sample_masks(ids, 0, 0, family, GRID) for family in FAMILIES]
+    )
 
 
 def set_up(size):
     torch.manual_seed(0)
-    shape = {"positions": positions} | ({"depth": depth} if depth else {})
+    shape = {"positions": positions, "size": resolution} | ({"depth": depth} if depth else {})
     encoder_config = model.config_of_size(size, **shape)
     return encoder_config, model.build_salt(
         encoder_config,
@@ -388,6 +400,10 @@ def alone(size, variant, batch_size):
         str(predictor_depth),
         "--predictor_dim",
         str(predictor_dim),
+        "--predictor_heads",
+        str(predictor_heads),
+        "--resolution",
+        str(resolution),
         *(["--depth", str(depth)] if depth else []),
         "--positions",
         positions,
@@ -560,6 +576,7 @@ def bench_step(size, batch_size, rate, stream):
         salt.student.recompute = salt.predictor.recompute = False
         with torch.compiler.set_stance("default") if on_gpu and "compiled" in variants else eager():
             runs = [ours.step(batch, phases={})[2] for _ in range(4)][1:]
+            result["operators"] = largest_operators(lambda: ours.step(batch))
         result["phases"] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         whole = sum(result["phases"].values())
         print(
@@ -569,7 +586,41 @@ def bench_step(size, batch_size, rate, stream):
             ),
             flush=True,
         )
+        print(
+            "  operators: "
+            + ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in result["operators"].items()),
+            flush=True,
+        )
     return result
+
+
+class Clock(TorchDispatchMode):
+    """How long each operator takes, here or in a backward pass. torch.profiler would have each step
+    find memory that is fresh to it, by which GELU takes four times as long on a CPU.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        start = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        self.seconds[func.overloadpacket.__name__] += time.perf_counter() - start
+        return result
+
+
+def largest_operators(step, steps=3, count=12):
+    """{name: seconds a step, on the device, in it alone} of those that take longest."""
+    with torch.profiler.profile() if on_gpu else Clock() as seen:
+        for _ in range(steps):
+            step()
+    seconds = (
+        {each.key: each.self_device_time_total / 1e6 for each in seen.key_averages()}
+        if on_gpu
+        else seen.seconds
+    )
+    return {name: s / steps for name, s in collections.Counter(seconds).most_common(count)}
 
 
 # ---- losses of a small model, side by side
@@ -675,7 +726,11 @@ for batch_size in batch_sizes:
             batch_size,
             {
                 "student (large)": (tuple(c for c, _ in COUNTS), 16, 64),
-                "predictor": (tuple(c + t for c, t in COUNTS), 8, 64),
+                "predictor": (
+                    tuple(c + t for c, t in COUNTS),
+                    predictor_heads,
+                    predictor_dim // predictor_heads,
+                ),
             },
         )
     for size in sizes:
