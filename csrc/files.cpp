@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstring>
@@ -25,6 +26,7 @@ File::File(const std::string& path) : fd(::open(path.c_str(), O_RDONLY | O_CLOEX
   if (::fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && status.st_size > 0) {
     void* at = ::mmap(nullptr, static_cast<size_t>(status.st_size), PROT_READ, MAP_SHARED, fd, 0);
     if (at != MAP_FAILED) map = static_cast<const char*>(at), mapped = status.st_size;
+    own = status.st_uid == ::geteuid();
   }
 }
 
@@ -33,8 +35,31 @@ File::~File() {
   ::close(fd);
 }
 
+namespace {
+const int64_t PAGE = ::sysconf(_SC_PAGESIZE);
+}
+
+bool File::resident([[maybe_unused]] int64_t start, [[maybe_unused]] int64_t end) const {
+#if defined(__linux__)
+  constexpr int64_t PAGES = 1024;  // asked about at once
+  if (!own || !map || end > mapped) return false;
+  unsigned char there[PAGES];
+  for (int64_t at = start / PAGE * PAGE; at < end; at += PAGES * PAGE) {
+    const int64_t count = (std::min(end - at, PAGES * PAGE) + PAGE - 1) / PAGE;
+    if (::mincore(const_cast<char*>(map) + at, static_cast<size_t>(count * PAGE), there))
+      return false;
+    if (!std::all_of(there, there + count, [](unsigned char page) { return page & 1; }))
+      return false;
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
 void File::advise(int64_t start, int64_t bytes) const {
 #if defined(POSIX_FADV_WILLNEED)
+  if (resident(start, start + bytes)) return;
   constexpr int64_t PIECE = 128 << 10;  // Linux reads no more of one request than the device's
                                         // read_ahead_kb, which is 128 by default
   for (int64_t at = start; at < start + bytes; at += PIECE)
@@ -63,8 +88,8 @@ bool populate(const File& file, int64_t start, int64_t end) {
   // zeros that no row ever held.
   if (!file.map || end > file.mapped || ::fstat(file.fd, &status) != 0 || status.st_size < end)
     return false;
-  static const int64_t page = ::sysconf(_SC_PAGESIZE);
-  const int64_t first = start / page * page;
+  if (file.resident(start, end)) return true;
+  const int64_t first = start / PAGE * PAGE;
   int failed;
   do
     failed = ::madvise(const_cast<char*>(file.map) + first, static_cast<size_t>(end - first),

@@ -685,8 +685,8 @@ TORCH_LIBRARY_IMPL(salt_ops, CUDA, m) { m.impl("scaled", &scaled); }
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The SALT-VLA kernels; importing this registers torch.ops.salt_ops.*";
   const auto released = pybind11::call_guard<pybind11::gil_scoped_release>();
-  pybind11::class_<salt::File, std::shared_ptr<salt::File>>(m, "File").def(
-      pybind11::init([](const std::string& path) {
+  pybind11::class_<salt::File, std::shared_ptr<salt::File>>(m, "File")
+      .def(pybind11::init([](const std::string& path) {
         try {
           return std::make_shared<salt::File>(path);
         } catch (const std::system_error& error) {
@@ -694,7 +694,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
           throw pybind11::error_already_set();
         }
-      }));
+      }))
+      .def("resident", &salt::File::resident);
   pybind11::class_<salt::Scaling, std::shared_ptr<salt::Scaling>>(m, "Scaling")
       .def(pybind11::init(&scaling))
       .def("convert", &convert);

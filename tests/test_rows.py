@@ -84,6 +84,35 @@ def test_what_lies_beyond_the_map_is_read_without_it(either, records, tmp_path):
     )
 
 
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_what_memory_holds_is_known_of_ones_own_files(tmp_path):
+    path = tmp_path / "f"
+    content = np.random.default_rng(3).integers(0, 256, (6000, 1024), dtype=np.uint8)
+    with open(path, "wb") as written:
+        written.write(content.tobytes())
+        os.fsync(written.fileno())  # or it could not be forgotten
+    file, out = File(str(path)), torch.zeros(1, 6000, 1024, dtype=torch.uint8)
+    for _ in range(2):
+        out.zero_()
+        read_rows([file], [0], out, 1024)
+        assert np.array_equal(out[0], content)
+        assert file.resident(0, content.nbytes) and file.resident(5, content.nbytes - 4097)
+        assert not file.resident(0, content.nbytes + 1)  # past its end
+        del file  # what is mapped stays
+        with open(path, "rb") as read:
+            os.posix_fadvise(read.fileno(), 4_000_000, 0, os.POSIX_FADV_DONTNEED)
+        file = File(str(path))
+        if file.resident(0, content.nbytes):
+            pytest.skip("this file system keeps its files in memory")
+        assert file.resident(0, 2_000_000)
+    if os.geteuid() == 0:  # of whose pages Linux tells nothing, but says that all are there
+        os.chown(path, 65534, 65534)
+        other = File(str(path))
+        read_rows([other], [0], out.zero_(), 1024)
+        assert np.array_equal(out[0], content) and not other.resident(0, 4096)
+
+
 def test_errors_say_which_row(either, records, tmp_path):
     path, content = tmp_path / "f", records[1]
     path.write_bytes(content.tobytes())
