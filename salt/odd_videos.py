@@ -2,9 +2,8 @@
 
 import math
 import re
+import statistics
 import threading
-
-import numpy as np
 
 
 class OddVideos:
@@ -73,18 +72,23 @@ def look_at_packets(stretch, stream, packets):
     )
     if not shown or not stream.time_base:
         return
-    times, lasts = np.array(shown, np.int64).T
-    gaps = np.diff(times, prepend=times[0] if stretch.first is None else begin)  # before each frame
-    usual = np.median(gaps) if len(gaps) > 2 else 0
-    ends = times + np.maximum(lasts, usual)
-    tick, length = float(stream.time_base), ends.max() - times[0]
-    holes = gaps - np.concatenate([[0], lasts[:-1]])  # less what a frame is said to be shown
+    times, lasts = zip(*shown)
+    before = [times[0] if stretch.first is None else begin, *times]
+    gaps = [time - earlier for earlier, time in zip(before, times)]  # before each frame
+    usual = statistics.median(gaps) if len(gaps) > 2 else 0
+    end = max(time + max(last, usual) for time, last in shown)
+    tick = float(stream.time_base)
+    # less what a frame is said to be shown
+    holes = [gap - last for gap, last in zip(gaps, (0, *lasts))]
+    largest = max(holes)
+    at = holes.index(largest)
     # A file that states how many frames it has (mp4, AVI) states their times with them: pauses, no
     # holes.
-    if not stream.frames and holes.max() * tick > max(0.1 * length * tick + 0.5, 10 * usual * tick):
-        after = (times[holes.argmax()] - gaps[holes.argmax()] - first) * tick
+    limit = max(0.1 * (end - times[0]) * tick + 0.5, 10 * usual * tick)
+    if not stream.frames and largest * tick > limit:
+        after = (times[at] - gaps[at] - first) * tick
         odd_videos.note_broken(
-            stretch.path, f"has no frame for {holes.max() * tick:.3g} s after {after:.3g} s"
+            stretch.path, f"has no frame for {largest * tick:.3g} s after {after:.3g} s"
         )
     container = stream.container
     tag = stream.metadata.get("DURATION", "")
@@ -103,7 +107,7 @@ def look_at_packets(stretch, stream, packets):
         due = container.duration / 1e6 / tick
     else:
         return
-    has, stated = ((time - begin) * tick for time in (ends.max(), due))
+    has, stated = ((time - begin) * tick for time in (end, due))
     if has < 0.9 * stated - 0.5 and not (
         lasts_by_sound and reaches(container, begin * tick + 0.9 * stated - 0.5)
     ):
