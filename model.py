@@ -72,13 +72,10 @@ class Attention(nn.Module):
         q = rearrange(q, "b n (one h d) -> b n one h d", one=1, h=self.heads)
         kv = rearrange(kv, "b n (kv h d) -> b n kv h d", kv=2, h=self.heads)
         of_x, of_seen = turns or (None, None)
-        q, k = turn(q, of_x)[:, :, 0], turn(kv[:, :, :1], of_seen)[:, :, 0]
-        asked, given = zip(*lengths, strict=True)
-        parts = zip(q.split(asked, 1), k.split(given, 1), kv[:, :, 1].split(given, 1), strict=True)
-        found = [
-            F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in each)) for each in parts
-        ]
-        return self.proj(rearrange(torch.cat(found, dim=2), "b h n d -> b n (h d)"))
+        if of_seen is not None:
+            kv = torch.cat([turn(kv[:, :, :1], of_seen), kv[:, :, 1:]], dim=2)
+        found = ops.cross_attention(turn(q, of_x)[:, :, 0], kv, lengths)
+        return self.proj(rearrange(found, "b n h d -> b n (h d)"))
 
 
 class Block(nn.Module):

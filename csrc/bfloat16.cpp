@@ -364,26 +364,29 @@ struct Scratch {
 };
 
 struct Span {
-  int64_t clip, head, start, n;
+  int64_t clip, head, query, key, asked, given;  // query, key: the clip's first ones, of as many
 };
 
 // Item number `item` of the (clip, head, span): heads next to each other, so that threads get like
 // shares.
 Span span_of(const Attention& a, int64_t item) {
   const int64_t s = item % a.spans, h = item / a.spans % a.heads, b = item / a.spans / a.heads;
-  int64_t start = 0;
-  for (int64_t i = 0; i < s; ++i) start += a.lengths[i];
-  return {b, h, start, a.lengths[s]};
+  int64_t query = 0, key = 0;
+  for (int64_t i = 0; i < s; ++i) query += a.asked[i], key += a.given[i];
+  return {b, h, query, key, a.asked[s], a.given[s]};
 }
 
-int64_t longest(const Attention& a) { return *std::max_element(a.lengths, a.lengths + a.spans); }
+int64_t longest(const Attention& a) {
+  return std::max(*std::max_element(a.asked, a.asked + a.spans),
+                  *std::max_element(a.given, a.given + a.spans));
+}
 
 template <class Blocks>
 SALT_AMX void attention(const Attention& a, int64_t begin, int64_t end) {
   if (begin == end) return;
   [[maybe_unused]] const Blocks blocks;
-  const int64_t d = a.d, DP = padded(d), most = padded(longest(a)), row = 3 * a.heads * d,
-                out_row = a.heads * d, lds = most + TILE, ldp = most + STEP;
+  const int64_t d = a.d, DP = padded(d), most = padded(longest(a)), out_row = a.heads * d,
+                lds = most + TILE, ldp = most + STEP;
   const float c = static_cast<float>(
       1.4426950408889634 / std::sqrt(static_cast<double>(d)));  // scores in units of ln(2)
   Scratch scratch;
@@ -397,22 +400,23 @@ SALT_AMX void attention(const Attention& a, int64_t begin, int64_t end) {
   float *S = scratch.at<float>(s_at), *O = scratch.at<float>(o_at), share[STEP];
   for (int64_t item = begin; item < end; ++item) {
     const Span span = span_of(a, item);
-    const int64_t n = span.n, NP = padded(n);
-    const bf16* q =
-        static_cast<const bf16*>(a.qkv) + (span.clip * a.tokens + span.start) * row + span.head * d;
-    bf16* out =
-        static_cast<bf16*>(a.out) + (span.clip * a.tokens + span.start) * out_row + span.head * d;
-    float* lse = a.lse + (span.clip * a.heads + span.head) * a.tokens + span.start;
-    pad(q, row, n, d, Q, NP, DP);
-    transpose(q + out_row, row, n, d, temporary, NP, DP, NP);  // [DP, NP]
+    const int64_t m = span.asked, n = span.given, MP = padded(m), NP = padded(n),
+                  query = span.clip * a.queries + span.query,
+                  key = (span.clip * a.keys + span.key) * a.k_row + span.head * d;
+    const bf16 *q = static_cast<const bf16*>(a.q) + query * a.q_row + span.head * d,
+               *k = static_cast<const bf16*>(a.k) + key, *v = static_cast<const bf16*>(a.v) + key;
+    bf16* out = static_cast<bf16*>(a.out) + query * out_row + span.head * d;
+    float* lse = a.lse + (span.clip * a.heads + span.head) * a.queries + span.query;
+    pad(q, a.q_row, m, d, Q, MP, DP);
+    transpose(k, a.k_row, n, d, temporary, NP, DP, NP);  // [DP, NP]
     interleave(temporary, NP, DP, NP, K);
-    pad(q + 2 * out_row, row, n, d, temporary, NP, DP);
+    pad(v, a.k_row, n, d, temporary, NP, DP);
     interleave(temporary, DP, NP, DP, V);
-    for (int64_t i = 0; i < NP; i += STEP) {  // 32 queries
+    for (int64_t i = 0; i < MP; i += STEP) {  // 32 queries
       for (int64_t j = 0; j < NP; j += STEP)
         Blocks::template multiply<false>(S + j, lds, Q + i * DP, DP, K + j / TILE * (DP / 2) * STEP,
                                          DP / 2 * STEP, DP / STEP);
-      for (int64_t r = 0; r < std::min(STEP, n - i); ++r) {
+      for (int64_t r = 0; r < std::min(STEP, m - i); ++r) {
         float* s = S + r * lds;
         const __mmask16 tail =
             static_cast<__mmask16>(first((n - 1) % TILE + 1));  // of the last 16 keys that hold any
@@ -445,7 +449,7 @@ SALT_AMX void attention(const Attention& a, int64_t begin, int64_t end) {
       for (int64_t k = 0; k < DP; k += STEP) {
         Blocks::template multiply<false>(O, STEP, P, ldp, V + k / TILE * (NP / 2) * STEP,
                                          NP / 2 * STEP, NP / STEP);
-        for (int64_t r = 0; r < std::min(STEP, n - i); ++r) {
+        for (int64_t r = 0; r < std::min(STEP, m - i); ++r) {
           const __m512 scale = _mm512_set1_ps(share[r]),
                        low = _mm512_mul_ps(_mm512_loadu_ps(O + r * STEP), scale),
                        high = _mm512_mul_ps(_mm512_loadu_ps(O + r * STEP + TILE), scale);
@@ -464,8 +468,8 @@ SALT_AMX void attention_backward(const Attention& a, int64_t begin, int64_t end)
   if (begin == end) return;
   constexpr int64_t QUERIES = 128, KEYS = 256;  // QUERIES >= DP: P's place serves dK and dV, too
   [[maybe_unused]] const Blocks blocks;
-  const int64_t d = a.d, DP = padded(d), most = padded(longest(a)), row = 3 * a.heads * d,
-                out_row = a.heads * d, ldt = most + STEP, lds = KEYS + STEP;
+  const int64_t d = a.d, DP = padded(d), most = padded(longest(a)), out_row = a.heads * d,
+                ldt = most + STEP, lds = KEYS + STEP;
   const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(d))),
               c = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(d)));
   Scratch scratch;
@@ -493,35 +497,41 @@ SALT_AMX void attention_backward(const Attention& a, int64_t begin, int64_t end)
   float *delta = scratch.at<float>(delta_at), *shift = scratch.at<float>(lse_at);
   for (int64_t item = begin; item < end; ++item) {
     const Span span = span_of(a, item);
-    const int64_t n = span.n, NP = padded(n), token = span.clip * a.tokens + span.start;
-    const bf16 *q = static_cast<const bf16*>(a.qkv) + token * row + span.head * d,
-               *o = static_cast<const bf16*>(a.out) + token * out_row + span.head * d;
-    const bf16* g = static_cast<const bf16*>(a.gradient) + token * out_row + span.head * d;
-    bf16* dq = static_cast<bf16*>(a.gradient_qkv) + token * row + span.head * d;
-    const float* lse = a.lse + (span.clip * a.heads + span.head) * a.tokens + span.start;
-    transpose(q + out_row, row, n, d, QT, NP, DP, NP);  // K'
+    const int64_t m = span.asked, n = span.given, MP = padded(m), NP = padded(n),
+                  token = span.clip * a.queries + span.query,
+                  query = token * a.q_row + span.head * d,
+                  key = (span.clip * a.keys + span.key) * a.k_row + span.head * d,
+                  written = token * out_row + span.head * d;
+    const bf16 *q = static_cast<const bf16*>(a.q) + query, *k = static_cast<const bf16*>(a.k) + key,
+               *v = static_cast<const bf16*>(a.v) + key,
+               *o = static_cast<const bf16*>(a.out) + written,
+               *g = static_cast<const bf16*>(a.gradient) + written;
+    bf16 *dq = static_cast<bf16*>(a.dq) + query, *dk = static_cast<bf16*>(a.dk) + key,
+         *dv = static_cast<bf16*>(a.dv) + key;
+    const float* lse = a.lse + (span.clip * a.heads + span.head) * a.queries + span.query;
+    transpose(k, a.k_row, n, d, QT, NP, DP, NP);
     interleave(QT, NP, DP, NP, KT);
-    transpose(q + 2 * out_row, row, n, d, QT, NP, DP, NP);  // V'
+    transpose(v, a.k_row, n, d, QT, NP, DP, NP);
     interleave(QT, NP, DP, NP, VT);
-    pad(q + out_row, row, n, d, Q, NP, DP);
+    pad(k, a.k_row, n, d, Q, NP, DP);
     interleave(Q, DP, NP, DP, K);
-    pad(q, row, n, d, Q, NP, DP);
-    pad(g, out_row, n, d, G, NP, DP);
-    transpose(q, row, n, d, QT, ldt, DP, NP);
-    transpose(g, out_row, n, d, GT, ldt, DP, NP);
-    for (int64_t r = 0; r < NP; ++r) {
+    pad(q, a.q_row, m, d, Q, MP, DP);
+    pad(g, out_row, m, d, G, MP, DP);
+    transpose(q, a.q_row, m, d, QT, ldt, DP, MP);
+    transpose(g, out_row, m, d, GT, ldt, DP, MP);
+    for (int64_t r = 0; r < MP; ++r) {
       __m512 sum = _mm512_setzero_ps();
-      for (int64_t k = 0; k < d && r < n; k += TILE) {
+      for (int64_t k = 0; k < d && r < m; k += TILE) {
         const __mmask16 real = static_cast<__mmask16>(first(std::min(TILE, d - k)));
         sum = _mm512_fmadd_ps(to_float(_mm256_maskz_loadu_epi16(real, g + r * out_row + k)),
                               to_float(_mm256_maskz_loadu_epi16(real, o + r * out_row + k)), sum);
       }
-      delta[r] = _mm512_reduce_add_ps(sum), shift[r] = r < n ? -lse[r] : 0;
+      delta[r] = _mm512_reduce_add_ps(sum), shift[r] = r < m ? -lse[r] : 0;
     }
     for (int64_t j0 = 0; j0 < NP; j0 += KEYS) {
       const int64_t keys = std::min(KEYS, NP - j0);
-      for (int64_t i0 = 0; i0 < NP; i0 += QUERIES) {
-        const int64_t queries = std::min(QUERIES, NP - i0), panel = queries / 2 * STEP;
+      for (int64_t i0 = 0; i0 < MP; i0 += QUERIES) {
+        const int64_t queries = std::min(QUERIES, MP - i0), panel = queries / 2 * STEP;
         for (int64_t i = 0; i < queries; i += STEP)
           for (int64_t j = 0; j < keys; j += STEP) {
             Blocks::template multiply<false>(S, STEP, Q + (i0 + i) * DP, DP,
@@ -584,15 +594,15 @@ SALT_AMX void attention_backward(const Attention& a, int64_t begin, int64_t end)
                 to_bf16(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(factor)),
                         _mm512_mul_ps(_mm512_loadu_ps(x + TILE), _mm512_set1_ps(factor))));
           }
-        transpose(P, keys, DP, keys, to + j0 * row, row, std::min(keys, n - j0), d);
+        transpose(P, keys, DP, keys, to + j0 * a.k_row, a.k_row, std::min(keys, n - j0), d);
       };
-      write(dK, scale, dq + out_row), write(dV, 1, dq + 2 * out_row);
+      write(dK, scale, dk), write(dV, 1, dv);
     }
-    for (int64_t r = 0; r < n; ++r)
+    for (int64_t r = 0; r < m; ++r)
       for (int64_t k = 0; k < d; k += STEP) {
         const float* x = dQ + r * DP + k;
         const __m512 factor = _mm512_set1_ps(scale);
-        _mm512_mask_storeu_epi16(dq + r * row + k, first(d - k),
+        _mm512_mask_storeu_epi16(dq + r * a.q_row + k, first(d - k),
                                  to_bf16(_mm512_mul_ps(_mm512_loadu_ps(x), factor),
                                          _mm512_mul_ps(_mm512_loadu_ps(x + TILE), factor)));
       }

@@ -96,17 +96,19 @@ struct Permute {
   int64_t* out;
 };
 
-// Softmax attention within each span of a clip's tokens (lengths[0] tokens, then lengths[1], ...),
-// scale 1 / sqrt(d), bfloat16. lse: the scores' logsumexp, in units of ln(2); the backward pass
-// reads qkv, out, lse and gradient and writes gradient_qkv.
+// Softmax attention of each span's queries to its keys (asked[0] tokens to given[0], then asked[1]
+// to given[1], ...), scale 1 / sqrt(d), bfloat16. lse: the scores' logsumexp, in units of ln(2);
+// the backward pass reads all of these and writes the gradients.
 struct Attention {
-  const void* qkv;  // [B, tokens, 3, heads, d]
-  int64_t B, tokens, heads, d, spans;
-  const int64_t* lengths;  // [spans], each above 0, `tokens` in sum
-  void* out;               // [B, tokens, heads, d]
-  float* lse;              // [B, heads, tokens]
-  const void* gradient;    // [B, tokens, heads, d]
-  void* gradient_qkv;      // [B, tokens, 3, heads, d]
+  const void *q, *k, *v;  // [B, queries or keys, (rows of) heads, d]
+  int64_t q_row, k_row;   // numbers from token to token, of q and of k and v
+  int64_t B, heads, d, spans;
+  const int64_t *asked, *given;  // [spans], each above 0
+  int64_t queries, keys;         // tokens of a clip: their sums
+  void* out;                     // [B, queries, heads, d]
+  float* lse;                    // [B, heads, queries]
+  const void* gradient;          // [B, queries, heads, d]
+  void *dq, *dk, *dv;            // as q, k and v
 };
 
 // out [C, R] = x [R, C], bfloat16, and sums [C] = the sum over x's rows: what a linear layer's

@@ -535,61 +535,116 @@ void check_bf16(const Tensor& x, const char* name) {
               x.device(), "; it must be bfloat16 on the CPU");
 }
 
-// The numbers that describe attention over qkv [B, tokens, 3, heads, d].
-salt::Attention attention_work(const Tensor& qkv, at::IntArrayRef lengths) {
+// Attention of queries to keys and values, in one piece each: q [B, queries, heads, d] and kv [B,
+// keys, 2, heads, d]; or where there is no kv, of q = qkv [B, tokens, 3, heads, d] to itself.
+salt::Attention attention_work(const Tensor& q, const Tensor* kv, at::IntArrayRef asked,
+                               at::IntArrayRef given) {
   TORCH_CHECK(salt::has_bf16(), "this processor has neither AMX nor AVX512_BF16");
-  check_bf16(qkv, "qkv");
-  TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3 && qkv.size(4) >= 1 && qkv.size(4) <= 128,
-              "qkv has shape ", qkv.sizes(),
-              "; it must be [B, tokens, 3, heads, d] with 1 <= d <= 128");
-  int64_t sum = 0;
-  for (const int64_t n : lengths) {
-    TORCH_CHECK(n >= 1 && n <= qkv.size(1), "a span has ", n, " of ", qkv.size(1), " tokens");
-    sum += n;
-  }
-  TORCH_CHECK(sum == qkv.size(1), "lengths add up to ", sum, ", and a clip has ", qkv.size(1),
-              " tokens");
+  const Tensor& k = kv ? *kv : q;
+  check_bf16(q, kv ? "q" : "qkv"), check_bf16(k, "kv");
+  const int64_t heads = q.size(-2), d = q.size(-1), parts = kv ? 2 : 3;
+  TORCH_CHECK(k.dim() == 5 && k.size(2) == parts && d >= 1 && d <= 128, kv ? "kv" : "qkv",
+              " has shape ", k.sizes(), "; it must be [B, tokens, ", parts,
+              ", heads, d] with 1 <= d <= 128");
+  TORCH_CHECK(!kv || (q.dim() == 4 && q.size(0) == k.size(0) && heads == k.size(3) &&
+                      d == k.size(4) && asked.size() == given.size()),
+              "q has shape ", q.sizes(), " and ", asked.size(), " spans; kv ", k.sizes(), " and ",
+              given.size());
+  const auto check = [](at::IntArrayRef lengths, int64_t tokens) {
+    int64_t sum = 0;
+    for (const int64_t n : lengths) {
+      TORCH_CHECK(n >= 1 && n <= tokens, "a span has ", n, " of ", tokens, " tokens");
+      sum += n;
+    }
+    TORCH_CHECK(sum == tokens, "lengths add up to ", sum, ", and a clip has ", tokens, " tokens");
+  };
+  check(asked, q.size(1)), check(given, k.size(1));
   salt::Attention work{};
-  work.B = qkv.size(0), work.tokens = qkv.size(1), work.heads = qkv.size(3), work.d = qkv.size(4);
-  work.spans = static_cast<int64_t>(lengths.size()), work.lengths = lengths.data();
+  work.q_row = (kv ? 1 : 3) * heads * d, work.k_row = parts * heads * d;
+  work.B = q.size(0), work.heads = heads, work.d = d;
+  work.queries = q.size(1), work.keys = k.size(1);
+  work.spans = static_cast<int64_t>(asked.size());
+  work.asked = asked.data(), work.given = given.data();
   return work;
 }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& qkv, at::IntArrayRef lengths) {
-  salt::Attention work = attention_work(qkv, lengths);
-  const Tensor rows = qkv.contiguous();
-  Tensor out = at::empty({work.B, work.tokens, work.heads, work.d}, qkv.options()),
-         lse = at::empty({work.B, work.heads, work.tokens}, qkv.options().dtype(at::kFloat));
-  work.qkv = rows.const_data_ptr(), work.out = out.mutable_data_ptr(),
-  work.lse = lse.mutable_data_ptr<float>();
+// Where keys and values, or queries, keys and values, lie in a tensor that holds them.
+using Places = std::array<void*, 3>;
+Places places(const salt::Attention& work, const Tensor& q, const Tensor* kv) {
+  const auto at = [&](const Tensor& x, int64_t part) -> void* {
+    return static_cast<char*>(const_cast<void*>(x.const_data_ptr())) +
+           part * work.heads * work.d * static_cast<int64_t>(x.element_size());
+  };
+  return kv ? Places{at(q, 0), at(*kv, 0), at(*kv, 1)} : Places{at(q, 0), at(q, 1), at(q, 2)};
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor* kv, at::IntArrayRef asked,
+                                  at::IntArrayRef given) {
+  TORCH_CHECK(q.dim() >= 2, "q has shape ", q.sizes());
+  salt::Attention work = attention_work(q, kv, asked, given);
+  const Tensor whole = q.contiguous(), seen = kv ? kv->contiguous() : Tensor();
+  Tensor out = at::empty({work.B, work.queries, work.heads, work.d}, q.options()),
+         lse = at::empty({work.B, work.heads, work.queries}, q.options().dtype(at::kFloat));
+  const Places from = places(work, whole, kv ? &seen : nullptr);
+  work.q = from[0], work.k = from[1], work.v = from[2];
+  work.out = out.mutable_data_ptr(), work.lse = lse.mutable_data_ptr<float>();
   at::parallel_for(0, work.B * work.heads * work.spans, 1,
                    [&](int64_t begin, int64_t end) { salt::attention_bf16(work, begin, end); });
   return {out, lse};
 }
 
-Tensor attention_backward(const Tensor& gradient, const Tensor& qkv, const Tensor& out,
-                          const Tensor& lse, at::IntArrayRef lengths) {
-  salt::Attention work = attention_work(qkv, lengths);
+// The gradients of q (or qkv), and of kv where there is one.
+std::tuple<Tensor, Tensor> attend_backward(const Tensor& gradient, const Tensor& q,
+                                           const Tensor* kv, const Tensor& out, const Tensor& lse,
+                                           at::IntArrayRef asked, at::IntArrayRef given) {
+  TORCH_CHECK(q.dim() >= 2, "q has shape ", q.sizes());
+  salt::Attention work = attention_work(q, kv, asked, given);
   check_bf16(gradient, "gradient");
   check_bf16(out, "out");
-  const at::DimVector shape{work.B, work.tokens, work.heads, work.d},
-      lse_shape{work.B, work.heads, work.tokens};
+  const at::DimVector shape{work.B, work.queries, work.heads, work.d},
+      lse_shape{work.B, work.heads, work.queries};
   TORCH_CHECK(gradient.sizes() == at::IntArrayRef(shape) && out.sizes() == at::IntArrayRef(shape),
               "gradient and out have shapes ", gradient.sizes(), " and ", out.sizes(),
               "; they must be ", at::IntArrayRef(shape));
   TORCH_CHECK(
       lse.is_cpu() && lse.scalar_type() == at::kFloat && lse.sizes() == at::IntArrayRef(lse_shape),
       "lse must be float32 ", at::IntArrayRef(lse_shape));
-  const Tensor rows = qkv.contiguous(), result = out.contiguous(), upstream = gradient.contiguous(),
-               sums = lse.contiguous();
-  Tensor found = at::empty(rows.sizes(), rows.options());
-  work.qkv = rows.const_data_ptr(), work.out = const_cast<void*>(result.const_data_ptr()),
+  const Tensor whole = q.contiguous(), seen = kv ? kv->contiguous() : Tensor(),
+               result = out.contiguous(), upstream = gradient.contiguous(), sums = lse.contiguous();
+  Tensor to_q = at::empty(whole.sizes(), whole.options()),
+         to_kv = kv ? at::empty(seen.sizes(), seen.options()) : Tensor();
+  const Places from = places(work, whole, kv ? &seen : nullptr),
+               to = places(work, to_q, kv ? &to_kv : nullptr);
+  work.q = from[0], work.k = from[1], work.v = from[2];
+  work.dq = to[0], work.dk = to[1], work.dv = to[2];
+  work.out = const_cast<void*>(result.const_data_ptr()),
   work.lse = const_cast<float*>(sums.const_data_ptr<float>());
-  work.gradient = upstream.const_data_ptr(), work.gradient_qkv = found.mutable_data_ptr();
+  work.gradient = upstream.const_data_ptr();
   at::parallel_for(0, work.B * work.heads * work.spans, 1, [&](int64_t begin, int64_t end) {
     salt::attention_backward_bf16(work, begin, end);
   });
-  return found;
+  return {to_q, to_kv};
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& qkv, at::IntArrayRef lengths) {
+  return attend(qkv, nullptr, lengths, lengths);
+}
+
+Tensor attention_backward(const Tensor& gradient, const Tensor& qkv, const Tensor& out,
+                          const Tensor& lse, at::IntArrayRef lengths) {
+  return std::get<0>(attend_backward(gradient, qkv, nullptr, out, lse, lengths, lengths));
+}
+
+std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& kv, at::IntArrayRef asked,
+                                           at::IntArrayRef given) {
+  return attend(q, &kv, asked, given);
+}
+
+std::tuple<Tensor, Tensor> cross_attention_backward(const Tensor& gradient, const Tensor& q,
+                                                    const Tensor& kv, const Tensor& out,
+                                                    const Tensor& lse, at::IntArrayRef asked,
+                                                    at::IntArrayRef given) {
+  return attend_backward(gradient, q, &kv, out, lse, asked, given);
 }
 
 std::tuple<Tensor, Tensor> transpose_and_sum(const Tensor& x) {
@@ -639,6 +694,10 @@ TORCH_LIBRARY(salt_ops, m) {
   m.def(
       "attention_backward(Tensor gradient, Tensor qkv, Tensor out, Tensor lse, int[] lengths) -> "
       "Tensor");
+  m.def("cross_attention(Tensor q, Tensor kv, int[] asked, int[] given) -> (Tensor, Tensor)");
+  m.def(
+      "cross_attention_backward(Tensor gradient, Tensor q, Tensor kv, Tensor out, Tensor lse, "
+      "int[] asked, int[] given) -> (Tensor, Tensor)");
   m.def("transpose_and_sum(Tensor x) -> (Tensor, Tensor)");
   m.def("gelu(Tensor x) -> Tensor");
   m.def("gelu_backward(Tensor gradient, Tensor x) -> Tensor");
@@ -669,6 +728,8 @@ SALT_REGISTER(CPU)
 TORCH_LIBRARY_IMPL(salt_ops, CPU, m) {
   m.impl("attention", &attention);
   m.impl("attention_backward", &attention_backward);
+  m.impl("cross_attention", &cross_attention);
+  m.impl("cross_attention_backward", &cross_attention_backward);
   m.impl("transpose_and_sum", &transpose_and_sum);
   m.impl("gelu", &gelu);
   m.impl("gelu_backward", &gelu_backward);

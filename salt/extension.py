@@ -163,6 +163,15 @@ if EXTENSION["devices"]:
     def _(gradient, qkv, out, lse, lengths):
         return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
+    @torch.library.register_fake("salt_ops::cross_attention")
+    def _(q, kv, asked, given):
+        b, n, h, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty(b, h, n, dtype=torch.float32)
+
+    @torch.library.register_fake("salt_ops::cross_attention_backward")
+    def _(gradient, q, kv, out, lse, asked, given):
+        return q.new_empty(q.shape), kv.new_empty(kv.shape)
+
     @torch.library.register_fake("salt_ops::transpose_and_sum")
     def _(x):
         return x.new_empty(x.shape[1], x.shape[0]), x.new_empty(x.shape[1], dtype=torch.float32)
@@ -183,22 +192,29 @@ if EXTENSION["devices"]:
     torch.library.register_autograd("salt_ops::gelu", gelu_backward, setup_context=save_first)
 
     def save_attention(ctx, inputs, output):
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]  # qkv, or q and kv
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], *output)
-        ctx.lengths = inputs[1]
+        ctx.save_for_backward(*tensors, *output)
+        ctx.lengths = inputs[len(tensors) :]
 
-    @torch.autograd.function.once_differentiable
-    def attention_backward(ctx, gradient, _lse):
-        return (
-            None
-            if gradient is None
-            else torch.ops.salt_ops.attention_backward(gradient, *ctx.saved_tensors, ctx.lengths)
-        ), None
+    def attention_gradient(backward):
+        @torch.autograd.function.once_differentiable
+        def gradient_of(ctx, gradient, _lse):
+            if gradient is None:
+                return (None,) * len(ctx.needs_input_grad)
+            found = backward(gradient, *ctx.saved_tensors, *ctx.lengths)
+            found = (found,) if isinstance(found, torch.Tensor) else found
+            return *found, *[None] * len(ctx.lengths)
 
-    torch.library.register_autograd(
-        "salt_ops::attention", attention_backward, setup_context=save_attention
-    )
+        return gradient_of
+
+    for name in ("attention", "cross_attention"):
+        torch.library.register_autograd(
+            f"salt_ops::{name}",
+            attention_gradient(getattr(torch.ops.salt_ops, f"{name}_backward")),
+            setup_context=save_attention,
+        )
 
     def save_index(ctx, inputs, output):
         ctx.save_for_backward(inputs[1])

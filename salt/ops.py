@@ -334,6 +334,34 @@ def attention_reference(qkv, lengths):
     return torch.cat(found, 1) if len(found) > 1 else found[0]
 
 
+def cross_attention(q, kv, lengths):
+    """Softmax attention of each span's queries to keys and values of its own.
+
+    q [B, N, H, d], kv [B, S, 2, H, d]; lengths: (queries, keys) of each span, N and S in sum
+    Returns [B, N, H, d], by the kernels that `attention` takes, or a call a span.
+    """
+    asked, given = zip(*lengths, strict=True)
+    if (
+        kv.dim() != 5
+        or q.shape != (kv.shape[0], sum(asked), *kv.shape[3:])
+        or kv.shape[1:3] != (sum(given), 2)
+        or min(*asked, *given) < 1
+    ):
+        raise InputError(
+            "cross_attention takes q [B, N, H, d], kv [B, S, 2, H, d] and the lengths of its spans,"
+            f" N and S in sum; not {list(q.shape)}, {list(kv.shape)} and {list(lengths)}"
+        )
+    if has_attention(kv):
+        return torch.ops.salt_ops.cross_attention(q, kv, asked, given)[0]
+    return cross_attention_reference(q, kv, asked, given)
+
+
+def cross_attention_reference(q, kv, asked, given):
+    k, v = kv.unbind(2)
+    parts = zip(*(x.transpose(1, 2).split(n, 2) for x, n in ((q, asked), (k, given), (v, given))))
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 2).transpose(1, 2)
+
+
 def linear(x, weight, bias=None):
     """x [..., K] times weight [D, K] transposed, plus bias [D], which may have another dtype: [...,
     D] in x's dtype.

@@ -429,33 +429,52 @@ void check_permute() {
            "permute");
 }
 
-// Attention and its gradient against sums in double, over arrays that end where they should.
+// Attention and its gradient, of tokens to each other or to others, against sums in double, over
+// arrays that end where they should.
 void check_attention() {
   if (!has_bf16()) return;
+  const bool cross = whole(0, 1);
   const int64_t B = whole(0, 2), heads = whole(1, 3), d = whole(1, 128), spans = whole(1, 3),
-                D = heads * d;
-  std::vector<int64_t> lengths;
+                D = heads * d, q_row = cross ? D : 3 * D, k_row = cross ? 2 * D : 3 * D,
+                first = cross ? 0 : D;  // of a token's keys
+  std::vector<int64_t> asked, given;
+  for (int64_t s = 0; s < spans; ++s) {
+    asked.push_back(whole(1, s == 0 && whole(0, 5) == 0 ? 300 : 70));
+    given.push_back(cross ? whole(1, s == 0 && whole(0, 5) == 0 ? 300 : 70) : asked.back());
+  }
+  int64_t M = 0, N = 0;
   for (int64_t s = 0; s < spans; ++s)
-    lengths.push_back(whole(1, s == 0 && whole(0, 5) == 0 ? 300 : 70));
-  int64_t N = 0;
-  for (const int64_t n : lengths) N += n;
-  Array qkv(B * N * 3 * D, 2), out(B * N * D, 2), gradient(B * N * D, 2), back(B * N * 3 * D, 2),
-      lse(B * heads * N, 4);
-  for (int64_t i = 0; i < B * N * 3 * D; ++i)
-    put(qkv, i, Type::bf16, static_cast<double>(whole(-8, 8)) / 4);
-  for (int64_t i = 0; i < B * N * D; ++i)
+    M += asked[static_cast<size_t>(s)], N += given[static_cast<size_t>(s)];
+  Array of_q(B * M * q_row, 2), of_kv(cross ? B * N * k_row : 0, 2), to_q(B * M * q_row, 2),
+      to_kv(cross ? B * N * k_row : 0, 2), out(B * M * D, 2), gradient(B * M * D, 2),
+      lse(B * heads * M, 4);
+  Array &seen = cross ? of_kv : of_q, &to_seen = cross ? to_kv : to_q;
+  for (int64_t i = 0; i < B * M * q_row; ++i)
+    put(of_q, i, Type::bf16, static_cast<double>(whole(-8, 8)) / 4);
+  for (int64_t i = 0; cross && i < B * N * k_row; ++i)
+    put(of_kv, i, Type::bf16, static_cast<double>(whole(-8, 8)) / 4);
+  for (int64_t i = 0; i < B * M * D; ++i)
     put(gradient, i, Type::bf16, static_cast<double>(whole(-8, 8)) / 8);
-  const Attention work{qkv.as<char>(),
+  const auto at = [](Array& array, int64_t numbers) { return array.as<char>() + 2 * numbers; };
+  const Attention work{at(of_q, 0),
+                       at(seen, first),
+                       at(seen, first + D),
+                       q_row,
+                       k_row,
                        B,
-                       N,
                        heads,
                        d,
                        spans,
-                       lengths.data(),
+                       asked.data(),
+                       given.data(),
+                       M,
+                       N,
                        out.as<char>(),
                        lse.as<float>(),
                        gradient.as<char>(),
-                       back.as<char>()};
+                       at(to_q, 0),
+                       at(to_seen, first),
+                       at(to_seen, first + D)};
   in_parts(attention_bf16, work, B * heads * spans);
   in_parts(attention_backward_bf16, work, B * heads * spans);
   double off = 0, size = 0;
@@ -464,53 +483,65 @@ void check_attention() {
   };
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < heads; ++h)
-      for (int64_t s = 0, start = 0; s < spans; start += lengths[static_cast<size_t>(s++)]) {
-        const int64_t n = lengths[static_cast<size_t>(s)];
-        const auto at = [&](int64_t part, int64_t i, int64_t k) {
-          return get(qkv, ((b * N + start + i) * 3 + part) * D + h * d + k, Type::bf16);
+      for (int64_t s = 0, x = 0, y = 0; s < spans;
+           x += asked[static_cast<size_t>(s)], y += given[static_cast<size_t>(s)], ++s) {
+        const int64_t m = asked[static_cast<size_t>(s)], n = given[static_cast<size_t>(s)];
+        const auto place_q = [&](int64_t i, int64_t e) {
+          return (b * M + x + i) * q_row + h * d + e;
         };
-        const auto upstream = [&](int64_t i, int64_t k) {
-          return get(gradient, (b * N + start + i) * D + h * d + k, Type::bf16);
+        const auto place_k = [&](int64_t j, int64_t e) {
+          return (b * N + y + j) * k_row + first + h * d + e;
         };
-        std::vector<double> q(static_cast<size_t>(n * d)), k(q), v(q);  // their gradients
-        for (int64_t i = 0; i < n; ++i) {
+        const auto query = [&](int64_t i, int64_t e) {
+          return get(of_q, place_q(i, e), Type::bf16);
+        };
+        const auto key = [&](int64_t j, int64_t e) { return get(seen, place_k(j, e), Type::bf16); };
+        const auto value = [&](int64_t j, int64_t e) {
+          return get(seen, place_k(j, e) + D, Type::bf16);
+        };
+        const auto upstream = [&](int64_t i, int64_t e) {
+          return get(gradient, (b * M + x + i) * D + h * d + e, Type::bf16);
+        };
+        std::vector<double> q(static_cast<size_t>(m * d)), k(static_cast<size_t>(n * d)),
+            v(k);  // their gradients
+        for (int64_t i = 0; i < m; ++i) {
           std::vector<double> p(static_cast<size_t>(n)), dp(p), o(static_cast<size_t>(d));
           double most = -1e300, sum = 0, delta = 0;
           for (int64_t j = 0; j < n; ++j) {
             double score = 0;
-            for (int64_t e = 0; e < d; ++e) score += at(0, i, e) * at(1, j, e);
+            for (int64_t e = 0; e < d; ++e) score += query(i, e) * key(j, e);
             p[static_cast<size_t>(j)] = score / std::sqrt(static_cast<double>(d)),
             most = std::max(most, p[static_cast<size_t>(j)]);
           }
-          for (double& x : p) x = std::exp(x - most), sum += x;
+          for (double& each : p) each = std::exp(each - most), sum += each;
           for (int64_t j = 0; j < n; ++j) {
             p[static_cast<size_t>(j)] /= sum;
             for (int64_t e = 0; e < d; ++e)
-              o[static_cast<size_t>(e)] += p[static_cast<size_t>(j)] * at(2, j, e),
-                  dp[static_cast<size_t>(j)] += upstream(i, e) * at(2, j, e);
+              o[static_cast<size_t>(e)] += p[static_cast<size_t>(j)] * value(j, e),
+                  dp[static_cast<size_t>(j)] += upstream(i, e) * value(j, e);
           }
-          expect(std::abs(lse.as<float>()[(b * heads + h) * N + start + i] -
+          expect(std::abs(lse.as<float>()[(b * heads + h) * M + x + i] -
                           (most + std::log(sum)) / std::log(2.0)) < 1e-3 * (1 + std::abs(most)),
                  "attention's logsumexp");
           for (int64_t e = 0; e < d; ++e)
-            compare(out, (b * N + start + i) * D + h * d + e, o[static_cast<size_t>(e)]),
+            compare(out, (b * M + x + i) * D + h * d + e, o[static_cast<size_t>(e)]),
                 delta += upstream(i, e) * o[static_cast<size_t>(e)];
           for (int64_t j = 0; j < n; ++j)
             for (int64_t e = 0; e < d; ++e) {
               const double ds = p[static_cast<size_t>(j)] * (dp[static_cast<size_t>(j)] - delta) /
                                 std::sqrt(static_cast<double>(d));
-              q[static_cast<size_t>(i * d + e)] += ds * at(1, j, e),
-                  k[static_cast<size_t>(j * d + e)] += ds * at(0, i, e),
+              q[static_cast<size_t>(i * d + e)] += ds * key(j, e),
+                  k[static_cast<size_t>(j * d + e)] += ds * query(i, e),
                   v[static_cast<size_t>(j * d + e)] += p[static_cast<size_t>(j)] * upstream(i, e);
             }
         }
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t e = 0; e < d; ++e) {
-            const int64_t place = (b * N + start + i) * 3 * D + h * d + e, from = i * d + e;
-            compare(back, place, q[static_cast<size_t>(from)]),
-                compare(back, place + D, k[static_cast<size_t>(from)]),
-                compare(back, place + 2 * D, v[static_cast<size_t>(from)]);
-          }
+        for (int64_t e = 0; e < d; ++e) {
+          for (int64_t i = 0; i < m; ++i)
+            compare(to_q, place_q(i, e), q[static_cast<size_t>(i * d + e)]);
+          for (int64_t j = 0; j < n; ++j)
+            compare(to_seen, place_k(j, e), k[static_cast<size_t>(j * d + e)]),
+                compare(to_seen, place_k(j, e) + D, v[static_cast<size_t>(j * d + e)]);
+        }
       }
   expect(std::sqrt(off) <= 1e-2 * std::sqrt(size), "attention");
 }

@@ -172,6 +172,110 @@ def test_attention_runs_on_its_kernel_in_bfloat16_and_on_flash_attention_otherwi
     torch.testing.assert_close(ops.attention(wide, (8,)), ops.attention_reference(wide, (8,)))
 
 
+CROSS = [
+    (2, ((40, 7), (9, 33)), 3, 64),
+    (1, ((1, 300), (300, 1)), 2, 32),
+    (2, ((192, 88),), 1, 48),
+    (1, ((130, 129), (5, 64), (31, 32)), 2, 128),
+    (3, ((16, 4),), 1, 1),
+    (0, ((5, 6),), 2, 64),
+]
+
+
+def of_cross(b, lengths, heads, d, dtype, scale=1.5):
+    torch.manual_seed(0)
+    n, s = (sum(each) for each in zip(*lengths))
+    q, kv = torch.randn(b, n, heads, d), torch.randn(b, s, 2, heads, d)
+    inputs = [(x * scale).to(dtype).requires_grad_() for x in (q, kv)]
+    return inputs, torch.randn(b, n, heads, d).to(dtype)
+
+
+def in_float64(inputs, lengths):
+    """The definition, span by span and head by head."""
+    q, kv = inputs
+    found, x, y = [], 0, 0
+    for m, n in lengths:
+        of_q = q[:, x : x + m].transpose(1, 2)
+        k, v = kv[:, y : y + n].permute(2, 0, 3, 1, 4)
+        weight = torch.softmax(of_q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
+        found.append((weight @ v).transpose(1, 2))
+        x, y = x + m, y + n
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("b, lengths, heads, d", CROSS)
+def test_cross_attention_and_its_gradients(b, lengths, heads, d, dtype):
+    inputs, gradient = of_cross(b, lengths, heads, d, dtype)
+    found = ops.cross_attention(*inputs, lengths)
+    back = torch.autograd.grad(found, inputs, gradient)
+    assert found.shape == gradient.shape and found.dtype == dtype
+    assert [x.shape for x in back] == [x.shape for x in inputs]
+    if not b:
+        return
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = in_float64(exact, lengths)
+    wanted = torch.autograd.grad(expected, exact, gradient.double())
+    limit = 8e-3 if dtype == torch.bfloat16 else 1e-5
+    assert distance(found, expected) < limit
+    plain = ops.cross_attention_reference(*inputs, *zip(*lengths))
+    plain_back = torch.autograd.grad(plain, inputs, gradient)
+    for got, want, theirs in zip(back, wanted, plain_back, strict=True):
+        assert distance(got, want) < max(limit, 1.2 * distance(theirs, want))
+
+
+@needs_bf16
+@given(
+    st.lists(st.tuples(st.integers(1, 150), st.integers(1, 150)), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 128),
+)
+def test_cross_attention_of_any_shape(lengths, heads, d):
+    inputs, gradient = of_cross(2, lengths, heads, d, torch.bfloat16, 1.0)
+    found = ops.cross_attention(*inputs, lengths)
+    back = torch.autograd.grad(found, inputs, gradient)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = in_float64(exact, lengths)
+    wanted = torch.autograd.grad(expected, exact, gradient.double())
+    assert distance(found, expected) < 5e-3
+    # where a span has one key the gradient of queries and of this key is 0 but for rounding
+    together, exactly = (torch.cat([x.double().flatten() for x in y]) for y in (back, wanted))
+    assert distance(together, exactly) < 1.6e-2
+
+
+@needs_bf16
+def test_cross_attention_of_the_same_tokens_is_attention():
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 70, 3, 2, 48).bfloat16()
+    q, kv = qkv[:, :, 0], qkv[:, :, 1:]  # neither of them in one piece
+    found = ops.cross_attention(q, kv, ((50, 50), (20, 20)))
+    assert torch.equal(found, ops.attention(qkv, (50, 20)))
+
+
+@needs_bf16
+def test_targets_look_at_the_context_by_the_kernel():
+    salt, batch = make_salt(attends="context"), some_batch()
+    model.cast_matrices(salt, "bf16")
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as seen:
+        model.salt_loss(salt, batch, SPACE)[0].backward()
+    kernels = {"salt_ops::cross_attention", "salt_ops::cross_attention_backward"}
+    assert kernels <= {event.key for event in seen.key_averages()}
+
+
+def test_cross_attention_refuses_what_does_not_fit():
+    q, kv = torch.zeros(1, 8, 2, 4), torch.zeros(1, 6, 2, 2, 4)
+    for wrong in (
+        (q, kv, ((8, 5),)),
+        (q, kv, ((7, 6),)),
+        (q, kv, ((8, 6), (0, 0))),
+        (q[:, :, :1], kv, ((8, 6),)),
+        (q, kv[:, :, :1], ((8, 6),)),
+        (q, kv[0], ((8, 6),)),
+    ):
+        with pytest.raises(InputError, match="cross_attention takes"):
+            ops.cross_attention(*wrong)
+
+
 @needs_bf16
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1e3, 1e5, 1e8])
 def test_attention_where_one_key_takes_all(scale):
@@ -208,9 +312,14 @@ def test_the_thread_count_does_not_show():
         out, lse = torch.ops.salt_ops.attention(qkv, (50, 40))
         back = torch.ops.salt_ops.attention_backward(g, qkv, out, lse, (50, 40))
         across, sums = torch.ops.salt_ops.transpose_and_sum(g.reshape(180, 192))
+        q, kv = torch.randn(2, 80, 3, 64).bfloat16(), torch.randn(2, 40, 2, 3, 64).bfloat16()
+        spans = (70, 10), (9, 31)
+        seen = torch.ops.salt_ops.cross_attention(q, kv, *spans)
+        seen += torch.ops.salt_ops.cross_attention_backward(q, q, kv, *seen, *spans)
         wide = torch.randn(100_003).bfloat16()
         bent = torch.ops.salt_ops.gelu(wide)
-        made = (out, lse, back, across, sums, bent, torch.ops.salt_ops.gelu_backward(bent, wide))
+        made = (out, lse, back, across, sums, *seen, bent)
+        made += (torch.ops.salt_ops.gelu_backward(bent, wide),)
         made = [x.contiguous().view(torch.uint8).numpy() for x in made]
         print(hashlib.sha256(b"".join(x.tobytes() for x in made)).hexdigest())"""
     runs = {
@@ -266,6 +375,24 @@ def test_attention_refuses_lengths_that_do_not_fit():
             ),
             "lse must be",
         ),
+        (
+            lambda op: op.cross_attention(
+                torch.zeros(1, 8, 1, 4).bfloat16(),
+                torch.zeros(1, 6, 2, 2, 4).bfloat16(),
+                (8,),
+                (6,),
+            ),
+            "q has shape",
+        ),
+        (
+            lambda op: op.cross_attention(
+                torch.zeros(1, 8, 1, 4).bfloat16(),
+                torch.zeros(1, 6, 2, 1, 4).bfloat16(),
+                (8,),
+                (5,),
+            ),
+            "add up to 5",
+        ),
         (lambda op: op.transpose_and_sum(torch.zeros(3, 4)), "must be bfloat16"),
         (lambda op: op.transpose_and_sum(torch.zeros(3).bfloat16()), r"must be \[R, C\]"),
         (lambda op: op.gelu(torch.zeros(3)), "must be bfloat16"),
@@ -285,9 +412,16 @@ def test_the_kernels_check_what_they_get(call, message):
 def test_opcheck():
     qkv = torch.randn(2, 9, 3, 2, 8).bfloat16()
     out, lse = torch.ops.salt_ops.attention(qkv, (5, 4))
+    q, kv = torch.randn(2, 7, 2, 8).bfloat16(), torch.randn(2, 6, 2, 2, 8).bfloat16()
+    seen, sums = torch.ops.salt_ops.cross_attention(q, kv, (3, 4), (5, 1))
     checks = [
         (torch.ops.salt_ops.attention, (qkv.requires_grad_(), (5, 4))),
         (torch.ops.salt_ops.attention_backward, (out, qkv.detach(), out, lse, (5, 4))),
+        (
+            torch.ops.salt_ops.cross_attention,
+            (q.clone().requires_grad_(), kv.clone().requires_grad_(), (3, 4), (5, 1)),
+        ),
+        (torch.ops.salt_ops.cross_attention_backward, (seen, q, kv, seen, sums, (3, 4), (5, 1))),
         (torch.ops.salt_ops.transpose_and_sum, (torch.randn(5, 7).bfloat16(),)),
         (torch.ops.salt_ops.gelu, (torch.randn(5, 7).bfloat16().requires_grad_(),)),
         (torch.ops.salt_ops.gelu_backward, (torch.randn(5, 7).bfloat16(),) * 2),
