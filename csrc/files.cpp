@@ -20,49 +20,40 @@
 
 namespace salt {
 
-File::File(const std::string& path) : fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-  if (fd < 0) throw std::system_error(errno, std::generic_category(), path);
-  struct stat status;
-  if (::fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && status.st_size > 0) {
-    void* at = ::mmap(nullptr, static_cast<size_t>(status.st_size), PROT_READ, MAP_SHARED, fd, 0);
-    if (at != MAP_FAILED) map = static_cast<const char*>(at), mapped = status.st_size;
-    own = status.st_uid == ::geteuid();
-  }
-}
-
-File::~File() {
-  if (map) ::munmap(const_cast<char*>(map), static_cast<size_t>(mapped));
-  ::close(fd);
-}
-
 namespace {
 
 const int64_t PAGE = ::sysconf(_SC_PAGESIZE);
 
-#if defined(__linux__)
-// Whether mincore is to be believed: some sandboxes that stand in for Linux call every page
-// resident, one that was never touched, too.
-bool mincore_tells() {
-  static const bool tells = [] {
-    void* page =
-        ::mmap(nullptr, static_cast<size_t>(PAGE), PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    unsigned char there = 1;
-    if (page == MAP_FAILED) return false;
-    const int failed = ::mincore(page, static_cast<size_t>(PAGE), &there);
-    ::munmap(page, static_cast<size_t>(PAGE));
-    return !failed && !(there & 1);
-  }();
-  return tells;
-}
-#endif
+// Of the map of a file of so many bytes: to whole pages, and one more.
+int64_t map_bytes(int64_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE + PAGE; }
 
 }  // namespace
+
+File::File(const std::string& path) : fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  if (fd < 0) throw std::system_error(errno, std::generic_category(), path);
+  struct stat status;
+  if (::fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && status.st_size > 0) {
+    void* at = ::mmap(nullptr, static_cast<size_t>(map_bytes(status.st_size)), PROT_READ,
+                      MAP_SHARED, fd, 0);
+    if (at != MAP_FAILED) map = static_cast<const char*>(at), mapped = status.st_size;
+  }
+}
+
+File::~File() {
+  if (map) ::munmap(const_cast<char*>(map), static_cast<size_t>(map_bytes(mapped)));
+  ::close(fd);
+}
 
 bool File::resident([[maybe_unused]] int64_t start, [[maybe_unused]] int64_t end) const {
 #if defined(__linux__)
   constexpr int64_t PAGES = 1024;  // asked about at once
-  if (!own || !map || end > mapped || !mincore_tells()) return false;
+  if (!map || start < 0 || end > mapped) return false;
   unsigned char there[PAGES];
+  // The page past the file's end is in no memory. Where it is said to be, nothing is told.
+  if (::mincore(const_cast<char*>(map) + map_bytes(mapped) - PAGE, static_cast<size_t>(PAGE),
+                there) ||
+      there[0] & 1)
+    return false;
   for (int64_t at = start / PAGE * PAGE; at < end; at += PAGES * PAGE) {
     const int64_t count = (std::min(end - at, PAGES * PAGE) + PAGE - 1) / PAGE;
     if (::mincore(const_cast<char*>(map) + at, static_cast<size_t>(count * PAGE), there))

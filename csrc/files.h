@@ -27,13 +27,13 @@ class File {
   File& operator=(const File&) = delete;
   void advise(int64_t start,
               int64_t bytes) const;  // read these into the page cache, and do not wait for it
-  // Whether memory holds all of the map from `start` to `end`. Linux tells the owner of a file
-  // alone (to others it says of every page that it is there): false for anybody else.
+  // Whether memory holds all of the map from `start` to `end`; false, too, where that is not told:
+  // Linux calls every page resident to whom a file is neither his nor to be written, and so do some
+  // sandboxes to all.
   bool resident(int64_t start, int64_t end) const;
   const int fd;
-  int64_t mapped = 0;         // bytes, when it was opened
+  int64_t mapped = 0;         // bytes, when it was opened; the map has a page more
   const char* map = nullptr;  // null where the file cannot be mapped
-  bool own = false;           // by this process's user
 };
 
 // One record: rows of row_bytes from byte `start` on. Row n goes to out + n * out_row_bytes where

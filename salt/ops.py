@@ -340,16 +340,20 @@ def cross_attention(q, kv, lengths):
     q [B, N, H, d], kv [B, S, 2, H, d]; lengths: (queries, keys) of each span, N and S in sum
     Returns [B, N, H, d], by the kernels that `attention` takes, or a call a span.
     """
-    asked, given = zip(*lengths, strict=True)
+    asked, given = ([pair[k] for pair in lengths] for k in (0, -1))
     if (
         kv.dim() != 5
+        or q.dtype != kv.dtype
+        or any(len(pair) != 2 for pair in lengths)
+        or not lengths
         or q.shape != (kv.shape[0], sum(asked), *kv.shape[3:])
         or kv.shape[1:3] != (sum(given), 2)
         or min(*asked, *given) < 1
     ):
         raise InputError(
-            "cross_attention takes q [B, N, H, d], kv [B, S, 2, H, d] and the lengths of its spans,"
-            f" N and S in sum; not {list(q.shape)}, {list(kv.shape)} and {list(lengths)}"
+            "cross_attention takes q [B, N, H, d], kv [B, S, 2, H, d] of its dtype and the lengths"
+            f" of their spans, N and S in sum; not {q.dtype} {list(q.shape)}, {kv.dtype}"
+            f" {list(kv.shape)} and {list(lengths)}"
         )
     if has_attention(kv):
         return torch.ops.salt_ops.cross_attention(q, kv, asked, given)[0]

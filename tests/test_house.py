@@ -56,7 +56,7 @@ BUDGETS = {
     "salt.masks": 375,
     "salt.meter": 330,
     "salt.odd_videos": 130,
-    "salt.ops": 490,
+    "salt.ops": 494,
     "salt.optimiser": 70,
     "salt.positions": 160,
     "salt.plain_folder": 40,

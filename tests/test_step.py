@@ -271,6 +271,9 @@ def test_cross_attention_refuses_what_does_not_fit():
         (q[:, :, :1], kv, ((8, 6),)),
         (q, kv[:, :, :1], ((8, 6),)),
         (q, kv[0], ((8, 6),)),
+        (q, kv, ()),
+        (q, kv, ((8,),)),
+        (q, kv.bfloat16(), ((8, 6),)),
     ):
         with pytest.raises(InputError, match="cross_attention takes"):
             ops.cross_attention(*wrong)
